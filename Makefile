@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+# Every target sets up what it needs: system packages (root; anybody else is told the command),
+# then .venv with the package and its compiled engine.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+BUILD_PACKAGES := gcc libc6-dev libssl-dev python3 python3-dev python3-venv
+TEST_PACKAGES := fiu-utils strace
+KIT_PACKAGES := debian-archive-keyring debootstrap
+FUZZ_PACKAGES := clang libclang-rt-dev
+
+# QEMU=no leaves out what boots a guest.
+QEMU ?= yes
+PYTEST_ARGS ?=
+# Each fuzz target runs for so long.
+SECONDS ?= 60
+FUZZ_TARGETS ?= rings frames stream
+
+# The sanitizers' library has to be there before Python, also in what Python starts. CPython leaves
+# memory behind at its end, so leaks are not looked for; its own allocator would hide errors. SIGBUS
+# and the limit for core dumps stay the daemon's; freed memory is kept for a while, but not all of it.
+SANITIZER_ENV := PYTHONMALLOC=malloc UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	ASAN_OPTIONS=detect_leaks=0:abort_on_error=1:handle_sigbus=0:disable_coredump=0:quarantine_size_mb=8
+# What is left out then: test_package.py builds and installs without the sanitizers;
+# test_power_loss.py opens stores by the thousand and nothing that is compiled; test_no_core_dump wants
+# to see a SIGSEGV, which they turn into a report; the rest bounds memory and time, of which they
+# take several times as much.
+NOT_SANITIZED := --ignore=tests/test_package.py --ignore=tests/crash/test_power_loss.py \
+	$(addprefix --deselect=tests/,hostile/test_sandbox.py::test_no_core_dump \
+	test_daemon.py::TestServing::test_many_connections \
+	test_loop.py::test_no_kicks_are_asked_for_while_the_ring_is_watched \
+	$(addprefix hostile/test_starvation.py::,test_the_time_of_a_batch \
+	test_a_ring_that_is_always_full test_a_flood_of_messages test_ten_thousand_connections \
+	test_hundreds_of_descriptors))
+
+# What is compiled or stands in the package's metadata: a change rebuilds. The Python files do not
+# belong here, .venv uses them where they are (an editable install). The stamp's name carries the
+# list of files and the kind of build, so that a file removed or another kind rebuilds too.
+BUILD_INPUTS := pyproject.toml setup.py vhost_rpmb/__init__.py \
+	$(sort $(shell find vhost_rpmb -name '*.pyx' -o -name '*.pxd' -o -name '*.h'))
+STAMP := .venv/installed-$(shell echo '$(BUILD_INPUTS) $(VHOST_RPMB_BUILD_CHECKED)' \
+	| cksum | cut -d ' ' -f 1)
+# Compiled modules that somebody removed.
+MISSING := $(strip $(foreach source,$(wildcard vhost_rpmb/_fast/*.pyx),\
+	$(if $(wildcard $(basename $(source)).*.so),,$(source))))
+
+# A warning of the C compiler ends our own builds, never those of a user with a newer compiler.
+# (CPPFLAGS, because setuptools adds these to Python's own flags; CFLAGS would replace those.)
+export CPPFLAGS := -Werror $(CPPFLAGS)
+# Nothing but .venv decides what is imported.
+unexport PYTHONPATH PYTHONHOME
+
+.PHONY: help
+help: ## Say what the targets do
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
+
+.PHONY: setup
+setup: $(STAMP) ## Build and install into .venv
+
+.PHONY: demo
+demo: $(STAMP) ## Show a real guest that keeps its secrets across restarts (QEMU)
+	@if [ "$$(id -u)" -eq 0 ]; then tools/system-packages $(KIT_PACKAGES); fi
+	.venv/bin/python -m tests.e2e.demo
+
+.PHONY: test
+test: $(STAMP) ## Run all tests, on both engines; QEMU=no leaves out those that boot a guest
+	@tools/system-packages $(TEST_PACKAGES)
+ifeq ($(QEMU),no)
+	.venv/bin/pytest --cov --cov-report=term -m 'not qemu' $(PYTEST_ARGS)
+else
+	@tools/system-packages $(KIT_PACKAGES)
+	@.venv/bin/python -m tests.e2e.kit || \
+		{ echo 'make test QEMU=no leaves out the tests that need it' >&2; exit 1; }
+	.venv/bin/pytest --cov --cov-report=term $(PYTEST_ARGS)
+endif
+
+# A second tree, for an engine that is built in another way: .venv and the engine here stay.
+define copy_tree
+	@mkdir -p $(1)
+	@find $(1) -mindepth 1 -maxdepth 1 ! -name .venv -exec rm -rf {} +
+	@tar --create --exclude-vcs --exclude='*.so' --exclude=__pycache__ --exclude='./.*_cache' \
+		--exclude=./.venv --exclude=./build --exclude=./dist . | tar --extract -C $(1)
+endef
+
+.PHONY: test-sanitized
+test-sanitized: ## Run all tests but those that boot a guest under the sanitizers
+	@tools/system-packages $(BUILD_PACKAGES) $(TEST_PACKAGES)
+	$(call copy_tree,build/sanitized)
+	VHOST_RPMB_BUILD_CHECKED=1 $(MAKE) -C build/sanitized setup
+	cd build/sanitized && $(SANITIZER_ENV) LD_PRELOAD="$$(gcc -print-file-name=libasan.so)" \
+		.venv/bin/python -m pytest -m 'not qemu' $(NOT_SANITIZED) $(PYTEST_ARGS)
+
+# What a campaign learns stays in build/fuzz-corpus, what it finds in build/fuzz-found.
+.PHONY: fuzz
+fuzz: ## Fuzz the sanitized engine, SECONDS=60 for each of FUZZ_TARGETS="rings frames stream"
+	@tools/system-packages $(BUILD_PACKAGES) $(FUZZ_PACKAGES)
+	$(call copy_tree,build/fuzz)
+	CC=clang CPPFLAGS=-fsanitize=fuzzer-no-link VHOST_RPMB_BUILD_CHECKED=1 \
+		$(MAKE) -C build/fuzz setup
+	build/fuzz/.venv/bin/python -m pip install --quiet --disable-pip-version-check atheris
+	for target in $(FUZZ_TARGETS); do \
+		mkdir -p build/fuzz-corpus/$$target build/fuzz-found; \
+		tests/fuzz/run build/fuzz $$target -max_total_time=$(SECONDS) \
+			-artifact_prefix="$$PWD/build/fuzz-found/$$target-" \
+			"$$PWD/build/fuzz-corpus/$$target" "$$PWD/tests/fuzz/corpus/$$target"; \
+	done
+
+.PHONY: test-long
+test-long: $(STAMP) ## Run the campaigns of power loss, kills and failing storage in full
+	@tools/system-packages $(TEST_PACKAGES)
+	VHOST_RPMB_CRASH_STATES=60000 VHOST_RPMB_EVERY_SYNC=1 VHOST_RPMB_KILL_ROUNDS=100 \
+	VHOST_RPMB_FAULT_CASES=0 .venv/bin/pytest -o timeout=7200 tests/crash $(PYTEST_ARGS)
+
+.PHONY: lint
+lint: $(STAMP) ## Check style and types; the stubs against the compiled modules too
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	PATH="$$PWD/.venv/bin:$$PATH" cython-lint vhost_rpmb
+	.venv/bin/mypy
+	.venv/bin/stubtest --concise vhost_rpmb._fast
+
+.PHONY: bench
+bench: $(STAMP) ## Measure latency and throughput of both engines against their floors
+	@tools/system-packages $(TEST_PACKAGES)
+	.venv/bin/python -m bench
+
+.PHONY: bench-gate
+bench-gate: $(STAMP) ## Check the goals of docs/performance.md; BENCH_ARGS=--stable for shared machines
+	@tools/system-packages strace
+	.venv/bin/python -m bench --gate $(BENCH_ARGS)
+
+.PHONY: clean
+clean: ## Remove everything that was built (the guest kit in the cache stays)
+	rm -rf .venv build dist *.egg-info .coverage .coverage.* .hypothesis
+	rm -rf .mypy_cache .pytest_cache .ruff_cache
+	rm -f vhost_rpmb/_fast/*.so
+	find bench tests vhost_rpmb -name __pycache__ -prune -exec rm -r {} +
+
+.PHONY: always
+$(STAMP): $(BUILD_INPUTS) $(if $(MISSING),always)
+	@tools/system-packages $(BUILD_PACKAGES)
+	@test -x .venv/bin/python || "$$(tools/find-python)" -m venv .venv
+	rm -rf .venv/installed-* build/lib* vhost_rpmb/_fast/*.so
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test,lint]'
+	@touch $@

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names the extension modules; everything else about the package stands in pyproject.toml.
+
+``VHOST_RPMB_BUILD_CHECKED=1`` in the environment builds them with the checks of Cython and with
+the sanitizers for addresses and undefined behaviour, whose libraries have to be loaded before
+Python (see the Makefile). A directive at the head of a .pyx file would win over that: it must not
+turn a check off.
+"""
+
+import os
+import sys
+import sysconfig
+
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+
+# A build in isolation does not have the source folder on the path, but the man page is made from
+# the parser in vhost_rpmb.cli.
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+
+# Module in vhost_rpmb._fast -> libraries it is linked with.
+MODULES: dict[str, list[str]] = {
+    "memory": [],
+    "virtqueue": [],
+    "loop": [],
+    "frame": ["crypto"],
+    "device": ["crypto"],
+}
+
+# -isystem: Python's own headers (3.13) are not free of what is warned of here.
+compile_args = "-Wall -Wextra -Wconversion -Wsign-conversion -isystem "
+compile_args += sysconfig.get_path("include")
+link_args = ""
+if os.environ.get("VHOST_RPMB_BUILD_CHECKED") == "1":
+    build_dir = "build/checked"
+    # No overflowcheck: that a length fits is checked in a form in which unsigned numbers may wrap.
+    # No nonecheck: Cython cannot compile it into code that runs without the GIL.
+    directives = {"boundscheck": True}
+    link_args = "-fsanitize=address,undefined -fno-sanitize-recover=all"
+    compile_args += f" -O1 -g -UNDEBUG -fno-omit-frame-pointer {link_args}"
+else:
+    build_dir = "build/plain"
+    directives = {}
+    compile_args += " -O2"
+
+setup(
+    ext_modules=cythonize(
+        [
+            Extension(
+                f"vhost_rpmb._fast.{name}",
+                [f"vhost_rpmb/_fast/{name}.pyx"],
+                libraries=libraries,
+                extra_compile_args=compile_args.split(),
+                extra_link_args=link_args.split(),
+            )
+            for name, libraries in MODULES.items()
+        ],
+        build_dir=build_dir,
+        compiler_directives={"language_level": 3, **directives},
+    )
+)
