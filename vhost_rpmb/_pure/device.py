@@ -1,0 +1,441 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The RPMB device: what each request is answered (virtio specification, "RPMB Device").
+
+A batch of descriptor chains is copied out of guest memory, executed in order against a staged view,
+made durable at once, and only then answered.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+from vhost_rpmb import spec
+from vhost_rpmb._pure.frame import Authenticator, Frame
+from vhost_rpmb._pure.memory import GuestMemory
+from vhost_rpmb._pure.virtqueue import Virtqueue
+
+__all__ = ["RpmbDevice"]
+
+# The virtio specification lets a device have a reasonable limit; these bound the memory and the
+# time that one chain and one batch can cost. The largest request that the configuration space
+# allows has 256 frames.
+MAX_REQUEST_BYTES = 512 * spec.FRAME_SIZE
+MAX_RESPONSE_FRAMES = 2048
+MAX_BATCH_FRAMES = 1024
+MAX_BATCH_DESCRIPTORS = 4096
+
+
+_EACH_REQUEST = 1  # the level of logging at which each request has its line; no other engine has it
+
+logger = logging.getLogger(__name__)
+
+
+class Store(Protocol):
+    """The durable state, as the device sees it (vhost_rpmb.store implements it).
+
+    ``image``: the blocks, a buffer of a multiple of 128 KiB; ``damaged``: one byte a block,
+    non-zero where the block is not what was stored; ``counter``: the write counter; ``key``: 32
+    bytes, or None while no key is programmed.
+    """
+
+    @property
+    def image(self) -> memoryview: ...
+    @property
+    def damaged(self) -> bytearray: ...
+    @property
+    def counter(self) -> int: ...
+    @property
+    def key(self) -> bytes | None: ...
+
+    def commit(self, counter: int, blocks: list[tuple[int, bytes]], key: bytes | None) -> bool:
+        """Make a counter, blocks (address, 256 bytes) and a new key durable as one step.
+
+        Return False, with everything as before, where that cannot be done.
+        """
+
+
+class _Result(NamedTuple):
+    """The result register: what RESULT_READ answers."""
+
+    req_resp: int
+    result: int
+    address: int = 0
+    write_counter: int = 0
+
+
+class _Work(NamedTuple):
+    """One chain of a batch, copied: its frames (None: not whole frames) and its room in frames."""
+
+    head: int
+    writable: list[tuple[int, int]]
+    frames: list[bytes] | None
+    room: int
+    broken: bool
+
+
+class _View:
+    """The state that a batch sees: the durable one, and what the batch has staged on top."""
+
+    def __init__(self, store: Store, authenticator: Authenticator | None, register: _Result | None):
+        self.store = store
+        self.authenticator = authenticator
+        self.register = register
+        self.counter = store.counter
+        self.new_key: bytes | None = None
+        self.blocks: dict[int, bytes] = {}
+        self.wrote = False
+
+    def program(self, key: bytes) -> None:
+        self.new_key = key
+        self.authenticator = Authenticator(key)
+        self.wrote = True
+
+    def write(self, address: int, blocks: list[bytes]) -> None:
+        self.blocks.update(enumerate(blocks, address))
+        self.counter += 1
+        self.wrote = True
+
+    def read(self, address: int) -> bytes | None:
+        """Return one block, or None if it is not what was stored."""
+        staged = self.blocks.get(address)
+        if staged is not None:
+            return staged
+        if self.store.damaged[address]:
+            return None
+        start = address * spec.BLOCK_SIZE
+        return bytes(self.store.image[start : start + spec.BLOCK_SIZE])
+
+
+class RpmbDevice:
+    """A virtio RPMB device with one requestq.
+
+    ``max_write_blocks`` and ``max_read_blocks`` (1 to 255, blocks of 256 bytes) bound one request;
+    ``strict`` answers by the letter of the virtio text where eMMC software differs from it.
+    """
+
+    device_id = spec.VIRTIO_ID_RPMB
+    num_queues = spec.RPMB_NUM_QUEUES
+    features = (
+        1 << spec.VIRTIO_F_VERSION_1
+        | 1 << spec.VIRTIO_F_INDIRECT_DESC
+        | 1 << spec.VIRTIO_F_EVENT_IDX
+    )
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        max_write_blocks: int = 32,
+        max_read_blocks: int = 255,
+        strict: bool = False,
+    ) -> None:
+        for limit in (max_write_blocks, max_read_blocks):
+            if not 1 <= limit <= 255:
+                raise ValueError(f"a limit is 1 to 255 blocks, not {limit}")
+        size = len(store.image)
+        if not size or size % spec.CAPACITY_UNIT or size > spec.MAX_CAPACITY:
+            raise ValueError(f"an image has 1 to 128 units of 128 KiB, not {size} bytes")
+        self._store = store
+        self._max_write_blocks = max_write_blocks
+        self._max_read_blocks = max_read_blocks
+        self._strict = strict
+        self._capacity_blocks = size // spec.BLOCK_SIZE
+        self._authenticator = Authenticator(store.key) if store.key is not None else None
+        self._register: _Result | None = None
+
+    @property
+    def config(self) -> bytes:
+        """The configuration space: capacity in 128 KiB units, max_wr_cnt, max_rd_cnt."""
+        units = len(self._store.image) // spec.CAPACITY_UNIT
+        return bytes((units, self._max_write_blocks, self._max_read_blocks))
+
+    def reset(self) -> None:
+        """Forget the result register (VHOST_USER_RESET_DEVICE); what must last, lasts."""
+        self._register = None
+
+    def process(self, queue: Virtqueue) -> int:
+        """Serve one batch of what is available in the requestq; return NOTIFY, MORE, ... flags.
+
+        Never raises for what a guest does.
+        """
+        memory = queue._memory
+        batch, drained = self._take(queue)
+        if queue._memory_lost():
+            batch = []  # who knows what was copied
+        view, answers = self._execute(batch, writable=True)
+        if view.wrote and not self._store.commit(
+            view.counter, list(view.blocks.items()), view.new_key
+        ):
+            view, answers = self._execute(batch, writable=False)
+        self._authenticator = view.authenticator
+        self._register = view.register
+        for work, answer in zip(batch, answers, strict=True):
+            _scatter(memory, work.writable, answer)
+            queue._push(work.head, len(answer))
+        return queue._close(drained)
+
+    def _take(self, queue: Virtqueue) -> tuple[list[_Work], bool]:
+        """Copy the available chains out of guest memory, up to the limit of a batch.
+
+        Return them, and whether nothing is left.
+        """
+        batch: list[_Work] = []
+        frames = 0
+        for _ in range(queue._open()):
+            if frames >= MAX_BATCH_FRAMES or queue._walked >= MAX_BATCH_DESCRIPTORS:
+                return batch, False
+            chain = queue._pop()
+            if chain is None:
+                return batch, False
+            length = sum(length for _, length in chain.readable)
+            room = sum(length for _, length in chain.writable) // spec.FRAME_SIZE
+            room = min(room, MAX_RESPONSE_FRAMES)
+            request: list[bytes] | None = None
+            if not length % spec.FRAME_SIZE and 0 < length <= MAX_REQUEST_BYTES:
+                data = b"".join(queue._memory.read(*buffer) for buffer in chain.readable)
+                request = [
+                    data[start : start + spec.FRAME_SIZE]
+                    for start in range(0, length, spec.FRAME_SIZE)
+                ]
+            frames += room + len(request or ())
+            batch.append(_Work(chain.head, chain.writable, request, room, chain.broken))
+        return batch, True
+
+    def _execute(self, batch: list[_Work], writable: bool) -> tuple[_View, list[bytes]]:
+        """Execute a batch in order against a fresh view; return it and each chain's answer.
+
+        Not ``writable``: nothing can be made durable, so writes that would be done fail.
+        """
+        view = _View(self._store, self._authenticator, self._register)
+        return view, [_ChainRun(self, view, work, writable).run() for work in batch]
+
+
+class _ChainRun:
+    """The execution of one chain: requests in order, each answer appended while room lasts."""
+
+    def __init__(self, device: RpmbDevice, view: _View, work: _Work, writable: bool) -> None:
+        self._device = device
+        self._view = view
+        self._work = work
+        self._room = work.room
+        self._writable = writable
+        self._answers: list[bytes] = []
+        self._result = spec.VIRTIO_RPMB_RES_OK  # of the request at hand
+
+    def run(self) -> bytes:
+        frames = self._work.frames
+        if self._work.broken:
+            return b""
+        if frames is None:
+            self._answer(Frame(result=spec.VIRTIO_RPMB_RES_GENERAL_FAILURE))
+            return b"".join(self._answers)
+        index = 0
+        log = logger.isEnabledFor(_EACH_REQUEST)
+        while index < len(frames):
+            frame = Frame.unpack(frames[index])
+            handler = _HANDLERS.get(frame.req_resp, _ChainRun._unknown)
+            index += handler(self, frame, frames[index:])
+            if log:
+                logger.debug("%s", _describe(frame, self._result))
+        return b"".join(self._answers)
+
+    def _answer(self, *frames: Frame) -> None:
+        """Append one response, with a MAC if a key is programmed, if there is room for it."""
+        self._result = frames[0].result
+        if len(frames) > self._room:
+            return
+        self._room -= len(frames)
+        expired = self._expired() and spec.VIRTIO_RPMB_RES_WRITE_COUNTER_EXPIRED
+        packed = [frame._replace(result=frame.result | expired).pack() for frame in frames]
+        authenticator = self._view.authenticator
+        if authenticator is not None:
+            mac = authenticator.mac(packed)
+            packed[-1] = packed[-1][: spec.FRAME_KEY_MAC] + mac + packed[-1][spec.FRAME_DATA :]
+        self._answers.extend(packed)
+
+    def _expired(self) -> bool:
+        return self._view.counter == spec.MAX_WRITE_COUNTER
+
+    def _bad_single_count(self, block_count: int) -> bool:
+        """Judge the block_count of a request that is about one frame; eMMC software leaves it 0."""
+        return block_count != 1 if self._device._strict else block_count > 1
+
+    # Each handler takes its first frame and all frames from it on, and returns how many it used up.
+
+    def _unknown(self, frame: Frame, _: list[bytes]) -> int:
+        self._answer(Frame(result=spec.VIRTIO_RPMB_RES_GENERAL_FAILURE))
+        return 1
+
+    def _program_key(self, frame: Frame, _: list[bytes]) -> int:
+        view = self._view
+        if self._bad_single_count(frame.block_count):
+            result = spec.VIRTIO_RPMB_RES_GENERAL_FAILURE
+        elif view.authenticator is not None or not self._writable:
+            result = spec.VIRTIO_RPMB_RES_WRITE_FAILURE
+        else:
+            view.program(frame.key_mac)
+            result = spec.VIRTIO_RPMB_RES_OK
+        view.register = _Result(spec.VIRTIO_RPMB_RESP_PROGRAM_KEY, result)
+        self._result = result
+        return 1
+
+    def _get_write_counter(self, frame: Frame, _: list[bytes]) -> int:
+        result, counter = spec.VIRTIO_RPMB_RES_OK, 0
+        if self._view.authenticator is None:
+            result = spec.VIRTIO_RPMB_RES_NO_AUTH_KEY
+        elif self._bad_single_count(frame.block_count):
+            result = spec.VIRTIO_RPMB_RES_GENERAL_FAILURE
+        else:
+            counter = self._view.counter
+        self._answer(
+            Frame(
+                nonce=frame.nonce,
+                write_counter=counter,
+                result=result,
+                req_resp=spec.VIRTIO_RPMB_RESP_GET_COUNTER,
+            )
+        )
+        return 1
+
+    def _data_write(self, first: Frame, rest: list[bytes]) -> int:
+        view, count = self._view, first.block_count
+        frames: list[Frame] = []
+        if 0 < count <= self._device._max_write_blocks:
+            frames = [Frame.unpack(raw) for raw in rest[:count]]
+        sound = 0 < len(frames) == count and all(_continues(first, frame) for frame in frames)
+        result = self._judge_write(first, frames, rest[:count], sound)
+        if result == spec.VIRTIO_RPMB_RES_OK:
+            view.write(first.address, [frame.data for frame in frames])
+        counter = view.counter if view.authenticator is not None else 0
+        view.register = _Result(spec.VIRTIO_RPMB_RESP_DATA_WRITE, result, first.address, counter)
+        self._result = result
+        if sound:
+            return count
+        run = 1
+        while run < len(rest) and Frame.unpack(rest[run]).req_resp == first.req_resp:
+            run += 1
+        return run
+
+    def _judge_write(self, first: Frame, frames: list[Frame], raw: list[bytes], sound: bool) -> int:
+        """Name the first check that a write request fails, or OK.
+
+        ``sound``: the count is allowed, and that many frames are there and agree.
+        """
+        view, device = self._view, self._device
+        if view.authenticator is None:
+            return spec.VIRTIO_RPMB_RES_NO_AUTH_KEY
+        if not sound:
+            return spec.VIRTIO_RPMB_RES_GENERAL_FAILURE
+        if self._expired():
+            if device._strict:
+                return spec.VIRTIO_RPMB_RES_WRITE_COUNTER_EXPIRED
+            return (  # OP-TEE reads the bare bit as OK
+                spec.VIRTIO_RPMB_RES_WRITE_FAILURE | spec.VIRTIO_RPMB_RES_WRITE_COUNTER_EXPIRED
+            )
+        if first.address + len(frames) > device._capacity_blocks:
+            return spec.VIRTIO_RPMB_RES_ADDR_FAILURE
+        if not view.authenticator.verify(raw, frames[-1].key_mac):
+            return spec.VIRTIO_RPMB_RES_AUTH_FAILURE
+        if first.write_counter != view.counter:
+            return spec.VIRTIO_RPMB_RES_COUNT_FAILURE
+        if not self._writable:
+            return spec.VIRTIO_RPMB_RES_WRITE_FAILURE
+        return spec.VIRTIO_RPMB_RES_OK
+
+    def _data_read(self, frame: Frame, _: list[bytes]) -> int:
+        view, device = self._view, self._device
+        count = frame.block_count
+        if not count and not device._strict:
+            count = min(self._room, device._max_read_blocks)
+        result = spec.VIRTIO_RPMB_RES_OK
+        blocks: list[bytes | None] = []
+        if view.authenticator is None:
+            result = spec.VIRTIO_RPMB_RES_NO_AUTH_KEY
+        elif not 0 < count <= device._max_read_blocks:
+            result = spec.VIRTIO_RPMB_RES_GENERAL_FAILURE
+        elif frame.address + count > device._capacity_blocks:
+            result = spec.VIRTIO_RPMB_RES_ADDR_FAILURE
+        elif count > self._room:
+            result = spec.VIRTIO_RPMB_RES_GENERAL_FAILURE
+        else:
+            blocks = [view.read(frame.address + number) for number in range(count)]
+            if None in blocks:
+                result = spec.VIRTIO_RPMB_RES_READ_FAILURE
+        response = Frame(
+            nonce=frame.nonce,
+            address=frame.address,
+            block_count=frame.block_count,
+            result=result,
+            req_resp=spec.VIRTIO_RPMB_RESP_DATA_READ,
+        )
+        if result == spec.VIRTIO_RPMB_RES_OK:
+            self._answer(
+                *(response._replace(data=block, block_count=count) for block in blocks if block)
+            )
+        else:
+            self._answer(response)
+        return 1
+
+    def _result_read(self, frame: Frame, _: list[bytes]) -> int:
+        register = self._view.register
+        if register is None or self._bad_single_count(frame.block_count):
+            return self._unknown(frame, [])
+        self._answer(
+            Frame(
+                write_counter=register.write_counter,
+                address=register.address,
+                result=register.result,
+                req_resp=register.req_resp,
+            )
+        )
+        return 1
+
+
+_HANDLERS: dict[int, Callable[[_ChainRun, Frame, list[bytes]], int]] = {
+    spec.VIRTIO_RPMB_REQ_PROGRAM_KEY: _ChainRun._program_key,
+    spec.VIRTIO_RPMB_REQ_GET_WRITE_COUNTER: _ChainRun._get_write_counter,
+    spec.VIRTIO_RPMB_REQ_DATA_WRITE: _ChainRun._data_write,
+    spec.VIRTIO_RPMB_REQ_DATA_READ: _ChainRun._data_read,
+    spec.VIRTIO_RPMB_REQ_RESULT_READ: _ChainRun._result_read,
+}
+
+
+def _name(prefix: str, number: int) -> str:
+    """Name a number of the specification, or write it down."""
+    for name, value in vars(spec).items():
+        if name.startswith(prefix) and value == number:
+            return name.removeprefix(prefix)
+    return f"0x{number:04x}"
+
+
+def _describe(frame: Frame, result: int) -> str:
+    """Tell of a request and its result; never its key, MAC, nonce or data."""
+    expired = spec.VIRTIO_RPMB_RES_WRITE_COUNTER_EXPIRED
+    names = [_name("VIRTIO_RPMB_RES_", result & ~expired)] if result != expired else []
+    names += [_name("VIRTIO_RPMB_RES_", expired)] if result & expired else []
+    return (
+        f"request {_name('VIRTIO_RPMB_REQ_', frame.req_resp)}: address {frame.address}, block count"
+        f" {frame.block_count}, write counter {frame.write_counter}: {' and '.join(names)}"
+    )
+
+
+def _continues(first: Frame, frame: Frame) -> bool:
+    """Tell whether a frame belongs to the write request that ``first`` begins."""
+    return (
+        frame.req_resp == first.req_resp
+        and frame.address == first.address
+        and frame.block_count == first.block_count
+        and frame.write_counter == first.write_counter
+    )
+
+
+def _scatter(memory: GuestMemory, writable: list[tuple[int, int]], answer: bytes) -> None:
+    """Write an answer into the device-writable buffers of its chain."""
+    done = 0
+    for address, length in writable:
+        if done >= len(answer):
+            return
+        memory.write(address, answer[done : done + length])
+        done += length

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Serving one virtqueue until something else needs attention.
+
+Between batches the loop watches the available ring for a bounded time before it sleeps: that takes
+the two wake-ups out of a ping-pong. The bound adapts as KVM's halt polling does: it grows when a
+sleep turned out shorter than the watch would have been allowed to be, and goes back to nothing when
+it was longer. So an idle queue costs nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING, Protocol
+
+from vhost_rpmb._pure.virtqueue import BROKEN, FAULTS, MORE, NOTIFY, Virtqueue
+
+if TYPE_CHECKING:
+    import select
+
+__all__ = ["UNSIGNALLED", "Loop"]
+
+UNSIGNALLED = 16  # the call descriptor could not be signalled
+
+SLEEP = 1.0  # seconds without a request, then the caller may have something to do
+MAX_AWAY = 1_000_000  # ns of watching without a look at the other descriptors
+FIRST_WATCH = 8_000  # ns that a first watch takes; then they double
+
+
+class _Device(Protocol):
+    def process(self, queue: Virtqueue) -> int: ...
+
+
+class Loop:
+    """Serves the virtqueues of ``device``; watches a ring for up to ``poll_us`` microseconds.
+
+    ``epoll`` is where all descriptors that may need attention are registered: kick descriptors
+    edge-triggered, others level-triggered. When one of the others is ready, serve() returns.
+    """
+
+    def __init__(self, device: _Device, epoll: select.epoll, poll_us: int) -> None:
+        self._device = device
+        self._epoll = epoll
+        self._most = poll_us * 1000  # ns
+        self._watch = 0  # ns that the next watch may take
+        self._away = 0  # when watching began without a look at the others, 0: just looked
+
+    def serve(self, queue: Virtqueue, kick_fd: int, call_fd: int) -> int:
+        """Process batches and signal ``call_fd`` (-1: none) until something else is to be done.
+
+        Return flags: MORE (call again after serving other events), BROKEN, FAULTS (as a batch
+        returns them), UNSIGNALLED. Returns as well after a second without a kick.
+        """
+        self._away = 0
+        while True:
+            queue._watch(self._watch > 0)
+            flags = self._device.process(queue)
+            if flags & NOTIFY and not _signal(call_fd):
+                flags |= UNSIGNALLED
+            if flags & (BROKEN | FAULTS | UNSIGNALLED):
+                return self._leave(queue, flags & ~NOTIFY)
+            if flags & MORE:
+                if self._others_ready(kick_fd, 0):
+                    return self._leave(queue, flags & MORE)
+            elif self._spin(queue):
+                if time.monotonic_ns() - self._away > MAX_AWAY:
+                    self._away = 0
+                    if self._others_ready(kick_fd, 0):
+                        return self._leave(queue, 0)
+            elif not queue._arm():
+                start = time.monotonic_ns()
+                others = self._others_ready(kick_fd, SLEEP)
+                self._adapt(time.monotonic_ns() - start)
+                self._away = 0
+                if others is not False:
+                    return self._leave(queue, 0)
+
+    def _leave(self, queue: Virtqueue, flags: int) -> int:
+        """Make sure that the driver kicks while nobody looks at the ring; complete the flags."""
+        queue._watch(False)
+        if not flags & BROKEN and queue._arm():
+            flags |= MORE
+        return flags
+
+    def _others_ready(self, kick_fd: int, timeout: float) -> bool | None:
+        """Wait for events: True if there are others than kicks, None if there are none at all."""
+        events = self._epoll.poll(timeout)
+        if not events:
+            return None
+        return any(fd != kick_fd for fd, _ in events)
+
+    def _spin(self, queue: Virtqueue) -> bool:
+        """Watch the available ring for as long as that may pay; tell whether something came."""
+        if not self._watch:
+            return False
+        start = time.monotonic_ns()
+        if not self._away:
+            self._away = start
+        while not queue._peek():
+            if time.monotonic_ns() - start > self._watch:
+                return False
+            os.sched_yield()  # the driver may need this processor
+        return True
+
+    def _adapt(self, slept: int) -> None:
+        """Learn from a sleep of ``slept`` ns whether a watch would have been enough."""
+        if slept <= self._most:
+            self._watch = min(max(2 * self._watch, FIRST_WATCH), self._most)
+        else:
+            self._watch = 0
+
+
+def _signal(fd: int) -> bool:
+    """Signal an eventfd or a pipe, never waiting; False if that cannot be done at all."""
+    if fd < 0:
+        return True
+    try:
+        os.eventfd_write(fd, 1)  # unlike os.write(), ends when a signal interrupts it
+    except (BlockingIOError, InterruptedError):
+        pass  # full: the signal is there, and the front-end has yet to take it
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Guest memory: the regions that the front-end shared, by guest physical and by user address."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import signal
+import stat
+from bisect import bisect_right
+from collections.abc import Iterator
+from operator import attrgetter
+from weakref import WeakSet
+
+__all__ = ["GuestMemory", "GuestMemoryError"]
+
+_ADDRESS_END = 1 << 64
+_FILE_END = 1 << 63
+_BY_GUEST_ADDRESS = attrgetter("guest_address")
+
+
+class GuestMemoryError(Exception):
+    """An address range is not wholly inside the shared memory regions."""
+
+
+class _Region:
+    """One memory region, mapped."""
+
+    def __init__(
+        self, guest_address: int, size: int, user_address: int, mmap_offset: int, fd: int
+    ) -> None:
+        self.guest_address = guest_address
+        self.size = size
+        self.user_address = user_address
+        status = os.fstat(fd)
+        if stat.S_ISREG(status.st_mode) and mmap_offset + size > status.st_size:
+            raise ValueError("the memory region reaches past the end of its file")
+        # A huge-page file can be mapped from huge-page boundaries only, and in whole huge pages.
+        granularity = max(status.st_blksize, mmap.ALLOCATIONGRANULARITY)
+        skipped = mmap_offset % granularity
+        self.length = -(-(skipped + size) // granularity) * granularity
+        self.map = mmap.mmap(
+            fd,
+            skipped + size,
+            flags=mmap.MAP_SHARED,
+            prot=mmap.PROT_READ | mmap.PROT_WRITE,
+            offset=mmap_offset - skipped,
+        )
+        self.skipped = skipped
+        self.start = ctypes.addressof(ctypes.c_char.from_buffer(self.map))
+        self.lost = False  # set by the SIGBUS handler
+
+    def key(self) -> tuple[int, int, int]:
+        return self.guest_address, self.size, self.user_address
+
+
+# The front-end can truncate a file under its mapping; touching that is a SIGBUS. The handler puts
+# private memory of zeros in the region's place, so that the access goes on, and leaves a mark.
+# A handler of signal.signal() would run too late: the access has to be repeated under it. That this
+# one is Python code is sound because the signal comes at one kind of place only, the copying of
+# bytes by an mmap or a memoryview: in this thread, with the interpreter's lock, in no allocation.
+
+
+class _SignalInfo(ctypes.Structure):
+    """The head of siginfo_t, as Linux has it on 64-bit machines, for a signal of an access."""
+
+    _fields_ = (
+        ("number", ctypes.c_int),
+        ("error", ctypes.c_int),
+        ("code", ctypes.c_int),
+        ("address", ctypes.c_size_t),
+    )
+
+
+_Handler = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.POINTER(_SignalInfo), ctypes.c_void_p)
+
+
+class _SignalAction(ctypes.Structure):
+    """The C library's struct sigaction on Linux."""
+
+    _fields_ = (
+        ("handler", ctypes.c_void_p),
+        ("mask", ctypes.c_ubyte * 128),
+        ("flags", ctypes.c_int),
+        ("restorer", ctypes.c_void_p),
+    )
+
+
+_SA_SIGINFO = 4
+_MAP_FIXED = 0x10
+_MAP_NORESERVE = 0x4000
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_map_memory = ctypes.CFUNCTYPE(
+    ctypes.c_size_t,
+    *(ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long),
+)(("mmap", _libc))
+_MAP_FAILED = ctypes.c_size_t(-1).value
+
+_mapped: WeakSet[_Region] = WeakSet()
+_previous: list[_SignalAction] = []  # the handler before ours, until it is back
+
+
+def _handle_bus_error(number: int, info: ctypes._Pointer[_SignalInfo], _context: int) -> None:
+    fault = info.contents
+    if fault.code > 0:  # from the kernel, for an access
+        for region in list(_mapped):
+            if 0 <= fault.address - region.start < region.length:
+                place = _map_memory(
+                    region.start,
+                    region.length,
+                    mmap.PROT_READ | mmap.PROT_WRITE,
+                    mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED | _MAP_NORESERVE,
+                    -1,
+                    0,
+                )
+                if place != _MAP_FAILED:
+                    region.lost = True
+                    return
+    # Not ours: the access is repeated under the handler that was there before. Should that one hand
+    # it back, the default ends the process.
+    _libc.sigaction(number, ctypes.byref(_previous.pop() if _previous else _SignalAction()), None)
+    if fault.code <= 0:
+        signal.raise_signal(number)
+
+
+_handler = _Handler(_handle_bus_error)
+_handler_address = ctypes.cast(_handler, ctypes.c_void_p).value
+
+
+def _guard(region: _Region) -> None:
+    """See to it that the end of a region's file does not end the process."""
+    current = _SignalAction()
+    _libc.sigaction(signal.SIGBUS, None, ctypes.byref(current))
+    if current.handler != _handler_address:
+        _previous[:] = [current]
+        wanted = _SignalAction(handler=_handler_address, flags=_SA_SIGINFO)
+        if _libc.sigaction(signal.SIGBUS, ctypes.byref(wanted), None):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    _mapped.add(region)
+
+
+class GuestMemory:
+    """The memory table of one connection (vhost-user, "Memory regions description").
+
+    Addresses and sizes are in bytes. At most ``max_regions`` regions, which may adjoin but never
+    overlap in guest physical address.
+    """
+
+    def __init__(self, max_regions: int = 509) -> None:
+        self._max_regions = max_regions
+        self._regions: list[_Region] = []  # by guest address
+        self._was_lost = False
+
+    @property
+    def regions(self) -> tuple[tuple[int, int, int], ...]:
+        """(guest address, size, user address) of each region, by guest address."""
+        return tuple(region.key() for region in self._regions)
+
+    def add_region(
+        self, guest_address: int, size: int, user_address: int, mmap_offset: int, fd: int
+    ) -> None:
+        """Map ``size`` bytes of ``fd`` from ``mmap_offset``; the caller keeps (and closes) ``fd``.
+
+        Raises ValueError if the region breaks a rule (the text names it), OSError if it cannot be
+        mapped; the table is unchanged then.
+        """
+        if size == 0:
+            raise ValueError("the memory region is empty")
+        if guest_address + size >= _ADDRESS_END or user_address + size >= _ADDRESS_END:
+            raise ValueError("the memory region reaches the end of the address space")
+        if mmap_offset + size >= _FILE_END:
+            raise ValueError("the memory region reaches past the end of its file")
+        if len(self._regions) >= self._max_regions:
+            raise ValueError(f"there are {self._max_regions} memory regions already")
+        index = bisect_right(self._regions, guest_address, key=_BY_GUEST_ADDRESS)
+        before = self._regions[index - 1] if index else None
+        after = self._regions[index] if index < len(self._regions) else None
+        if (before and before.guest_address + before.size > guest_address) or (
+            after and guest_address + size > after.guest_address
+        ):
+            raise ValueError("the memory region overlaps another one")
+        region = _Region(guest_address, size, user_address, mmap_offset, fd)
+        _guard(region)
+        self._regions.insert(index, region)
+
+    def remove_region(self, guest_address: int, size: int, user_address: int) -> None:
+        """Unmap the region with exactly these three values; ValueError where there is none."""
+        for index, region in enumerate(self._regions):
+            if region.key() == (guest_address, size, user_address):
+                del self._regions[index]
+                self._drop(region)
+                return
+        raise ValueError("there is no such memory region")
+
+    def clear(self) -> None:
+        """Unmap every region."""
+        while self._regions:
+            self._drop(self._regions.pop())
+        self._was_lost = False
+
+    def read(self, guest_address: int, length: int) -> bytes:
+        """Copy ``length`` bytes out, across regions that adjoin; GuestMemoryError outside."""
+        return b"".join(
+            region.map[start : start + count]
+            for region, start, count in self._spans(guest_address, length)
+        )
+
+    def write(self, guest_address: int, data: bytes) -> None:
+        """Copy ``data`` in, across regions that adjoin; GuestMemoryError (and no write) outside."""
+        done = 0
+        for region, start, count in list(self._spans(guest_address, len(data))):
+            region.map[start : start + count] = data[done : done + count]
+            done += count
+
+    @property
+    def _lost(self) -> bool:
+        """Whether an access so far found the file behind a region truncated.
+
+        What it read was zeros, what it wrote reached nobody; so it stays until clear().
+        """
+        return self._was_lost or any(region.lost for region in self._regions)
+
+    def _drop(self, region: _Region) -> None:
+        """Unmap a region that is no longer in the table."""
+        _mapped.discard(region)
+        region.map.close()
+        self._was_lost |= region.lost
+
+    def _covers(self, guest_address: int, length: int) -> bool:
+        """Tell whether the range is wholly inside regions that adjoin."""
+        try:
+            for _ in self._spans(guest_address, length):
+                pass
+        except GuestMemoryError:
+            return False
+        return True
+
+    def _spans(self, guest_address: int, length: int) -> Iterator[tuple[_Region, int, int]]:
+        """Cut a range into (region, offset in its map, byte count)."""
+        while length:
+            index = bisect_right(self._regions, guest_address, key=_BY_GUEST_ADDRESS) - 1
+            region = self._regions[index] if index >= 0 else None
+            if region is None or guest_address - region.guest_address >= region.size:
+                raise GuestMemoryError(f"{guest_address:#x} is outside every memory region")
+            offset = guest_address - region.guest_address
+            count = min(length, region.size - offset)
+            yield region, region.skipped + offset, count
+            guest_address += count
+            length -= count
+
+    def _ring_part(self, user_address: int, length: int, alignment: int) -> memoryview | None:
+        """Give ``length`` bytes at a user address for ring access, or None.
+
+        None if they are not all in one region, or not aligned to ``alignment`` bytes. The caller
+        releases the view before the memory table can change.
+        """
+        for region in self._regions:
+            offset = user_address - region.user_address
+            if 0 <= offset < region.size:
+                start = region.skipped + offset
+                if length > region.size - offset or user_address % alignment or start % alignment:
+                    return None
+                return memoryview(region.map)[start : start + length]
+        return None

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The choice of the engine; nothing else knows that there are two."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, NamedTuple
+
+from vhost_rpmb.errors import OperatorError
+
+if TYPE_CHECKING:
+    # The reference stands for both in types: a test holds the twins to the same signatures.
+    from vhost_rpmb import _pure
+
+__all__ = ["ENGINES", "Engine", "load"]
+
+ENGINES = ("fast", "pure")
+
+
+class Engine(NamedTuple):
+    """The data path of one engine: its classes, and the flags that process() and serve() return."""
+
+    name: str
+    Authenticator: type[_pure.Authenticator]
+    GuestMemory: type[_pure.GuestMemory]
+    Loop: type[_pure.Loop]
+    Virtqueue: type[_pure.Virtqueue]
+    RpmbDevice: type[_pure.RpmbDevice]
+    NOTIFY: int
+    MORE: int
+    BROKEN: int
+    FAULTS: int
+    UNSIGNALLED: int
+
+
+def load(name: str) -> Engine:
+    """Load the engine ``name``, one of ENGINES.
+
+    Raises OperatorError where the compiled engine cannot be loaded. That is an installation fault,
+    never made up for by the slower engine: a broken wheel would be found in production only.
+    """
+    if name not in ENGINES:
+        raise ValueError(f"an engine is one of {', '.join(ENGINES)}, not {name!r}")
+    try:
+        module = import_module(f"vhost_rpmb._{name}")
+    except ImportError as error:
+        raise OperatorError(
+            f"the compiled engine cannot be loaded ({error}): reinstall vhost-rpmb for this"
+            " Python, or use --debug to run on the pure-Python engine"
+        ) from error
+    return Engine(
+        name=name,
+        Authenticator=module.Authenticator,
+        GuestMemory=module.GuestMemory,
+        Loop=module.Loop,
+        Virtqueue=module.Virtqueue,
+        RpmbDevice=module.RpmbDevice,
+        NOTIFY=module.NOTIFY,
+        MORE=module.MORE,
+        BROKEN=module.BROKEN,
+        FAULTS=module.FAULTS,
+        UNSIGNALLED=module.UNSIGNALLED,
+    )
