@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The data path compiled: the twin of vhost_rpmb._pure, same names, same behaviour."""
+
+from vhost_rpmb._fast.device import RpmbDevice
+from vhost_rpmb._fast.frame import Authenticator
+from vhost_rpmb._fast.loop import UNSIGNALLED, Loop
+from vhost_rpmb._fast.memory import GuestMemory, GuestMemoryError
+from vhost_rpmb._fast.virtqueue import BROKEN, FAULTS, MORE, NOTIFY, Virtqueue
+
+__all__ = [
+    "BROKEN",
+    "FAULTS",
+    "MORE",
+    "NOTIFY",
+    "UNSIGNALLED",
+    "Authenticator",
+    "GuestMemory",
+    "GuestMemoryError",
+    "Loop",
+    "RpmbDevice",
+    "Virtqueue",
+]

@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+from typing import final
+
+from vhost_rpmb._fast.virtqueue import Virtqueue
+from vhost_rpmb._pure.device import Store
+
+__all__ = ["RpmbDevice"]
+
+@final
+class RpmbDevice:
+    device_id: int
+    num_queues: int
+    features: int
+    def __init__(
+        self,
+        store: Store,
+        *,
+        max_write_blocks: int = 32,
+        max_read_blocks: int = 255,
+        strict: bool = False,
+    ) -> None: ...
+    @property
+    def config(self) -> bytes: ...
+    def reset(self) -> None: ...
+    def process(self, queue: Virtqueue) -> int: ...

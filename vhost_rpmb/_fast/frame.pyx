@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+# cython: language_level=3, auto_pickle=False
+"""The MAC of RPMB frames (virtio specification, "Device Operation: Request Queue")."""
+
+cimport cython
+from libc.stddef cimport size_t
+
+from cpython.bytes cimport PyBytes_AS_STRING
+
+from vhost_rpmb._fast.spec cimport FRAME_DATA, FRAME_SIZE, KEY_SIZE, MAC_SIZE
+
+__all__ = ["Authenticator"]
+
+cdef extern from "<openssl/evp.h>" nogil:
+    ctypedef struct OSSL_PARAM:
+        pass
+    EVP_MAC *EVP_MAC_fetch(void *, const char *, const char *)
+    void EVP_MAC_free(EVP_MAC *)
+    EVP_MAC_CTX *EVP_MAC_CTX_new(EVP_MAC *)
+    void EVP_MAC_CTX_free(EVP_MAC_CTX *)
+    int EVP_MAC_init(EVP_MAC_CTX *, const unsigned char *, size_t, const OSSL_PARAM *)
+    int EVP_MAC_update(EVP_MAC_CTX *, const unsigned char *, size_t)
+    int EVP_MAC_final(EVP_MAC_CTX *, unsigned char *, size_t *, size_t)
+
+cdef extern from "<openssl/params.h>" nogil:
+    OSSL_PARAM OSSL_PARAM_construct_utf8_string(const char *, char *, size_t)
+    OSSL_PARAM OSSL_PARAM_construct_end()
+
+cdef extern from "<openssl/crypto.h>" nogil:
+    int CRYPTO_memcmp(const void *, const void *, size_t)
+
+
+@cython.final
+cdef class Authenticator:
+    """HMAC-SHA256 under one 32-byte key, with the key schedule computed once."""
+
+    def __cinit__(self, key=None):
+        cdef EVP_MAC *method = EVP_MAC_fetch(NULL, b"HMAC", NULL)
+        if method == NULL:
+            raise RuntimeError("libcrypto has no HMAC")
+        self._context = EVP_MAC_CTX_new(method)
+        EVP_MAC_free(method)
+        if self._context == NULL:
+            raise MemoryError()
+
+    def __init__(self, bytes key):
+        if len(key) != KEY_SIZE:
+            raise ValueError(f"a key has {KEY_SIZE} bytes, not {len(key)}")
+        self.set_key(<const unsigned char *>PyBytes_AS_STRING(key))
+
+    def __dealloc__(self):
+        EVP_MAC_CTX_free(self._context)
+
+    def mac(self, frames):
+        """Return the MAC (32 bytes) of a message: over bytes 228..511 of each 512-byte frame."""
+        cdef unsigned char value[MAC_SIZE]
+        self._feed(frames)
+        self.finish(value)
+        return <bytes>value[:MAC_SIZE]
+
+    def verify(self, frames, bytes mac):
+        """Compare ``mac`` with the MAC of the message, in constant time."""
+        if len(mac) != MAC_SIZE:
+            return False
+        self._feed(frames)
+        return self.check(<const unsigned char *>PyBytes_AS_STRING(mac))
+
+    cdef int _feed(self, frames) except -1:
+        self.begin()
+        for frame in frames:
+            if len(<bytes?>frame) != FRAME_SIZE:
+                raise ValueError(f"a frame has {FRAME_SIZE} bytes, not {len(frame)}")
+            self.add(<const unsigned char *>PyBytes_AS_STRING(frame))
+        return 0
+
+    cdef int set_key(self, const unsigned char *key) except -1:
+        cdef OSSL_PARAM parameters[2]
+        parameters[0] = OSSL_PARAM_construct_utf8_string(b"digest", b"SHA256", 0)
+        parameters[1] = OSSL_PARAM_construct_end()
+        if not EVP_MAC_init(self._context, key, KEY_SIZE, parameters):
+            raise RuntimeError("libcrypto cannot compute HMAC-SHA256")
+        return 0
+
+    cdef int begin(self) except -1 nogil:
+        """Begin a message, under the key as it was set."""
+        if not EVP_MAC_init(self._context, NULL, 0, NULL):
+            _fail()
+        return 0
+
+    cdef int add(self, const unsigned char *frame) except -1 nogil:
+        """Add the MAC'd part of one whole frame."""
+        if not EVP_MAC_update(self._context, frame + FRAME_DATA, FRAME_SIZE - FRAME_DATA):
+            _fail()
+        return 0
+
+    cdef int finish(self, unsigned char *mac) except -1 nogil:
+        """Write the 32 bytes of the message's MAC."""
+        cdef size_t length = 0
+        if not EVP_MAC_final(self._context, mac, &length, MAC_SIZE) or length != MAC_SIZE:
+            _fail()
+        return 0
+
+    cdef bint check(self, const unsigned char *mac) except -1 nogil:
+        """Finish the message and compare its MAC with 32 bytes, in constant time."""
+        cdef unsigned char expected[MAC_SIZE]
+        self.finish(expected)
+        return CRYPTO_memcmp(expected, mac, MAC_SIZE) == 0
+
+
+cdef int _fail() except -1 nogil:
+    with gil:
+        raise RuntimeError("libcrypto cannot compute HMAC-SHA256")
+
+
+cdef Authenticator new_authenticator(const unsigned char *key):
+    """Make an Authenticator from 32 bytes without a Python object that holds them."""
+    cdef Authenticator authenticator = Authenticator.__new__(Authenticator)
+    authenticator.set_key(key)
+    return authenticator

@@ -1,0 +1,351 @@
+# SPDX-License-Identifier: Apache-2.0
+# cython: language_level=3, auto_pickle=False
+"""Guest memory: the regions that the front-end shared, by guest physical and by user address."""
+
+import mmap
+import os
+import stat
+
+cimport cython
+from libc.errno cimport errno as c_errno
+from libc.stdint cimport uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy, memmove
+
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+
+__all__ = ["GuestMemory", "GuestMemoryError"]
+
+cdef extern from "<sys/mman.h>" nogil:
+    enum:
+        PROT_READ
+        PROT_WRITE
+        MAP_SHARED
+    void *MAP_FAILED
+    void *c_mmap "mmap"(void *, size_t, int, int, int, long long)
+    int munmap(void *, size_t)
+
+cdef extern from *:
+    """
+    /* Guest memory changes at any moment: the compiler must not read it again for the copy. */
+    #define compiler_barrier() __asm__ __volatile__("" ::: "memory")
+
+    #include <errno.h>
+    #include <signal.h>
+    #include <stddef.h>
+    #include <stdint.h>
+    #include <sys/mman.h>
+
+    /* The front-end can truncate a file under its mapping; touching that is a SIGBUS. The handler
+       puts private memory of zeros in the region's place, so that the access goes on, and leaves
+       a mark. It calls nothing but mmap, sigaction, signal and raise. */
+    #define GUARDS 1024  /* the memory table and, while it is replaced, the new one */
+    static struct {
+        uintptr_t start;  /* 0: free */
+        size_t length;
+        int *lost;
+    } guards[GUARDS];
+    static struct sigaction guard_previous;
+    static int guard_passed_on;
+
+    static void guard_handle(int number, siginfo_t *info, void *context) {
+        uintptr_t address = (uintptr_t)info->si_addr;
+        size_t index;
+        (void)context;
+        if (info->si_code > 0) {  /* from the kernel, for an access */
+            for (index = 0; index < GUARDS; index++) {
+                if (!guards[index].start || address - guards[index].start >= guards[index].length)
+                    continue;
+                if (mmap((void *)guards[index].start, guards[index].length,
+                         PROT_READ | PROT_WRITE,
+                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED,
+                         -1, 0) == MAP_FAILED)
+                    break;
+                *(volatile int *)guards[index].lost = 1;
+                return;
+            }
+        }
+        /* Not ours: the access is repeated under the handler that was there before. Should that
+           one hand it back, the default ends the process. */
+        if (guard_passed_on++)
+            signal(number, SIG_DFL);
+        else
+            sigaction(number, &guard_previous, NULL);
+        if (info->si_code <= 0)
+            raise(number);
+    }
+    static int guard_install(void) {
+        struct sigaction current, wanted = { .sa_sigaction = guard_handle, .sa_flags = SA_SIGINFO };
+        if (sigaction(SIGBUS, NULL, &current))
+            return -1;
+        if (current.sa_flags & SA_SIGINFO && current.sa_sigaction == guard_handle)
+            return 0;
+        guard_previous = current;
+        sigemptyset(&wanted.sa_mask);
+        return sigaction(SIGBUS, &wanted, NULL);
+    }
+    static int guard_add(void *start, size_t length, int *lost) {
+        size_t index;
+        if (guard_install())
+            return -1;
+        for (index = 0; index < GUARDS; index++) {
+            if (guards[index].start)
+                continue;
+            guards[index].length = length;
+            guards[index].lost = lost;
+            compiler_barrier();
+            guards[index].start = (uintptr_t)start;
+            return 0;
+        }
+        errno = ENOMEM;
+        return -1;
+    }
+    static void guard_remove(void *start) {
+        size_t index;
+        for (index = 0; index < GUARDS; index++)
+            if (guards[index].start == (uintptr_t)start)
+                guards[index].start = 0;
+    }
+    """
+    void compiler_barrier() noexcept nogil
+    int guard_add(void *, size_t, int *) noexcept nogil
+    void guard_remove(void *) noexcept nogil
+
+_ADDRESS_END = 1 << 64
+_FILE_END = 1 << 63
+_PAGE_SIZE = mmap.ALLOCATIONGRANULARITY
+
+
+class GuestMemoryError(Exception):
+    """An address range is not wholly inside the shared memory regions."""
+
+
+@cython.final
+cdef class GuestMemory:
+    """The memory table of one connection (vhost-user, "Memory regions description").
+
+    Addresses and sizes are in bytes. At most ``max_regions`` regions, which may adjoin but never
+    overlap in guest physical address.
+    """
+
+    def __cinit__(self, max_regions=509):
+        self._max_regions = max_regions
+        self._table = <Region *>calloc(self._max_regions + 1, sizeof(Region))
+        if self._table == NULL:
+            raise MemoryError()
+
+    def __init__(self, max_regions=509):
+        pass
+
+    def __dealloc__(self):
+        if self._table != NULL:
+            while self._count:
+                self._drop(self._count - 1)
+            free(self._table)
+
+    @property
+    def regions(self):
+        """(guest address, size, user address) of each region, by guest address."""
+        cdef size_t index
+        return tuple(
+            [
+                (
+                    self._table[index].guest_address,
+                    self._table[index].size,
+                    self._table[index].user_address,
+                )
+                for index in range(self._count)
+            ]
+        )
+
+    def add_region(self, guest_address, size, user_address, mmap_offset, fd):
+        """Map ``size`` bytes of ``fd`` from ``mmap_offset``; the caller keeps (and closes) ``fd``.
+
+        Raises ValueError if the region breaks a rule (the text names it), OSError if it cannot be
+        mapped; the table is unchanged then.
+        """
+        if size == 0:
+            raise ValueError("the memory region is empty")
+        if guest_address + size >= _ADDRESS_END or user_address + size >= _ADDRESS_END:
+            raise ValueError("the memory region reaches the end of the address space")
+        if mmap_offset + size >= _FILE_END:
+            raise ValueError("the memory region reaches past the end of its file")
+        if self._count >= self._max_regions:
+            raise ValueError(f"there are {self._max_regions} memory regions already")
+        cdef size_t index = self._position(guest_address)
+        cdef Region region
+        region.guest_address = guest_address
+        region.size = size
+        region.user_address = user_address
+        # Subtract form: no sum can wrap.
+        if (
+            index > 0
+            and region.guest_address - self._table[index - 1].guest_address
+            < self._table[index - 1].size
+        ) or (
+            index < self._count
+            and self._table[index].guest_address - region.guest_address < region.size
+        ):
+            raise ValueError("the memory region overlaps another one")
+        status = os.fstat(fd)
+        if stat.S_ISREG(status.st_mode) and mmap_offset + size > status.st_size:
+            raise ValueError("the memory region reaches past the end of its file")
+        # A huge-page file can be mapped from huge-page boundaries only, and in whole huge pages.
+        granularity = max(status.st_blksize, _PAGE_SIZE)
+        skipped = mmap_offset % granularity
+        region.mapping_length = -(-(skipped + size) // granularity) * granularity
+        region.mapping = c_mmap(
+            NULL,
+            region.mapping_length,
+            PROT_READ | PROT_WRITE,
+            MAP_SHARED,
+            fd,
+            mmap_offset - skipped,
+        )
+        if region.mapping == MAP_FAILED:
+            raise OSError(c_errno, os.strerror(c_errno))
+        if guard_add(region.mapping, region.mapping_length, &self._lost):
+            munmap(region.mapping, region.mapping_length)
+            raise OSError(c_errno, os.strerror(c_errno))
+        region.host = <unsigned char *>region.mapping + <uint64_t>skipped
+        memmove(
+            &self._table[index + 1],
+            &self._table[index],
+            (self._count - index) * sizeof(Region),
+        )
+        self._table[index] = region
+        self._count += 1
+        self.generation += 1
+
+    def remove_region(self, guest_address, size, user_address):
+        """Unmap the region with exactly these three values; ValueError where there is none."""
+        cdef size_t index
+        for index in range(self._count):
+            if (
+                self._table[index].guest_address == guest_address
+                and self._table[index].size == size
+                and self._table[index].user_address == user_address
+            ):
+                self._drop(index)
+                return
+        raise ValueError("there is no such memory region")
+
+    def clear(self):
+        """Unmap every region."""
+        while self._count:
+            self._drop(self._count - 1)
+        self._lost = 0
+
+    def read(self, guest_address, length):
+        """Copy ``length`` bytes out, across regions that adjoin; GuestMemoryError outside."""
+        data = PyBytes_FromStringAndSize(NULL, length)
+        if not self.copy_out(<unsigned char *>PyBytes_AS_STRING(data), guest_address, length):
+            raise GuestMemoryError(f"{guest_address:#x} is outside every memory region")
+        return data
+
+    def write(self, guest_address, bytes data):
+        """Copy ``data`` in, across regions that adjoin; GuestMemoryError (and no write) outside."""
+        cdef uint64_t address = guest_address
+        cdef uint64_t length = <uint64_t>len(data)
+        cdef uint64_t done = 0
+        cdef uint64_t left = 0
+        cdef unsigned char *host
+        for sure in (False, True):
+            done = 0
+            while done < length:
+                host = self.find(address + done, &left)
+                if host == NULL:
+                    raise GuestMemoryError(f"{guest_address:#x} is outside every memory region")
+                left = min(left, length - done)
+                if sure:
+                    memcpy(host, PyBytes_AS_STRING(data) + done, left)
+                done += left
+
+    cdef bint lost(self) noexcept nogil:
+        """Tell whether an access before this call found the file behind a region truncated.
+
+        What it read was zeros, what it wrote reached nobody; so it stays until clear().
+        """
+        compiler_barrier()
+        return self._lost != 0
+
+    cdef size_t _position(self, uint64_t guest_address) noexcept nogil:
+        """Return how many regions begin at or below an address."""
+        cdef size_t low = 0
+        cdef size_t high = self._count
+        cdef size_t middle
+        while low < high:
+            middle = (low + high) // 2
+            if self._table[middle].guest_address <= guest_address:
+                low = middle + 1
+            else:
+                high = middle
+        return low
+
+    cdef unsigned char *find(self, uint64_t guest_address, uint64_t *left) noexcept nogil:
+        """Return where an address is mapped, and the bytes left in its region; NULL outside."""
+        cdef size_t position = self._position(guest_address)
+        cdef uint64_t offset
+        if position == 0:
+            return NULL
+        offset = guest_address - self._table[position - 1].guest_address
+        if offset >= self._table[position - 1].size:
+            return NULL
+        left[0] = self._table[position - 1].size - offset
+        return self._table[position - 1].host + offset
+
+    cdef bint copy_out(
+        self, unsigned char *target, uint64_t guest_address, uint64_t length
+    ) noexcept nogil:
+        """Copy ``length`` bytes to ``target``; False where some lie outside every region."""
+        cdef uint64_t left = 0
+        cdef unsigned char *host
+        while length:
+            host = self.find(guest_address, &left)
+            if host == NULL:
+                return False
+            left = min(left, length)
+            memcpy(target, host, left)
+            target += left
+            guest_address += left
+            length -= left
+        compiler_barrier()
+        return True
+
+    cdef unsigned char *ring_part(
+        self, uint64_t user_address, uint64_t length, uint64_t alignment
+    ) noexcept nogil:
+        """Give the mapping of ``length`` bytes at a user address, or NULL.
+
+        NULL if they are not all in one region, or not aligned to ``alignment`` bytes. Good for as
+        long as ``generation`` stays.
+        """
+        cdef size_t index
+        cdef uint64_t offset
+        cdef unsigned char *host
+        for index in range(self._count):
+            if user_address < self._table[index].user_address:
+                continue
+            offset = user_address - self._table[index].user_address
+            if offset < self._table[index].size:
+                host = self._table[index].host + offset
+                if (
+                    length > self._table[index].size - offset
+                    or user_address % alignment
+                    or <uint64_t>host % alignment
+                ):
+                    return NULL
+                return host
+        return NULL
+
+    cdef void _drop(self, size_t index) noexcept:
+        """Unmap one region and close the gap in the table."""
+        guard_remove(self._table[index].mapping)
+        munmap(self._table[index].mapping, self._table[index].mapping_length)
+        memmove(
+            &self._table[index],
+            &self._table[index + 1],
+            (self._count - index - 1) * sizeof(Region),
+        )
+        self._count -= 1
+        self.generation += 1
