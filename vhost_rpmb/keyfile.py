@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The key file on the disk, and telling keys apart without keeping one."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable
+from contextlib import suppress
+
+from cryptography.hazmat.primitives import hashes, hmac
+
+from vhost_rpmb import spec
+from vhost_rpmb.errors import UsageError
+from vhost_rpmb.image import sync_folder, write_all
+
+__all__ = ["fingerprint", "open_regular", "read_key_file", "require_key", "write_key_file"]
+
+_FINGERPRINT_LABEL = b"vhost-rpmb key fingerprint"
+
+
+def read_key_file(path: str | None, warn: Callable[[str], None]) -> bytes | None:
+    """Return what the key file holds, None where there is none; at most 32 bytes of it."""
+    if path is None:
+        return None
+    try:
+        with open(path, "rb", opener=open_regular) as file:
+            key = file.read(spec.KEY_SIZE + 1)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UsageError(f"the key file {path} cannot be read: {error.strerror}") from error
+    if len(key) > spec.KEY_SIZE:
+        warn(f"the key file {path} has more than 32 bytes: the rest is ignored")
+    return key[: spec.KEY_SIZE]
+
+
+def require_key(path: str | None, key_file: bytes | None) -> bytes:
+    """Return the whole key of a key file that has to hold one."""
+    if key_file is None:
+        raise UsageError(f"--key-set needs the key in --key-path, but {path} does not exist")
+    if len(key_file) < spec.KEY_SIZE:
+        raise UsageError(
+            f"the key file {path} has {len(key_file)} bytes, a key has 32: make one with"
+            f" head -c 32 /dev/urandom > {path}"
+        )
+    return key_file
+
+
+def write_key_file(path: str, key: bytes) -> None:
+    """Put a key file in place: whole and durable, or OSError."""
+    new = path + ".new"
+    with suppress(FileNotFoundError):
+        os.unlink(new)
+    fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            write_all(fd, key)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.rename(new, path)
+    except OSError:
+        with suppress(OSError):
+            os.unlink(new)
+        raise
+    sync_folder(path)
+
+
+def open_regular(path: str, flags: int) -> int:
+    """Open a regular file; a pipe or a device could block or answer for ever."""
+    fd = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(None, "not a regular file", path)
+    return fd
+
+
+def fingerprint(key: bytes) -> bytes:
+    """Tell keys apart without keeping one: HMAC-SHA256 of a label that no frame can equal."""
+    mac = hmac.HMAC(key, hashes.SHA256())
+    mac.update(_FINGERPRINT_LABEL)
+    return mac.finalize()

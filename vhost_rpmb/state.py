@@ -1,0 +1,428 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The state database on the disk: statements and the checks of a file, no decisions."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import shutil
+import sqlite3
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import NamedTuple
+from urllib.parse import quote
+
+from vhost_rpmb import spec
+from vhost_rpmb.errors import StateError
+from vhost_rpmb.image import ImageFile, digest, sync_folder
+from vhost_rpmb.keyfile import open_regular
+
+__all__ = [
+    "NO_DIGESTS",
+    "Database",
+    "DeviceRow",
+    "create_database",
+    "has_log",
+    "private_copy",
+    "trouble",
+]
+
+_APPLICATION_ID = 0x52504D42  # "RPMB"
+_FORMAT = 1
+# The header of an SQLite database: its magic, and where user_version and application_id stand.
+_HEADER_MAGIC = b"SQLite format 3\0"
+_HEADER_NUMBERS = (60, 68)
+_HEADER_SIZE = 100
+# user_version is the format, and above it the low bits of the number of starts: the one place that
+# can be read without the write-ahead log, and that no torn write can tear.
+_FORMAT_BITS = 8
+_STARTS_MASK = (1 << 23) - 1
+_PAGE_SIZE = 4096  # bytes
+_LOG_PAGES = 256  # in the write-ahead log before SQLite moves them into the database file
+# What SQLite locks for readers: a writer that is alone holds all of it.
+_LOCK_FIRST, _LOCK_SIZE = 0x40000002, 510
+_STOPPED, _RUNNING, _STARTING = 0, 1, 2
+_MARK_SIZE = 8  # bytes of a digest that recognise an earlier version of a block
+_MARKS = 8  # earlier versions of a block that are recognised
+_SCHEMA = f"""
+PRAGMA page_size = {_PAGE_SIZE};
+PRAGMA application_id = {_APPLICATION_ID};
+PRAGMA user_version = {_FORMAT};
+CREATE TABLE device (
+    id INTEGER PRIMARY KEY CHECK (id = 1),
+    name TEXT NOT NULL,         -- random, tells devices apart
+    size INTEGER NOT NULL,      -- of the image, bytes
+    counter INTEGER NOT NULL,   -- write counter
+    key BLOB,                   -- the key, where no key file keeps it
+    fingerprint BLOB,           -- of the key, where a key file keeps it
+    starts INTEGER NOT NULL,    -- how often it was started
+    stamped INTEGER NOT NULL,   -- 1 if the image was stamped with name and starts
+    running INTEGER NOT NULL    -- not 0 while the write-ahead log belongs to the state; 2 at first
+) STRICT;
+CREATE TABLE pending (          -- blocks that the image need not hold yet
+    address INTEGER PRIMARY KEY,
+    data BLOB NOT NULL
+) STRICT;
+CREATE TABLE digest (           -- blocks of the image; without a row: all zeros, always so
+    address INTEGER PRIMARY KEY,
+    sha256 BLOB NOT NULL,       -- empty: all zeros
+    earlier BLOB NOT NULL       -- first {_MARK_SIZE} bytes each of earlier SHA-256, newest first
+) STRICT;
+"""
+_SET_DIGEST = f"""
+INSERT INTO digest VALUES (?, ?, x'') ON CONFLICT (address) DO UPDATE SET
+    earlier = CASE sha256 WHEN x'' THEN earlier ELSE
+        substr(CAST(substr(sha256, 1, {_MARK_SIZE}) || earlier AS BLOB), 1, {_MARK_SIZE * _MARKS})
+    END,
+    sha256 = excluded.sha256
+WHERE sha256 <> excluded.sha256
+"""
+
+
+class DeviceRow(NamedTuple):
+    """What the database keeps of the device."""
+
+    name: str
+    size: int
+    counter: int
+    key: bytes | None
+    fingerprint: bytes | None
+    starts: int
+    stamped: int
+    running: int
+
+
+class Digests(NamedTuple):
+    """Of one block: SHA-256 (empty: zeros), and the marks of versions it had before."""
+
+    sha256: bytes
+    earlier: bytes
+
+    def had(self, sha256: bytes) -> bool:
+        """Whether this was an earlier version's digest, as far as that is remembered."""
+        mark = sha256[:_MARK_SIZE]
+        marks = range(0, len(self.earlier), _MARK_SIZE)
+        return any(self.earlier[i : i + _MARK_SIZE] == mark for i in marks)
+
+
+NO_DIGESTS = Digests(b"", b"")  # of a block that was always zeros
+
+
+class Database:
+    """The state database, locked for this process while open; ``name`` is what messages call it.
+
+    Raises sqlite3.Error, and StateError where it does not hold what this version writes.
+    """
+
+    def __init__(self, path: str, name: str | None = None) -> None:
+        self._log = path + "-wal"
+        self._name = name or path
+        starts = _check_state_file(path, self._name)
+        self._owns_log = log = has_log(path)
+        self._connection = sqlite3.connect(
+            f"file:{quote(os.path.abspath(path))}?mode=rw",
+            uri=True,
+            isolation_level=None,
+            timeout=0,
+        )
+        try:
+            self._lock()
+            (verdict,) = self._execute("PRAGMA quick_check(1)").fetchone()
+            if verdict != "ok":
+                raise self._damaged(verdict)
+            row = self.device()
+            if row.running != _STOPPED and not log:
+                raise StateError(
+                    f"{self._name} was not closed, and its log {self._name}-wal is missing: what"
+                    " the log holds is lost with it; bring the two back together"
+                )
+            if starts != row.starts & _STARTS_MASK and row.running != _STARTING:
+                raise StateError(
+                    f"{self._name} and its log {self._name}-wal are from different times: bring"
+                    " back the two that belong together, or a state file that was closed, without"
+                    " a log"
+                )
+            self._owns_log = row.running != _STOPPED
+        except BaseException:
+            self._close_connection()
+            raise
+
+    def _lock(self) -> None:
+        """Take the database's lock: the first statement fails if it is taken."""
+        # Exclusive before the first look at the log: then there is no shared-memory file.
+        self._execute("PRAGMA locking_mode = EXCLUSIVE")
+        (mode,) = self._execute("PRAGMA journal_mode = WAL").fetchone()
+        if mode != "wal":  # how SQLite says that the change failed
+            raise sqlite3.OperationalError("it cannot have a write-ahead log here")
+        self._execute("PRAGMA synchronous = FULL")
+        self._execute(f"PRAGMA wal_autocheckpoint = {_LOG_PAGES}")
+        self._execute("BEGIN EXCLUSIVE")
+        self._execute("COMMIT")
+
+    def _execute(self, statement: str, values: tuple[object, ...] = ()) -> sqlite3.Cursor:
+        return self._connection.execute(statement, values)
+
+    def _damaged(self, what: str) -> StateError:
+        return StateError(_damage(self._name, what))
+
+    def transaction(self) -> _Transaction:
+        """Make what a with-block does one durable step, or nothing."""
+        return _Transaction(self._connection)
+
+    def device(self) -> DeviceRow:
+        """What is kept of the device."""
+        columns = ", ".join(DeviceRow._fields)
+        found = self._execute(f"SELECT {columns} FROM device").fetchone()
+        if found is None:
+            raise self._damaged("no device in it")
+        row = DeviceRow(*found)
+        if not 0 <= row.counter <= spec.MAX_WRITE_COUNTER:
+            raise self._damaged(f"write counter {row.counter}")
+        for secret in (row.key, row.fingerprint):
+            if secret is not None and len(secret) != spec.KEY_SIZE:
+                raise self._damaged("a key of the wrong length")
+        return row
+
+    def pending(self, blocks: int) -> Iterator[tuple[int, bytes]]:
+        """Blocks (address, data) that the image, of so many ``blocks``, need not hold yet."""
+        for address, data in self._execute("SELECT address, data FROM pending"):
+            if not 0 <= address < blocks or len(data) != spec.BLOCK_SIZE:
+                raise self._damaged(f"pending block {address}")
+            yield address, data
+
+    def digests(self, blocks: int) -> dict[int, Digests]:
+        """Digests by address, of an image of so many ``blocks``."""
+        rows = self._execute("SELECT address, sha256, earlier FROM digest")
+        digests = {address: Digests(sha256, earlier) for address, sha256, earlier in rows}
+        for address in digests:
+            if not 0 <= address < blocks:
+                raise self._damaged(f"digest of block {address}")
+        return digests
+
+    def set_counter(self, counter: int) -> None:
+        """Set the write counter."""
+        self._execute("UPDATE device SET counter = ?", (counter,))
+
+    def program(self, key: bytes | None, fingerprint: bytes | None) -> None:
+        """Keep a key or the fingerprint of one; without either, no key is programmed."""
+        self._execute("UPDATE device SET key = ?, fingerprint = ?", (key, fingerprint))
+
+    def add_pending(self, blocks: Iterable[tuple[int, bytes]]) -> None:
+        """Keep blocks (address, data) until the image has them."""
+        self._connection.executemany("INSERT OR REPLACE INTO pending VALUES (?, ?)", blocks)
+
+    def clear_pending(self) -> None:
+        """Forget them all."""
+        self._execute("DELETE FROM pending")
+
+    def set_digests(self, blocks: Iterable[tuple[int, bytes]]) -> None:
+        """Note what blocks (address, data) the image has now, and mark what it had before."""
+        self._connection.executemany(_SET_DIGEST, ((a, digest(data)) for a, data in blocks))
+
+    def set_stamped(self, stamped: bool) -> None:
+        """Note whether the image could be stamped."""
+        self._execute("UPDATE device SET stamped = ?", (stamped,))
+
+    def warm_log(self) -> None:
+        """Let the log grow to its usual size, so that commits overwrite it in place.
+
+        A commit that makes a file longer also waits for the file system's own journal. What a
+        transaction spilled into the log before it was rolled back stays there as unused room.
+        """
+        self._execute("PRAGMA cache_size = 10")
+        with suppress(_Spilled), self.transaction():
+            room = _LOG_PAGES * _PAGE_SIZE
+            self._execute("INSERT INTO pending VALUES (-1, zeroblob(?))", (room,))
+            raise _Spilled
+        self._execute("PRAGMA cache_size = -2000")
+
+    def mark_running(self, starts: int) -> None:
+        """Note, in the database file itself, that its write-ahead log belongs to it from now on.
+
+        Until that is so the device is starting: its log may then be of a file that says less.
+        """
+        self._owns_log = True
+        version = (starts & _STARTS_MASK) << _FORMAT_BITS | _FORMAT
+        with self.transaction():
+            self._execute("UPDATE device SET running = ?, starts = ?", (_STARTING, starts))
+            self._execute(f"PRAGMA user_version = {version}")
+        self._empty_log()
+        self._execute("UPDATE device SET running = ?", (_RUNNING,))
+        sync_folder(self._log)  # SQLite does that for the log too, but keeps a failure to itself
+
+    def _empty_log(self) -> None:
+        """Move what the log holds into the database file, and begin the log anew."""
+        self._execute("PRAGMA wal_checkpoint(RESTART)").fetchone()
+
+    def close(self) -> None:
+        """Leave one complete file; where that cannot be noted in it, a log stays beside it.
+
+        Raises sqlite3.Error or OSError in the latter case; the database is closed all the same.
+        """
+        try:
+            if self._owns_log:
+                self._empty_log()  # so that a full disk has room
+                self._execute("UPDATE device SET running = ?", (_STOPPED,))
+                self._owns_log = False
+        finally:
+            self._close_connection()
+
+    def _close_connection(self) -> None:
+        # SQLite removes the log when all of it is in the file. The file then is complete, but may
+        # say that a log belongs to it: an empty one holds just as much.
+        self._connection.close()
+        if self._owns_log and not os.path.exists(self._log):
+            os.close(os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            sync_folder(self._log)
+
+
+class _Spilled(Exception):
+    """The log has grown enough."""
+
+
+class _Transaction:
+    """A with-block that is one durable step: committed at its end, rolled back on any exception."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+
+    def __enter__(self) -> None:
+        self._connection.execute("BEGIN IMMEDIATE")
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._connection.execute("COMMIT")
+        finally:
+            if self._connection.in_transaction:
+                with suppress(sqlite3.Error):
+                    self._connection.execute("ROLLBACK")
+
+
+def _check_state_file(path: str, name: str) -> int:
+    """Refuse what is not a state file of ours before SQLite, which would change it, opens it.
+
+    Return the low bits of the number of starts that the file itself, without its log, knows of.
+    """
+    try:
+        with open(path, "rb", opener=open_regular) as file:
+            header = file.read(_HEADER_SIZE)
+    except OSError as error:
+        raise StateError(f"the state file {name} cannot be read: {error.strerror}") from error
+    if not header:
+        raise StateError(
+            f"the state file {name} is empty, and so was not left by vhost-rpmb: bring it back from"
+            " a backup; starting without it would set the write counter back"
+        )
+    version, application = (
+        int.from_bytes(header[offset : offset + 4], "big") for offset in _HEADER_NUMBERS
+    )
+    if not header.startswith(_HEADER_MAGIC) or application != _APPLICATION_ID:
+        raise StateError(
+            f"{name} is not a vhost-rpmb state file: bring back the right one, or name another with"
+            " --state-path"
+        )
+    number = version & ((1 << _FORMAT_BITS) - 1)
+    if number != _FORMAT:
+        raise StateError(
+            f"the state file {name} has format {number}, this version knows {_FORMAT}: use the"
+            " version of vhost-rpmb that wrote it"
+        )
+    return version >> _FORMAT_BITS
+
+
+def has_log(path: str) -> bool:
+    """Whether a write-ahead log lies beside a state file: it was not closed, or is in use."""
+    return os.path.exists(path + "-wal")
+
+
+def create_database(path: str, image: ImageFile, counter: int) -> None:
+    """Make the state of a new device: whole under its name, or not at all."""
+    if os.path.lexists(path + "-wal"):
+        raise StateError(
+            f"{path}-wal is there, but {path}, whose log it is, is missing: bring back the state"
+            " file from a backup; starting without it would set the write counter back"
+        )
+    new = path + ".new"
+    leftovers = (new, new + "-journal", new + "-wal")
+    try:
+        for leftover in leftovers:
+            with suppress(FileNotFoundError):
+                os.unlink(leftover)
+        os.close(os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        connection = sqlite3.connect(f"file:{quote(os.path.abspath(new))}?mode=rw", uri=True)
+        try:
+            connection.executescript(_SCHEMA)
+            with connection:
+                connection.execute(
+                    "INSERT INTO device VALUES (1, ?, ?, ?, NULL, NULL, 0, 0, ?)",
+                    (secrets.token_hex(8), image.file_size, counter, _STOPPED),
+                )
+                digests = ((address, digest(data)) for address, data in image.blocks())
+                connection.executemany(
+                    _SET_DIGEST, ((a, sha256) for a, sha256 in digests if sha256)
+                )
+        finally:
+            connection.close()
+        fd = os.open(new, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.link(new, path)
+    finally:
+        for leftover in leftovers:
+            with suppress(OSError):
+                os.unlink(leftover)
+    sync_folder(image.path)
+
+
+@contextmanager
+def private_copy(path: str) -> Iterator[str]:
+    """Copy a state file and its log for reading, both locked like a running daemon's meanwhile.
+
+    SQLite cannot open a database with a log without changing something. The copy is in memory
+    where that is possible: it may hold the key.
+    """
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with (
+        open(path, "rb", opener=open_regular) as file,
+        tempfile.TemporaryDirectory(dir=memory, prefix="vhost-rpmb-") as folder,
+    ):
+        try:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB, _LOCK_SIZE, _LOCK_FIRST)
+        except (BlockingIOError, PermissionError):
+            raise StateError(_in_use(path)) from None
+        copy = os.path.join(folder, "state")
+        with open(copy, "wb") as target:
+            shutil.copyfileobj(file, target)
+        with suppress(FileNotFoundError):
+            shutil.copyfile(path + "-wal", copy + "-wal")
+        yield copy
+
+
+def trouble(path: str, error: sqlite3.Error) -> str:
+    """Say for the operator why the state file cannot be used."""
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    if code == sqlite3.SQLITE_BUSY:
+        return _in_use(path)
+    if code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
+        return _damage(path, str(error))
+    if code == sqlite3.SQLITE_FULL:
+        return f"the file system of the state file {path} is full: make room on it"
+    if code == sqlite3.SQLITE_READONLY:
+        return f"the state file {path} cannot be written to: see to its mode and its file system"
+    return f"the state file {path} cannot be used: {error}"
+
+
+def _in_use(path: str) -> str:
+    return f"the state file {path} is in use by another process: end that one first"
+
+
+def _damage(path: str, what: str) -> str:
+    return (
+        f"the state file {path} is damaged ({' '.join(what.split())}): bring it back from a backup"
+        " together with its image and key file"
+    )
