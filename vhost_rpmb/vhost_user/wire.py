@@ -1,0 +1,447 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Messages of the vhost-user protocol: numbers, payload structs, framing, file descriptors.
+
+Source: QEMU's ``docs/interop/vhost-user.rst``, sections "Message Specification", "Front-end message
+types" and "Back-end message types"; names as they stand there, without the prefix ``VHOST_USER_``.
+All integers are in native byte order. Both ends of a connection use this module.
+
+File descriptors are plain integers and always belong to exactly one object: to the reader until a
+message is complete, then to the `Message`, which closes at `Message.close` what nobody took.
+"""
+
+import array
+import os
+import socket
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum, IntFlag
+from types import TracebackType
+from typing import NamedTuple, Self
+
+from vhost_rpmb.errors import PeerError
+
+
+class Request(IntEnum):
+    """Front-end message types."""
+
+    GET_FEATURES = 1
+    SET_FEATURES = 2
+    SET_OWNER = 3
+    RESET_OWNER = 4
+    SET_MEM_TABLE = 5
+    SET_LOG_BASE = 6
+    SET_LOG_FD = 7
+    SET_VRING_NUM = 8
+    SET_VRING_ADDR = 9
+    SET_VRING_BASE = 10
+    GET_VRING_BASE = 11
+    SET_VRING_KICK = 12
+    SET_VRING_CALL = 13
+    SET_VRING_ERR = 14
+    GET_PROTOCOL_FEATURES = 15
+    SET_PROTOCOL_FEATURES = 16
+    GET_QUEUE_NUM = 17
+    SET_VRING_ENABLE = 18
+    SEND_RARP = 19
+    NET_SET_MTU = 20
+    SET_BACKEND_REQ_FD = 21
+    IOTLB_MSG = 22
+    SET_VRING_ENDIAN = 23
+    GET_CONFIG = 24
+    SET_CONFIG = 25
+    CREATE_CRYPTO_SESSION = 26
+    CLOSE_CRYPTO_SESSION = 27
+    POSTCOPY_ADVISE = 28
+    POSTCOPY_LISTEN = 29
+    POSTCOPY_END = 30
+    GET_INFLIGHT_FD = 31
+    SET_INFLIGHT_FD = 32
+    GPU_SET_SOCKET = 33
+    RESET_DEVICE = 34
+    VRING_KICK = 35
+    GET_MAX_MEM_SLOTS = 36
+    ADD_MEM_REG = 37
+    REM_MEM_REG = 38
+    SET_STATUS = 39
+    GET_STATUS = 40
+    GET_SHARED_OBJECT = 41
+    SET_DEVICE_STATE_FD = 42
+    CHECK_DEVICE_STATE = 43
+    GET_SHMEM_CONFIG = 44
+
+
+class BackendRequest(IntEnum):
+    """Back-end message types, sent over the channel that SET_BACKEND_REQ_FD gives."""
+
+    IOTLB_MSG = 1
+    CONFIG_CHANGE_MSG = 2
+    VRING_HOST_NOTIFIER_MSG = 3
+    VRING_CALL = 4
+    VRING_ERR = 5
+    SHARED_OBJECT_ADD = 6
+    SHARED_OBJECT_REMOVE = 7
+    SHARED_OBJECT_LOOKUP = 8
+    SHMEM_MAP = 9
+    SHMEM_UNMAP = 10
+
+
+class ProtocolFeature(IntFlag):
+    """Protocol features, as masks (the specification gives bit numbers)."""
+
+    MQ = 1 << 0
+    LOG_SHMFD = 1 << 1
+    RARP = 1 << 2
+    REPLY_ACK = 1 << 3
+    MTU = 1 << 4
+    BACKEND_REQ = 1 << 5
+    CROSS_ENDIAN = 1 << 6
+    CRYPTO_SESSION = 1 << 7
+    PAGEFAULT = 1 << 8
+    CONFIG = 1 << 9
+    BACKEND_SEND_FD = 1 << 10
+    HOST_NOTIFIER = 1 << 11
+    INFLIGHT_SHMFD = 1 << 12
+    RESET_DEVICE = 1 << 13
+    INBAND_NOTIFICATIONS = 1 << 14
+    CONFIGURE_MEM_SLOTS = 1 << 15
+    STATUS = 1 << 16
+    XEN_MMAP = 1 << 17
+    SHARED_OBJECT = 1 << 18
+    DEVICE_STATE = 1 << 19
+
+
+F_PROTOCOL_FEATURES = 1 << 30  # mask in GET_FEATURES and SET_FEATURES: protocol features exist
+
+# Header flags.
+VERSION_MASK = 0x3
+VERSION = 0x1
+FLAG_REPLY = 1 << 2
+FLAG_NEED_REPLY = 1 << 3
+FLAGS_MASK = VERSION_MASK | FLAG_REPLY | FLAG_NEED_REPLY
+
+# The u64 of SET_VRING_KICK, SET_VRING_CALL and SET_VRING_ERR.
+VRING_INDEX_MASK = 0xFF
+VRING_NO_FD = 1 << 8
+
+# Flags of a virtio device config space payload.
+CONFIG_FLAG_WRITABLE = 0
+CONFIG_FLAG_LIVE_MIGRATION = 1
+
+MAX_PAYLOAD = 4096  # bytes; no message of the specification that we serve needs a third of it
+MAX_FDS = 32  # file descriptors in one message; SET_MEM_TABLE carries one per memory region
+
+# What the kernel passes with one sendmsg() at most (SCM_MAX_FD). There is always room for that
+# many, so that descriptors are lost only when this process has no free one.
+_KERNEL_MAX_FDS = 253
+_CONTROL_SIZE = socket.CMSG_SPACE(_KERNEL_MAX_FDS * array.array("i").itemsize)
+
+_HEADER = struct.Struct("=III")
+_U64 = struct.Struct("=Q")
+_VRING_STATE = struct.Struct("=II")
+_VRING_ADDRESS = struct.Struct("=IIQQQQ")
+_MEMORY_TABLE = struct.Struct("=II")
+_MEMORY_REGION = struct.Struct("=QQQQ")
+_SINGLE_REGION = struct.Struct("=QQQQQ")
+_CONFIG = struct.Struct("=III")
+
+HEADER_SIZE = _HEADER.size  # 12 bytes
+U64_SIZE = _U64.size  # 8 bytes
+VRING_STATE_SIZE = _VRING_STATE.size  # 8 bytes
+VRING_ADDRESS_SIZE = _VRING_ADDRESS.size  # 40 bytes
+MEMORY_TABLE_SIZE = _MEMORY_TABLE.size  # 8 bytes, without the regions
+MEMORY_REGION_SIZE = _MEMORY_REGION.size  # 32 bytes
+SINGLE_REGION_SIZE = _SINGLE_REGION.size  # 40 bytes
+CONFIG_SIZE = _CONFIG.size  # 12 bytes, without the config space bytes
+
+
+def request_name(number: int) -> str:
+    """The name of a front-end message type for people, also of one that nobody knows."""
+    try:
+        return Request(number).name
+    except ValueError:
+        return f"message {number}"
+
+
+def _unpack(layout: struct.Struct, payload: bytes) -> tuple[int, ...]:
+    if len(payload) != layout.size:
+        raise ValueError(f"expected a payload of {layout.size} bytes, found {len(payload)}")
+    return layout.unpack(payload)
+
+
+def _unpack_header(data: bytearray) -> tuple[int, int, int]:
+    """Request, flags and payload size."""
+    return _HEADER.unpack_from(data)
+
+
+def pack_u64(value: int) -> bytes:
+    """A single 64-bit integer."""
+    return _U64.pack(value)
+
+
+def unpack_u64(payload: bytes) -> int:
+    """A single 64-bit integer; ValueError unless the payload has 8 bytes."""
+    return _unpack(_U64, payload)[0]
+
+
+@dataclass(frozen=True, slots=True)
+class VringState:
+    """A vring state description: index of the vring and a number."""
+
+    index: int
+    num: int
+
+    def pack(self) -> bytes:
+        """The 8 bytes of the payload."""
+        return _VRING_STATE.pack(self.index, self.num)
+
+    @classmethod
+    def unpack(cls, payload: bytes) -> Self:
+        """From the payload; ValueError unless it has 8 bytes."""
+        return cls(*_unpack(_VRING_STATE, payload))
+
+
+@dataclass(frozen=True, slots=True)
+class VringAddress:
+    """A vring address description: index of the vring and user addresses of its parts."""
+
+    index: int
+    flags: int
+    descriptor_table: int
+    used_ring: int
+    available_ring: int
+    log: int = 0
+
+    def pack(self) -> bytes:
+        """The 40 bytes of the payload."""
+        return _VRING_ADDRESS.pack(
+            self.index,
+            self.flags,
+            self.descriptor_table,
+            self.used_ring,
+            self.available_ring,
+            self.log,
+        )
+
+    @classmethod
+    def unpack(cls, payload: bytes) -> Self:
+        """From the payload; ValueError unless it has 40 bytes."""
+        return cls(*_unpack(_VRING_ADDRESS, payload))
+
+
+class MemoryRegion(NamedTuple):
+    """One memory region: addresses, size and offset in bytes."""
+
+    guest_address: int
+    size: int
+    user_address: int
+    mmap_offset: int
+
+
+def pack_single_region(region: MemoryRegion) -> bytes:
+    """A single memory region description (ADD_MEM_REG, REM_MEM_REG): 40 bytes."""
+    return _SINGLE_REGION.pack(0, *region)
+
+
+def unpack_single_region(payload: bytes) -> MemoryRegion:
+    """A single memory region description; ValueError unless the payload has 40 bytes."""
+    return MemoryRegion(*_unpack(_SINGLE_REGION, payload)[1:])
+
+
+def pack_memory_table(regions: Sequence[MemoryRegion]) -> bytes:
+    """A memory regions description (SET_MEM_TABLE): 8 bytes and 32 for each region."""
+    packed = b"".join(_MEMORY_REGION.pack(*region) for region in regions)
+    return _MEMORY_TABLE.pack(len(regions), 0) + packed
+
+
+def unpack_memory_table(payload: bytes) -> tuple[MemoryRegion, ...]:
+    """A memory regions description.
+
+    ValueError unless the payload has exactly the bytes that its number of regions needs.
+    """
+    if len(payload) < MEMORY_TABLE_SIZE:
+        raise ValueError(
+            f"expected a payload of {MEMORY_TABLE_SIZE} bytes or more, found {len(payload)}"
+        )
+    count, _padding = _MEMORY_TABLE.unpack_from(payload)
+    needed = MEMORY_TABLE_SIZE + count * MEMORY_REGION_SIZE
+    if len(payload) != needed:
+        raise ValueError(
+            f"expected a payload of {needed} bytes for {count} memory regions, found {len(payload)}"
+        )
+    regions = _MEMORY_REGION.iter_unpack(payload[MEMORY_TABLE_SIZE:])
+    return tuple(MemoryRegion(*region) for region in regions)
+
+
+class Config(NamedTuple):
+    """A virtio device config space payload: `size` bytes of data from `offset` on."""
+
+    offset: int
+    size: int
+    flags: int
+    data: bytes
+
+    def pack(self) -> bytes:
+        """The 12 bytes of the head and the data."""
+        return _CONFIG.pack(self.offset, self.size, self.flags) + self.data
+
+    @classmethod
+    def unpack(cls, payload: bytes) -> Self:
+        """From the payload; ValueError when it is too short or its size is not the data's."""
+        if len(payload) < CONFIG_SIZE:
+            raise ValueError(
+                f"expected a payload of {CONFIG_SIZE} bytes or more, found {len(payload)}"
+            )
+        offset, size, flags = _CONFIG.unpack_from(payload)
+        data = payload[CONFIG_SIZE:]
+        if size != len(data):
+            raise ValueError(f"expected {size} config space bytes, found {len(data)}")
+        return cls(offset, size, flags, data)
+
+
+def close_fds(fds: Sequence[int]) -> None:
+    """Close file descriptors that were received."""
+    for fd in fds:
+        os.close(fd)
+
+
+class Message:
+    """One message as received; owner of its file descriptors until they are taken.
+
+    `fds_complete` is False when descriptors were sent that are not here: more than the reader
+    allows, or this process had no free descriptor left.
+    """
+
+    __slots__ = ("fds", "fds_complete", "flags", "payload", "request")
+
+    def __init__(
+        self, request: int, flags: int, payload: bytes, fds: list[int], fds_complete: bool = True
+    ) -> None:
+        self.request = request
+        self.flags = flags
+        self.payload = payload
+        self.fds = fds
+        self.fds_complete = fds_complete
+
+    def take_fds(self) -> list[int]:
+        """Hand the descriptors over: from now on the caller closes them."""
+        fds = self.fds
+        self.fds = []
+        return fds
+
+    def close(self) -> None:
+        """Close the descriptors that nobody took."""
+        close_fds(self.take_fds())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class MessageReader:
+    """Puts messages together from a UNIX stream socket, in whatever slices they come.
+
+    Never reads beyond the message under way: a descriptor belongs to the message with whose bytes
+    it was sent, and only so can that be told. Works on a blocking and on a non-blocking socket; the
+    socket stays the caller's.
+    """
+
+    def __init__(
+        self, sock: socket.socket, *, max_payload: int = MAX_PAYLOAD, max_fds: int = MAX_FDS
+    ) -> None:
+        self._sock = sock
+        self._max_payload = max_payload
+        self._max_fds = max_fds
+        self._bytes = bytearray()
+        self._fds: list[int] = []
+        self._fds_complete = True
+
+    def read(self) -> Message | None:
+        """The next message, or None when a non-blocking socket has no more bytes now.
+
+        Raises EOFError when the peer has closed the connection, and PeerError when the stream
+        cannot be understood (another protocol version, a payload beyond `max_payload`): nothing
+        after that can be believed.
+        """
+        try:
+            while (missing := self._missing()) > 0:
+                self._receive(missing)
+        except BlockingIOError:
+            return None
+        request, flags, _size = _unpack_header(self._bytes)
+        message = Message(
+            request, flags, bytes(self._bytes[HEADER_SIZE:]), self._fds, self._fds_complete
+        )
+        self._bytes.clear()
+        self._fds = []
+        self._fds_complete = True
+        return message
+
+    def close(self) -> None:
+        """Close the descriptors of a message that was never finished."""
+        fds, self._fds = self._fds, []
+        close_fds(fds)
+
+    def _missing(self) -> int:
+        """How many bytes to ask for next: the rest of the header, then the rest of the payload."""
+        if len(self._bytes) < HEADER_SIZE:
+            return HEADER_SIZE - len(self._bytes)
+        request, flags, size = _unpack_header(self._bytes)
+        if flags & VERSION_MASK != VERSION:
+            raise PeerError(
+                f"{request_name(request)}: expected protocol version {VERSION}, "
+                f"found {flags & VERSION_MASK}"
+            )
+        if size > self._max_payload:
+            raise PeerError(
+                f"{request_name(request)}: expected a payload of at most {self._max_payload} "
+                f"bytes, found {size}"
+            )
+        return HEADER_SIZE + size - len(self._bytes)
+
+    def _receive(self, count: int) -> None:
+        try:
+            data, control, flags, _address = self._sock.recvmsg(
+                count, _CONTROL_SIZE, socket.MSG_CMSG_CLOEXEC
+            )
+        except ConnectionError as error:
+            raise EOFError(f"the connection broke: {error.strerror}") from error
+        for level, kind, content in control:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                fds = array.array("i")
+                fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
+                self._fds.extend(fds)
+        if flags & socket.MSG_CTRUNC or len(self._fds) > self._max_fds:
+            surplus = self._fds[self._max_fds :]
+            del self._fds[self._max_fds :]
+            close_fds(surplus)
+            self._fds_complete = False
+        if not data:
+            raise EOFError(
+                "the connection ended in the middle of a message"
+                if self._bytes
+                else "the connection ended"
+            )
+        self._bytes += data
+
+
+def send_message(
+    sock: socket.socket, request: int, flags: int = 0, payload: bytes = b"", fds: Sequence[int] = ()
+) -> None:
+    """Send one message; the protocol version is put into the flags. The descriptors stay open.
+
+    Raises BlockingIOError when a non-blocking socket is full (the message may be sent in part
+    then: the connection is lost), and OSError when the peer is gone.
+    """
+    data = memoryview(_HEADER.pack(request, flags | VERSION, len(payload)) + payload)
+    control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+    sent: int = sock.sendmsg([data], control)
+    while sent < len(data):
+        sent += sock.send(data[sent:])
