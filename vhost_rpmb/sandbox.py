@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the process gives up for good: core dumps at its start, the rest before it serves anybody.
+
+Landlock rulesets are made by the kernel's three system calls, seccomp filters by libseccomp 2,
+which knows the numbers of the system calls on each machine. docs/decisions/0013-sandbox.md says why
+no Python package does this, and why a denied call fails instead of ending the process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import logging
+import os
+import resource
+from collections.abc import Iterable
+
+__all__ = ["enter", "hide_memory"]
+
+logger = logging.getLogger(__name__)
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.prctl.argtypes = (ctypes.c_int, *(ctypes.c_ulong,) * 4)
+
+# prctl(2)
+_PR_SET_DUMPABLE = 4
+_PR_SET_NO_NEW_PRIVS = 38
+
+# landlock(7): numbers of the system calls, the same on every machine.
+_LANDLOCK_CREATE_RULESET = 444
+_LANDLOCK_ADD_RULE = 445
+_LANDLOCK_RESTRICT_SELF = 446
+_LANDLOCK_CREATE_RULESET_VERSION = 1
+_LANDLOCK_RULE_PATH_BENEATH = 1
+_WRITE_FILE = 1 << 1
+_READ_FILE = 1 << 2
+_READ_DIR = 1 << 3
+_REMOVE_FILE = 1 << 5
+_MAKE_REG = 1 << 8
+_TRUNCATE = 1 << 14
+_FILE_RIGHTS = _READ_FILE | _WRITE_FILE | _TRUNCATE
+_FOLDER_RIGHTS = _FILE_RIGHTS | _READ_DIR | _REMOVE_FILE | _MAKE_REG
+# Rights that a ruleset handles, by version of the interface: files, network, scopes.
+_HANDLED_FILES = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 5: (1 << 16) - 1}
+_HANDLED_NETWORK = {4: 0b11}  # bind and connect of TCP
+_HANDLED_SCOPES = {6: 0b11}  # abstract UNIX sockets and signals of other processes
+
+# libseccomp, <seccomp.h>
+_ALLOW = 0x7FFF0000
+_FAIL = 0x00050000 | errno.EPERM
+_EQUAL = 4
+_MASKED_EQUAL = 7
+_PROT_EXEC = 4
+_FIONCLEX, _FIOCLEX, _FIONBIO = 0x5450, 0x5451, 0x5421
+
+_ALLOWED = (
+    # The ring, the socket and the event loop; first, because they are called for each request.
+    "epoll_wait", "epoll_pwait", "write", "read", "recvmsg", "sendmsg", "sched_yield",
+    "clock_gettime", "fdatasync", "pwrite64", "pread64",
+    # Connections and descriptors.
+    "accept4", "accept", "close", "dup", "epoll_create1", "epoll_ctl", "eventfd2", "fcntl",
+    "getpeername", "getsockname", "getsockopt", "pipe2", "poll", "ppoll", "recvfrom", "select",
+    "pselect6", "sendto", "setsockopt", "shutdown",
+    # Files: which ones, is for Landlock to say.
+    "access", "faccessat", "faccessat2", "fallocate", "fchmod", "fchown", "flock", "fstat",
+    "fstatfs", "fsync", "ftruncate", "getcwd", "lseek", "lstat", "newfstatat", "open", "openat",
+    "preadv", "preadv2", "pwritev", "pwritev2", "readlink", "readlinkat", "readv", "rename",
+    "renameat", "renameat2", "stat", "statx", "umask", "unlink", "unlinkat", "writev",
+    # Memory and time.
+    "brk", "clock_nanosleep", "futex", "getrandom", "gettimeofday", "madvise", "mremap", "munmap",
+    "nanosleep", "restart_syscall", "setitimer", "time",
+    # Signals, identity and the end.
+    "exit", "exit_group", "getegid", "geteuid", "getgid", "getpid", "gettid", "getuid",
+    "rt_sigaction", "rt_sigprocmask", "rt_sigreturn", "sigaltstack",
+)  # fmt: skip
+
+
+def hide_memory() -> None:
+    """Keep memory out of core dumps, and away from debuggers of the same user."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _check(_libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0))
+
+
+def enter(files: Iterable[str], folders: Iterable[str]) -> None:
+    """Give up everything that serving does not need; there is no way back.
+
+    ``files`` can be opened again, and in ``folders`` files can be made, opened and removed; other
+    files, new sockets, other programs and new executable memory are out of reach. Where the kernel
+    or libseccomp lacks a part, the log says so and the rest is done.
+    """
+    _check(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+    try:
+        library = ctypes.CDLL("libseccomp.so.2")  # while files can still be opened
+    except OSError as error:
+        logger.warning("sandbox: no seccomp filter, install libseccomp 2: %s", error)
+        library = None
+    try:
+        _restrict_files(files, folders)
+    except OSError as error:
+        logger.warning(
+            "sandbox: no Landlock ruleset, every file stays in reach: %s", error.strerror
+        )
+    if library is not None:
+        try:
+            _filter_calls(library)
+        except OSError as error:
+            logger.warning("sandbox: no seccomp filter: %s", error.strerror)
+
+
+def _check(result: int) -> int:
+    if result < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return result
+
+
+class _RulesetAttributes(ctypes.Structure):
+    """struct landlock_ruleset_attr."""
+
+    _fields_ = (
+        ("files", ctypes.c_uint64),
+        ("network", ctypes.c_uint64),
+        ("scopes", ctypes.c_uint64),
+    )
+
+
+class _PathBeneath(ctypes.Structure):
+    """struct landlock_path_beneath_attr."""
+
+    _pack_ = 1
+    _fields_ = (("allowed", ctypes.c_uint64), ("parent", ctypes.c_int32))
+
+
+def _restrict_files(files: Iterable[str], folders: Iterable[str]) -> None:
+    def call(number: int, *values: object) -> int:
+        return _check(_libc.syscall(ctypes.c_long(number), *values))
+
+    def handled(table: dict[int, int]) -> int:
+        return max((rights for since, rights in table.items() if since <= version), default=0)
+
+    nothing = ctypes.c_void_p(None)
+    version = call(
+        _LANDLOCK_CREATE_RULESET, nothing, ctypes.c_size_t(0), _LANDLOCK_CREATE_RULESET_VERSION
+    )
+    attributes = _RulesetAttributes(
+        handled(_HANDLED_FILES), handled(_HANDLED_NETWORK), handled(_HANDLED_SCOPES)
+    )
+    size = ctypes.c_size_t(ctypes.sizeof(attributes) if version >= 6 else 16 if version >= 4 else 8)
+    ruleset = call(_LANDLOCK_CREATE_RULESET, ctypes.byref(attributes), size, 0)
+    try:
+        for paths, rights in ((files, _FILE_RIGHTS), (folders, _FOLDER_RIGHTS)):
+            for path in paths:
+                parent = os.open(path, os.O_PATH | os.O_CLOEXEC)
+                try:
+                    rule = _PathBeneath(rights & attributes.files, parent)
+                    call(
+                        _LANDLOCK_ADD_RULE,
+                        ruleset,
+                        _LANDLOCK_RULE_PATH_BENEATH,
+                        ctypes.byref(rule),
+                        0,
+                    )
+                finally:
+                    os.close(parent)
+        call(_LANDLOCK_RESTRICT_SELF, ruleset, 0)
+    finally:
+        os.close(ruleset)
+
+
+class _Comparison(ctypes.Structure):
+    """struct scmp_arg_cmp."""
+
+    _fields_ = (
+        ("argument", ctypes.c_uint),
+        ("operator", ctypes.c_int),
+        ("first", ctypes.c_uint64),
+        ("second", ctypes.c_uint64),
+    )
+
+
+def _filter_calls(library: ctypes.CDLL) -> None:
+    library.seccomp_init.restype = ctypes.c_void_p
+    context = ctypes.c_void_p(library.seccomp_init(ctypes.c_uint32(_FAIL)))
+    if not context:
+        raise OSError(None, "libseccomp cannot make a filter")
+
+    def allow(name: str, *comparisons: _Comparison) -> None:
+        number = library.seccomp_syscall_resolve_name(name.encode())
+        array = (_Comparison * len(comparisons))(*comparisons)
+        result = library.seccomp_rule_add_array(
+            context, ctypes.c_uint32(_ALLOW), number, len(comparisons), array
+        )
+        if result and result != -errno.EDOM:  # EDOM: this machine does not have that call
+            raise OSError(-result, f"{name}: {os.strerror(-result)}")
+
+    try:
+        for name in _ALLOWED:
+            allow(name)
+        for name in ("mmap", "mprotect"):
+            allow(name, _Comparison(2, _MASKED_EQUAL, _PROT_EXEC, 0))
+        for request in (_FIONCLEX, _FIOCLEX, _FIONBIO):
+            allow("ioctl", _Comparison(1, _EQUAL, request))
+        allow("tgkill", _Comparison(0, _EQUAL, os.getpid()))  # a signal to itself, as abort() does
+        result = library.seccomp_load(context)
+        if result:
+            raise OSError(-result, os.strerror(-result))
+    finally:
+        library.seccomp_release(context)
