@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Serving a queue: kicks, calls, watching the ring, and giving way to everything else."""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.rig import ALL_FEATURES, Rig, read_counter
+from vhost_rpmb import spec
+from vhost_rpmb.client.ring import Used
+from vhost_rpmb.engine import Engine
+
+MakeRig = Callable[..., Rig]
+EVENT_INDEX = 1 << spec.VIRTIO_F_EVENT_IDX
+
+
+class Server:
+    """A loop that serves a rig's queue in a thread until it is told to come back."""
+
+    def __init__(self, engine: Engine, rig: Rig, poll_us: int) -> None:
+        self.rig = rig
+        self.epoll = select.epoll()
+        self.other = os.eventfd(0)
+        self.epoll.register(self.other, select.EPOLLIN)
+        self.epoll.register(rig.ring.kick_fd, select.EPOLLIN | select.EPOLLET)
+        self.loop = engine.Loop(rig.device, self.epoll, poll_us)
+        self.flags = -1
+        self.thread = threading.Thread(target=self._serve)
+
+    def _serve(self) -> None:
+        self.flags = 0
+        while not self.flags and not select.select([self.other], [], [], 0)[0]:
+            self.flags = self.loop.serve(
+                self.rig.queue, self.rig.ring.kick_fd, self.rig.ring.call_fd
+            )
+
+    def stop(self) -> float:
+        """Make the other descriptor ready; return the seconds until the loop gave way."""
+        start = time.monotonic()
+        os.eventfd_write(self.other, 1)
+        self.thread.join(10)
+        assert not self.thread.is_alive()
+        return time.monotonic() - start
+
+    def close(self) -> None:
+        if self.thread.is_alive():
+            self.stop()
+        self.epoll.close()
+        os.close(self.other)
+
+
+StartServer = Callable[..., Server]
+
+
+@pytest.fixture
+def start(engine: Engine) -> Iterator[StartServer]:
+    servers = []
+
+    def start(rig: Rig, poll_us: int) -> Server:
+        servers.append(Server(engine, rig, poll_us))
+        servers[-1].thread.start()
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+def exchange(rig: Rig, spin: bool = False) -> list[Used]:
+    rig.ring.add(rig.put(read_counter()), rig.room(512))
+    rig.ring.flush()
+    return rig.ring.wait(10, spin=spin)
+
+
+@pytest.mark.parametrize("poll_us", [0, 64, 5000])
+@pytest.mark.parametrize("features", [0, ALL_FEATURES])
+def test_requests_are_answered_and_called(
+    make_rig: MakeRig, start: StartServer, poll_us: int, features: int
+) -> None:
+    """Asleep or watching, no kick and no call is ever lost."""
+    rig = make_rig(features=features)
+    server = start(rig, poll_us)
+    for number in range(300):
+        assert exchange(rig, spin=bool(number % 2))[0].length == 512
+    assert server.stop() < 1
+    assert server.flags == 0
+
+
+@pytest.mark.parametrize("poll_us", [0, 5000])
+def test_it_gives_way_at_once(make_rig: MakeRig, start: StartServer, poll_us: int) -> None:
+    server = start(make_rig(), poll_us)
+    time.sleep(0.05)
+    assert server.stop() < 0.1
+
+
+def test_it_gives_way_under_load(make_rig: MakeRig, start: StartServer) -> None:
+    rig = make_rig()
+    server = start(rig, 5000)
+    ends = time.monotonic() + 0.3
+    while time.monotonic() < ends:
+        exchange(rig, spin=True)
+    assert server.stop() < 0.1
+
+
+@pytest.mark.parametrize("poll_us", [0, 5000])
+def test_it_comes_back_after_a_second_without_requests(
+    make_rig: MakeRig, engine: Engine, poll_us: int
+) -> None:
+    rig = make_rig()
+    server = Server(engine, rig, poll_us)
+    start = time.monotonic()
+    assert server.loop.serve(rig.queue, rig.ring.kick_fd, -1) == 0
+    assert 0.9 < time.monotonic() - start < 5
+    server.close()
+
+
+def test_an_idle_queue_costs_no_processor_time(make_rig: MakeRig, engine: Engine) -> None:
+    rig = make_rig()
+    server = Server(engine, rig, 5000)
+    start = time.thread_time()
+    server.loop.serve(rig.queue, rig.ring.kick_fd, -1)
+    assert time.thread_time() - start < 0.1
+    server.close()
+
+
+@pytest.mark.parametrize("features", [0, EVENT_INDEX])
+def test_no_kicks_are_asked_for_while_the_ring_is_watched(
+    make_rig: MakeRig, start: StartServer, features: int
+) -> None:
+    rig = make_rig(features=features)
+    server = start(rig, 5000)
+    kicks = 0
+    for _ in range(200):
+        rig.ring.add(rig.put(read_counter()), rig.room(512))
+        if rig.ring.publish():
+            kicks += 1
+            rig.ring.kick()
+        rig.ring.wait(10, spin=True)
+    assert kicks < 150
+    server.stop()
+    # Nobody looks at the ring any more: the next request is kicked for.
+    rig.ring.add(rig.put(read_counter()), rig.room(512))
+    assert rig.ring.publish()
+
+
+def test_without_watching_every_request_is_kicked_for(
+    make_rig: MakeRig, start: StartServer
+) -> None:
+    rig = make_rig(features=EVENT_INDEX)
+    start(rig, 0)
+    exchange(rig)
+    for _ in range(50):
+        time.sleep(0.002)  # it sleeps by then
+        rig.ring.add(rig.put(read_counter()), rig.room(512))
+        assert rig.ring.publish()
+        rig.ring.kick()
+        rig.ring.wait(10)
+
+
+def test_a_broken_ring_ends_it(make_rig: MakeRig, engine: Engine) -> None:
+    rig = make_rig()
+    rig.ring.offer(1000)
+    rig.ring.publish()
+    server = Server(engine, rig, 64)
+    assert server.loop.serve(rig.queue, rig.ring.kick_fd, -1) == engine.BROKEN
+    server.close()
+
+
+def test_a_broken_chain_is_reported(make_rig: MakeRig, engine: Engine) -> None:
+    rig = make_rig()
+    rig.ring.offer(0)  # a descriptor of length 0
+    rig.ring.publish()
+    server = Server(engine, rig, 64)
+    assert server.loop.serve(rig.queue, rig.ring.kick_fd, rig.ring.call_fd) == engine.FAULTS
+    server.close()
+
+
+def test_a_call_descriptor_that_cannot_be_signalled_is_reported(
+    make_rig: MakeRig, engine: Engine
+) -> None:
+    rig = make_rig(features=0)
+    rig.ring.add(rig.put(read_counter()), rig.room(512))
+    rig.ring.publish()
+    reading, writing = os.pipe()
+    os.close(reading)
+    server = Server(engine, rig, 0)
+    assert server.loop.serve(rig.queue, rig.ring.kick_fd, writing) == engine.UNSIGNALLED
+    os.close(writing)
+    server.close()
+
+
+def test_a_full_call_descriptor_is_signal_enough(make_rig: MakeRig, engine: Engine) -> None:
+    rig = make_rig(features=0)
+    os.eventfd_write(rig.ring.call_fd, 2**64 - 2)
+    rig.ring.add(rig.put(read_counter()), rig.room(512))
+    rig.ring.publish()
+    server = Server(engine, rig, 0)
+    os.eventfd_write(server.other, 1)
+    assert server.loop.serve(rig.queue, rig.ring.kick_fd, rig.ring.call_fd) == 0
+    assert len(rig.ring.collect()) == 1
+    server.close()
