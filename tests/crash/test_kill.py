@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A daemon killed at any moment under a pipelined writer comes back with what it acknowledged."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import DaemonFactory
+from tests.rig import KEY, UNIT_BLOCKS
+from vhost_rpmb import engine as engines
+from vhost_rpmb import spec
+from vhost_rpmb._pure.frame import Frame
+from vhost_rpmb.client.errors import BackendError
+from vhost_rpmb.client.rpmb import RpmbClient
+
+ROUNDS = int(os.environ.get("VHOST_RPMB_KILL_ROUNDS", "10"))  # on each engine
+IN_FLIGHT = 16
+
+
+class Writer:
+    """A driver that keeps many writes in flight, and knows what each of them made of the image."""
+
+    def __init__(self, seed: int) -> None:
+        self._source = random.Random(seed)
+        self.images = {0: bytes(spec.CAPACITY_UNIT)}  # by write counter
+        self.acknowledged = 0  # the highest write counter whose OK was seen
+
+    def check(self, client: RpmbClient) -> int:
+        """Compare the device with what it may hold; return its write counter."""
+        counter = client.read_counter()
+        assert counter >= self.acknowledged
+        assert client.read(0, UNIT_BLOCKS) == self.images[counter]
+        self.images = {counter: self.images[counter]}
+        self.acknowledged = counter
+        return counter
+
+    def write(self, client: RpmbClient, counter: int) -> None:
+        """Write until the daemon is gone."""
+        sent: dict[int, int] = {}  # the write counter after each request in flight, by token
+        with suppress(BackendError):
+            while True:
+                while len(sent) < IN_FLIGHT:
+                    sent[client.submit(self._request(client, counter), spec.FRAME_SIZE)] = counter
+                    counter += 1
+                client.flush()
+                for token, data in client.answers():
+                    self._note(sent.pop(token), data)
+        # What the daemon gave back before it died is in the guest's memory.
+        for head, length in client.ring.collect():
+            self._note(sent.pop(head), client._take_answer(head, length))
+
+    def _request(self, client: RpmbClient, counter: int) -> bytes:
+        count = self._source.choice([1, 1, 1, 2, 8])
+        address = self._source.randrange(UNIT_BLOCKS - count + 1)
+        data = self._source.randbytes(count * spec.BLOCK_SIZE)
+        image = bytearray(self.images[counter])
+        start = address * spec.BLOCK_SIZE
+        image[start : start + len(data)] = data
+        self.images[counter + 1] = bytes(image)
+        return client.write_request(address, data, counter)
+
+    def _note(self, counter: int, answer: bytes) -> None:
+        frame = Frame.unpack(answer)
+        assert (frame.result, frame.write_counter) == (spec.VIRTIO_RPMB_RES_OK, counter + 1)
+        self.acknowledged = counter + 1
+
+
+def killed_while_starting(flash: Path, engine: str, delay: float) -> None:
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "vhost_rpmb",
+            f"--socket-path={flash}.sock",
+            f"--flash-path={flash}",
+        ],
+        env=os.environ | {"VHOST_RPMB_ENGINE": engine},
+    )
+    time.sleep(delay)
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.timeout(60 + 2 * ROUNDS)
+def test_nothing_acknowledged_is_lost(
+    daemon: DaemonFactory, engine: engines.Engine, flash: Path
+) -> None:
+    writer, source = Writer(5), random.Random(6)
+    written = 0
+    for number in range(ROUNDS):
+        running = daemon()
+        with RpmbClient.connect(running.socket_path, KEY if number else None) as client:
+            if not number:
+                client.program_key(KEY)
+            counter = writer.check(client)
+            killer = threading.Timer(source.uniform(0.001, 0.06), running.process.kill)
+            killer.start()
+            writer.write(client, counter)
+            killer.join()
+            written += writer.acknowledged - counter
+        running.kill()
+        if number % 4 == 3:  # also while the pending blocks go into the image
+            killed_while_starting(flash, engine.name, source.uniform(0.05, 0.25))
+    assert written > ROUNDS

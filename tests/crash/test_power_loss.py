@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every state that a power cut can leave holds what was acknowledged."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.crash.disk import Call, Disk, State, run_recorded
+from tests.crash.workload import KEY, MARKS, steps
+from tests.rig import make_image
+from vhost_rpmb import spec
+from vhost_rpmb.errors import OperatorError
+from vhost_rpmb.store import open_store
+
+STATES = int(os.environ.get("VHOST_RPMB_CRASH_STATES", "6000"))
+# Of the syncs of the workload, the numbers that are made to fail, and the states after each.
+EVERY_SYNC = "VHOST_RPMB_EVERY_SYNC" in os.environ
+FAILING_SYNCS = 110
+SYNC_STATES = 100
+MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
+
+Expected = tuple[int, bytes | None, bytes]  # counter, key, image
+
+
+def expectations() -> list[Expected]:
+    """Give what the device holds before any step, and after each."""
+    counter, key, image = 0, None, bytearray(spec.CAPACITY_UNIT)
+    states: list[Expected] = [(counter, key, bytes(image))]
+    for step in steps():
+        if step.kind == "key":
+            key = KEY
+        elif step.kind == "commit":
+            counter += 1
+            for address, data in step.blocks:
+                image[address * spec.BLOCK_SIZE : (address + 1) * spec.BLOCK_SIZE] = data
+        states.append((counter, key, bytes(image)))
+    return states
+
+
+@pytest.fixture(scope="module", params=["key file", "key in the state"])
+def recording(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, bool, list[Call]]:
+    """Record the workload once: its folder, whether there is a key file, and the calls."""
+    folder = tmp_path_factory.mktemp("power").resolve()
+    flash = make_image(folder / "flash.img")
+    with_file = request.param == "key file"
+    arguments = [str(flash), *([str(folder / "key")] if with_file else [])]
+    log = tmp_path_factory.mktemp("log") / "strace"
+    return folder, with_file, run_recorded("tests.crash.workload", folder, log, *arguments)
+
+
+class _Loss(Exception):
+    """A state does not hold what it must."""
+
+
+def check(state: State, with_file: bool, done: int, begun: int, expected: list[Expected]) -> None:
+    """Open a state as a fresh start would, and compare it with what may be there."""
+    with tempfile.TemporaryDirectory(dir=MEMORY) as name:
+        folder = Path(name)
+        for file, content in state.items():
+            (folder / file).write_bytes(content)
+        key_path = str(folder / "key") if with_file else None
+        for _ in range(2):  # the second start finds what the first one left
+            try:
+                store = open_store(str(folder / "flash.img"), key_path=key_path)
+            except OperatorError as error:
+                raise _Loss(f"refused: {error}") from error
+            try:
+                found = (store.counter, store.key, bytes(store.image))
+                if any(store.damaged):
+                    raise _Loss("a block is not what was stored")
+                if found not in expected[done : begun + 1]:
+                    raise _Loss(f"write counter {found[0]} after {done} of {begun} steps")
+            finally:
+                store.close()
+
+
+def play(
+    recording: tuple[Path, bool, list[Call]], count: int, ignored_syncs: str = ""
+) -> Iterator[None]:
+    """Check ``count`` states, spread over all moments of the record; stop at every one."""
+    folder, with_file, calls = recording
+    expected = expectations()
+    source = random.Random(7)
+    disk = Disk(folder, ignored_syncs)
+    disk.add("flash.img", bytes(spec.CAPACITY_UNIT))
+    moments = sum(call.name not in ("close", "dup", "dup2", "dup3") for call in calls)
+    done = begun = 0
+    budget = 0.0
+    for call in calls:
+        if disk.apply(call, MARKS):
+            budget += count / moments
+        for mark in disk.marks:
+            word, number = mark.split()
+            if word == "begin":
+                begun = int(number) + 1
+            elif word == "done":
+                done = int(number) + 1
+            else:
+                begun = int(number)  # what was reported as failed must not come back
+                budget += 10
+        disk.marks.clear()
+        if budget >= 2:
+            for state in disk.states(source, int(budget)):
+                check(state, with_file, done, begun, expected)
+                budget -= 1
+                yield
+    assert done == len(expected) - 1
+
+
+def test_no_state_that_power_loss_can_leave_loses_anything(
+    recording: tuple[Path, bool, list[Call]], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.CRITICAL)
+    checked = sum(1 for _ in play(recording, STATES // 2))
+    assert checked > STATES // 4
+
+
+@pytest.mark.parametrize("ignored", [".state-wal", "flash.img", "key.new"])
+def test_a_missing_sync_would_be_found(
+    recording: tuple[Path, bool, list[Call]], caplog: pytest.LogCaptureFixture, ignored: str
+) -> None:
+    """The check bites: without the sync before the answer, or the one of the image, it fails."""
+    caplog.set_level(logging.CRITICAL)
+    if ignored == "key.new" and not recording[1]:
+        return
+    with pytest.raises(_Loss):
+        for _ in play(recording, STATES // 2, ignored):
+            pass
+
+
+@pytest.mark.parametrize("share", range(5))
+@pytest.mark.timeout(3600)
+def test_power_loss_after_a_failed_sync(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, share: int
+) -> None:
+    """Each sync fails in turn (a sample, unless told otherwise), later the power does."""
+    caplog.set_level(logging.CRITICAL)
+    log = tmp_path / "strace"
+    numbers = range(1 + share, FAILING_SYNCS, 5)
+    for number in numbers if EVERY_SYNC else numbers[4 * share :: len(numbers)]:
+        folder = (tmp_path / str(number)).resolve()
+        folder.mkdir()
+        flash = make_image(folder / "flash.img")
+        arguments = (str(flash), str(folder / "key"))
+        calls = run_recorded("tests.crash.workload", folder, log, *arguments, failing_sync=number)
+        assert any(call.result < 0 for call in calls), "no sync failed"
+        assert sum(1 for _ in play((folder, True, calls), SYNC_STATES)) > SYNC_STATES // 2

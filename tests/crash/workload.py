@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The workload whose system calls are recorded: run as a program, under strace.
+
+What it does and what has been acknowledged is written to descriptor MARKS, so that the record holds
+it in order. The requests come from `requests`, which the checker knows as well.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import NamedTuple
+
+from vhost_rpmb import spec
+from vhost_rpmb.errors import OperatorError
+from vhost_rpmb.store import Store, open_store
+
+MARKS = 9
+TRIES = 4  # of a step on a disk of which one fsync and one fdatasync fail
+KEY = bytes(range(50, 82))
+
+
+class Step(NamedTuple):
+    """One step: a commit (blocks or key), or None for a checkpoint or a clean stop and start."""
+
+    kind: str  # "commit", "key", "checkpoint", "restart"
+    blocks: tuple[tuple[int, bytes], ...] = ()
+
+
+def steps() -> Iterator[Step]:
+    """Give the workload: single and multi-block writes, checkpoints, the key, clean stops."""
+    source = random.Random(20)
+    yield Step("key")
+    for number in range(26):
+        count = source.choice([1, 1, 1, 2, 7, 32])
+        address = source.randrange(0, 40)
+        data = [source.randbytes(spec.BLOCK_SIZE) for _ in range(count)]
+        if number == 5:
+            data = [bytes(spec.BLOCK_SIZE)] * count
+        yield Step("commit", tuple(enumerate(data, address)))
+        if number in (4, 11, 12, 20):
+            yield Step("checkpoint")
+        if number in (8, 17):
+            yield Step("restart")
+
+
+def mark(text: str) -> None:
+    os.write(MARKS, text.encode())
+
+
+def start(flash: str, key_path: str | None) -> Store:
+    """Open the store; again where a failing disk refused it, as an operator would."""
+    for _ in range(TRIES - 1):
+        with suppress(OperatorError):
+            return open_store(flash, key_path=key_path)
+    return open_store(flash, key_path=key_path)
+
+
+def main(flash: str, key_path: str | None) -> None:
+    logging.getLogger("vhost_rpmb").setLevel(logging.CRITICAL)
+    store = start(flash, key_path)
+    counter = 0
+    for number, step in enumerate(steps()):
+        done, tries = False, 0
+        while not done:  # a step that a failing disk refused is tried again
+            tries += 1
+            assert tries <= TRIES
+            mark(f"begin {number}")
+            if step.kind == "key":
+                done = store.commit(counter, [], KEY)
+            elif step.kind == "commit":
+                done = store.commit(counter + 1, list(step.blocks), None)
+            elif step.kind == "checkpoint":
+                done = store.checkpoint()
+            else:
+                store.close()
+                store = start(flash, key_path)
+                done = True
+            mark(f"{'done' if done else 'failed'} {number}")
+        counter += step.kind == "commit"
+    store.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else None)
