@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A guest that changes its requests and its rings while the device reads them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tests.hostile.raw import (
+    AVAILABLE,
+    BUFFERS,
+    GUEST,
+    SIZE,
+    RawGuest,
+    available_ring,
+    descriptor,
+    hammer,
+)
+from tests.rig import Rig, read_counter, write_data
+from vhost_rpmb import spec
+from vhost_rpmb.engine import Engine
+from vhost_rpmb.vhost_user.wire import MemoryRegion
+
+ROUNDS = 3000
+MOST = 120  # seconds
+CHAINS = 8
+REQUESTS = [BUFFERS + 2048 * number for number in range(CHAINS)]  # offset of each chain's request
+TABLES = BUFFERS + 0x8000  # of the indirect descriptor tables
+NEXT, WRITE, INDIRECT = (
+    spec.VIRTQ_DESC_F_NEXT,
+    spec.VIRTQ_DESC_F_WRITE,
+    spec.VIRTQ_DESC_F_INDIRECT,
+)
+# The file goes on behind the regions, and is mapped there by nobody: what stands there must neither
+# be read nor be written.
+BEYOND = 0x10000
+SECRET = b"not yours"
+REGIONS = [
+    MemoryRegion(GUEST, BUFFERS, 0x7F00_0000_0000, 0),
+    MemoryRegion(GUEST + BUFFERS, SIZE - BUFFERS, 0x7F00_0000_0000 + BUFFERS, BUFFERS),
+]
+
+
+@pytest.fixture
+def guest(engine: Engine) -> Iterator[RawGuest]:
+    guest = RawGuest(engine, REGIONS)
+    yield guest
+    guest.close()
+
+
+def hexed(*texts: bytes) -> str:
+    return ",".join(text.hex() for text in texts)
+
+
+def bad_descriptors(index: int, good: bytes) -> list[bytes]:
+    """What a descriptor turns into behind the device's back."""
+    return [
+        *[good] * 10,
+        descriptor(GUEST + SIZE - 512, 4096, NEXT, index + 1),  # runs out of the regions
+        descriptor(GUEST + SIZE, 512, NEXT, index + 1),
+        descriptor(2**64 - 256, 512, WRITE),
+        descriptor(GUEST + BUFFERS - 256, 0xFFFF_FFFF, NEXT, 0xFFFF),
+        descriptor(0, 0, NEXT, 0),
+        descriptor(GUEST + TABLES, 48, INDIRECT),
+        descriptor(GUEST + TABLES, 0xFFFF_FFF0, INDIRECT),
+    ]
+
+
+def image_and_hammer(frames: list[bytes]) -> tuple[bytes, list[str]]:
+    """Give the guest's file, and how another process rewrites it."""
+    image = bytearray(SIZE + BEYOND)
+    image[SIZE:] = (SECRET * BEYOND)[:BEYOND]
+    places = []
+
+    def put(offset: int, text: bytes, *others: bytes) -> None:
+        image[offset : offset + len(text)] = text
+        if others:
+            places.append(f"{offset}:{hexed(text, *others)}")
+
+    for number, place in enumerate(REQUESTS):
+        # Whole requests, and each of their parts by itself.
+        put(place, frames[0], *frames)
+        for start, end in ((0, 228), (228, 484), (484, 500), (500, 504), (504, 510), (510, 512)):
+            places.append(f"{place + start}:{hexed(*(frame[start:end] for frame in frames))}")
+        answer = GUEST + place + 1024
+        request = descriptor(GUEST + place, 512, NEXT, 1)
+        room = descriptor(answer, 512, WRITE)
+        table = TABLES + 64 * number
+        put(table, request, *bad_descriptors(0, request))
+        put(table + 16, room, *bad_descriptors(1, room))
+        index = 4 * number
+        direct = descriptor(GUEST + place, 512, NEXT, index + 1)
+        head = descriptor(GUEST + table, 32, INDIRECT) if number % 2 else direct
+        put(16 * index, head, *bad_descriptors(index, head), direct)
+        put(16 * index + 16, room, *bad_descriptors(index + 1, room))
+    ring = available_ring([4 * number for number in range(CHAINS)])
+    put(AVAILABLE, ring)
+    places.append(f"{AVAILABLE + 4}:{hexed(bytes(2), bytes((4, 0)), bytes((8, 0)))}")
+    return bytes(image), places
+
+
+def test_what_is_stored_is_what_was_authenticated(keyed: Rig, guest: RawGuest) -> None:
+    store = keyed.store
+    blocks = [bytes([number]) * 256 for number in (1, 2, 3, 4)]
+    rounds = written = broken = 0
+    deadline = time.monotonic() + MOST
+    while rounds < ROUNDS and time.monotonic() < deadline:
+        # The guest has written these requests with the key; nothing else may ever be stored.
+        counter = store.counter
+        signed = [write_data(counter, 10 + n, block) for n, block in enumerate(blocks)]
+        image, places = image_and_hammer([*signed, read_counter()])
+        guest.fill(image)
+        guest.share()
+        with hammer("rewrite", guest.fd, *places, size=SIZE):
+            for _ in range(100):
+                before, known = bytes(store.image), store.counter
+                guest.start(1 << spec.VIRTIO_F_INDIRECT_DESC)
+                broken += bool(keyed.device.process(guest.queue) & keyed.engine.FAULTS)
+                guest.queue.take_faults()
+                rounds += 1
+                if store.counter == known:
+                    assert store.image == before
+                    continue
+                # Of requests with one counter, one at most can be good.
+                assert (known, store.counter) == (counter, counter + 1)
+                changed = [
+                    address
+                    for address in range(store.image.nbytes // 256)
+                    if store.image[address * 256 :][:256] != before[address * 256 :][:256]
+                ]
+                assert len(changed) <= 1
+                for address in changed:
+                    assert store.image[address * 256 :][:256] == blocks[address - 10]
+                written += 1
+        memory = guest.memory.read(GUEST, SIZE)
+        assert SECRET not in memory, "bytes beyond the regions were read"
+        assert SECRET not in bytes(store.image)
+        with open(f"/proc/self/fd/{guest.fd}", "rb") as file:
+            assert file.read()[SIZE:] == image[SIZE:], "bytes beyond the regions were written"
+    assert rounds >= ROUNDS, rounds
+    assert written > 10, (rounds, written, broken)
+    assert broken > 10, (rounds, written, broken)

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The key is where it belongs and nowhere else."""
+
+from __future__ import annotations
+
+import base64
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Daemon, DaemonFactory
+from tests.rig import program_key, read_counter, read_data, read_result, request, write_data
+from vhost_rpmb.client.rpmb import RpmbClient
+
+PIECE = 8  # bytes of a key that count as the key
+
+
+def traces(key: bytes, data: bytes) -> list[str]:
+    """The pieces of a key that are found in data, as bytes or written in a usual way."""
+    found = []
+    for start in range(len(key) - PIECE + 1):
+        piece = key[start : start + PIECE]
+        forms = (
+            piece,
+            piece.hex().encode(),
+            piece.hex().upper().encode(),
+            repr(piece)[2:-1].encode(),
+        )
+        found += [f"piece at {start}" for form in forms if form in data]
+    encoded = base64.b64encode(key)
+    return found + (["base64"] if encoded[:40] in data else [])
+
+
+def test_the_search_finds_a_key() -> None:
+    key = os.urandom(32)
+    for text in (key, key[5:20], key.hex().encode(), repr(key).encode(), base64.b64encode(key)):
+        assert traces(key, b"before " + text + b" after")
+    assert not traces(key, os.urandom(4096))
+
+
+@pytest.fixture(params=["-vv", "--debug", "-vvv"])
+def verbosity(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.mark.parametrize("key_file", [False, True])
+def test_the_key_is_nowhere_else(
+    daemon: DaemonFactory, tmp_path: Path, verbosity: str, key_file: bool
+) -> None:
+    key, other = os.urandom(32), os.urandom(32)
+    folder = tmp_path / "keys"
+    folder.mkdir()
+    options = [verbosity, *([f"--key-path={folder / 'key'}"] if key_file else [])]
+    running = daemon(*options)
+    answers = b"".join(use(running, key, other))
+    assert not traces(key, answers)
+    assert not traces(other, answers)
+    for name in ("cmdline", "environ"):
+        assert not traces(key, Path(f"/proc/{running.process.pid}/{name}").read_bytes())
+    stored = stored_beside(running)
+    if key_file:
+        assert not traces(key, stored)
+    said = running.stop().encode()
+    assert b"ADD_MEM_REG" in said
+    assert not traces(key, said)
+    assert not traces(other, said)
+    stored += stored_beside(running)
+    assert not traces(other, stored), "a key that was refused was kept"
+    if key_file:
+        assert not traces(key, stored)
+        assert (folder / "key").read_bytes() == key
+
+
+def stored_beside(running: Daemon) -> bytes:
+    folder, name = running.flash_path.parent, running.flash_path.name
+    return b"".join(path.read_bytes() for path in folder.iterdir() if path.name.startswith(name))
+
+
+def use(running: Daemon, key: bytes, other: bytes) -> Iterator[bytes]:
+    """Every request, right and wrong, before and after the key; what is answered."""
+    with RpmbClient.connect(str(running.socket_path)) as client:
+        for programming in (program_key(key, block_count=2), program_key(key), program_key(other)):
+            for asked in (
+                programming + read_result(),
+                read_counter() + read_counter(block_count=3),
+                write_data(0, 1, bytes(256), key=key) + read_result(),
+                write_data(0, 1, bytes(256), key=other) + read_result(),
+                write_data(9, 1, bytes(256), key=key) + read_result(),
+                write_data(0, 9999, bytes(256), key=key) + read_result(),
+                read_data(0, 4) + read_data(9999, 1),
+                request(99, key_mac=key) + request(0x100, key_mac=key),
+                program_key(key)[:-1],
+                program_key(key)[1:] + b"\0",
+            ):
+                yield client.exchange(asked, 8 * 512)
+
+
+def test_each_request_is_told_in_words(daemon: DaemonFactory, engine: object) -> None:
+    running = daemon("--debug")
+    key = os.urandom(32)
+    list(use(running, key, os.urandom(32)))
+    said = running.stop()
+    assert "request PROGRAM_KEY: address 0, block count 1, write counter 0: OK\n" in said
+    assert "request DATA_WRITE: address 1, block count 1, write counter 0: OK\n" in said
+    assert "request DATA_WRITE: address 1, block count 1, write counter 9: COUNT_FAILURE\n" in said
+    assert "request 0x0063: address 0, block count 1, write counter 0: GENERAL_FAILURE\n" in said

@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Guests and front-ends that want all of the daemon's time, memory or descriptors."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import resource
+import signal
+import socket
+import struct
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Daemon, DaemonFactory, RigFactory
+from tests.hostile.raw import GUEST, QUEUE, hammer
+from tests.rig import KEY, read_counter, read_data, write_data
+from vhost_rpmb import spec
+from vhost_rpmb.client.errors import BackendError
+from vhost_rpmb.client.frontend import Frontend
+from vhost_rpmb.client.memory import GuestMemory
+from vhost_rpmb.client.ring import Ring, Segment
+from vhost_rpmb.client.rpmb import RpmbClient
+from vhost_rpmb.vhost_user import wire
+from vhost_rpmb.vhost_user.wire import MemoryRegion, Request
+
+SOON = 0.1  # seconds
+LONG = 3.0  # seconds of starving
+GROWTH = 4 << 20  # bytes that the daemon may take for anything a front-end does
+FEW_DESCRIPTORS = 64
+
+
+@pytest.fixture
+def programmed(daemon: DaemonFactory) -> Daemon:
+    """A daemon that has few descriptors to lose, with a key."""
+    running = daemon("--poll-us=64")
+    limits = resource.prlimit(running.process.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(running.process.pid, resource.RLIMIT_NOFILE, (FEW_DESCRIPTORS, limits[1]))
+    with RpmbClient.connect(str(running.socket_path)) as client:
+        client.program_key(KEY)
+    return running
+
+
+def memory_of(running: Daemon) -> int:
+    """The resident memory of a daemon, in bytes."""
+    pages = Path(f"/proc/{running.process.pid}/statm").read_text().split()[1]
+    return int(pages) * resource.getpagesize()
+
+
+def assert_works(running: Daemon) -> None:
+    with RpmbClient.connect(str(running.socket_path), key=KEY) as client:
+        assert client.read_counter() == 0
+
+
+def assert_stops(running: Daemon) -> None:
+    start = time.monotonic()
+    running.stop()
+    # The end of the interpreter and the last syncs are in it, but no waiting.
+    assert time.monotonic() - start < 1.0
+
+
+def timed(action: Callable[[], object]) -> list[float]:
+    """The times, in seconds, that an action takes again and again for LONG seconds."""
+    times = []
+    end = time.monotonic() + LONG
+    while (start := time.monotonic()) < end:
+        action()
+        times.append(time.monotonic() - start)
+    return times
+
+
+# Each chain is as much work as a chain can be.
+FLOODS = {
+    "reads": (read_data(0, 255), 255 * 512),
+    "counters": (read_counter() * 512, 512 * 512),
+    "writes": (write_data(0, 0, *[bytes(256)] * 32, key=bytes(32)) * 16, 512),
+    "broken": (b"", 0),
+}
+
+
+@pytest.mark.parametrize("kind", FLOODS)
+def test_a_ring_that_is_always_full(programmed: Daemon, kind: str) -> None:
+    """The control socket and the stop are served within 100 ms all the same."""
+    request, room = FLOODS[kind]
+    place = MemoryRegion(GUEST, 4 << 20, 0x7F00_0000_0000, 0)
+    with GuestMemory([place]) as memory, Ring(memory, QUEUE) as ring:
+        data, answers = memory.allocate(max(len(request), 1)), memory.allocate(max(room, 1))
+        memory.write(data, request)
+        for index in range(0, QUEUE, 2):
+            if request:
+                ring.write_descriptor(index, data, len(request), spec.VIRTQ_DESC_F_NEXT, index + 1)
+                ring.write_descriptor(index + 1, answers, room, spec.VIRTQ_DESC_F_WRITE)
+            else:  # a loop, which takes the queue's size to find out
+                ring.write_descriptor(index, data, 1, spec.VIRTQ_DESC_F_NEXT, index)
+        for position in range(QUEUE):
+            ring.write_available(position, 2 * position % QUEUE)
+        with Frontend.connect(programmed.socket_path) as frontend:
+            frontend.handshake()
+            frontend.start_device(0)
+            frontend.share_memory(memory)
+            frontend.start_ring(ring)
+            parts = (ring.available_ring - GUEST, ring.used_ring - GUEST, QUEUE, ring.kick_fd)
+            fd = memory.regions[0].fd
+            with hammer("flood", fd, *parts, size=4 << 20, pass_fds=[ring.kick_fd]):
+                time.sleep(0.2)
+                served = ring.used_index
+                times = sorted(timed(frontend.get_status))
+                # Other processes want the processors as well: the few that they held up do not
+                # count against the daemon. test_the_time_of_a_batch counts its own time only.
+                assert times[len(times) * 9 // 10] < SOON
+                assert times[-1] < 10 * SOON
+                assert ring.used_index != served, "nothing was starving anybody"
+                start = time.monotonic()
+                programmed.process.send_signal(signal.SIGTERM)
+                with suppress(BackendError):
+                    while programmed.process.poll() is None:
+                        frontend.get_status()
+                assert time.monotonic() - start < 5 * SOON
+        assert programmed.process.wait(10) == 0
+
+
+@pytest.mark.parametrize("kind", FLOODS)
+def test_the_time_of_a_batch(make_rig: RigFactory, kind: str) -> None:
+    """The longest batch keeps the processor for less than 100 ms."""
+    rig = make_rig(regions=[MemoryRegion(GUEST, 4 << 20, 0x7F00_0000_0000, 0)])
+    rig.program()
+    request, room = FLOODS[kind]
+    data, answers = rig.guest.allocate(max(len(request), 1)), rig.guest.allocate(max(room, 1))
+    rig.guest.write(data, request)
+    rig.start(0)
+    rig.ring.set_available_index(0)
+    for index in range(0, QUEUE, 2):
+        if request:
+            rig.ring.write_descriptor(index, data, len(request), spec.VIRTQ_DESC_F_NEXT, index + 1)
+            rig.ring.write_descriptor(index + 1, answers, room, spec.VIRTQ_DESC_F_WRITE)
+        else:
+            rig.ring.write_descriptor(index, data, 1, spec.VIRTQ_DESC_F_NEXT, index)
+    for position in range(QUEUE):
+        rig.ring.write_available(position, 2 * position % QUEUE)
+    times = []
+    for _ in range(20):
+        rig.ring.set_available_index((rig.queue.base + QUEUE) & 0xFFFF)
+        start = time.thread_time()
+        rig.device.process(rig.queue)
+        times.append(time.thread_time() - start)
+    assert max(times) < SOON
+
+
+def test_one_byte_at_a_time(programmed: Daemon) -> None:
+    """A message that never ends costs nothing, and the stop is served."""
+    with socket.socket(socket.AF_UNIX) as slow:
+        slow.connect(str(programmed.socket_path))
+        for byte in struct.pack("=III", Request.GET_FEATURES, wire.VERSION, 0)[:-1]:
+            slow.send(bytes([byte]))
+            time.sleep(0.05)
+        used = Path(f"/proc/{programmed.process.pid}/stat").read_text().split()[13:15]
+        time.sleep(1)
+        slow.send(b"\0")
+        assert slow.recv(20)
+        assert Path(f"/proc/{programmed.process.pid}/stat").read_text().split()[13:15] == used
+        assert_stops(programmed)
+
+
+def test_a_flood_of_messages(programmed: Daemon) -> None:
+    before = memory_of(programmed)
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(str(programmed.socket_path))
+        message = struct.pack(
+            "=III", Request.SET_VRING_ADDR, wire.VERSION | wire.FLAG_NEED_REPLY, 40
+        )
+        owner = struct.pack("=IIIQ", Request.SET_PROTOCOL_FEATURES, wire.VERSION, 8, 1 << 3)
+        sock.sendall(owner)
+        sock.setblocking(False)
+        end = time.monotonic() + LONG
+        sent = 0
+        while time.monotonic() < end:
+            try:
+                sent += sock.send((message + b"\xff" * 40) * 100)
+            except BlockingIOError:
+                try:
+                    sock.recv(1 << 16)
+                except BlockingIOError:
+                    time.sleep(0.001)
+            except OSError:
+                break  # it reads no replies for too long
+    assert sent > 100_000
+    assert memory_of(programmed) - before < GROWTH
+    assert_works(programmed)
+    assert_stops(programmed)
+
+
+def test_ten_thousand_connections(programmed: Daemon) -> None:
+    """None of them costs a descriptor (there are 64) or memory."""
+    before = memory_of(programmed)
+    for _ in range(10_000):
+        with socket.socket(socket.AF_UNIX) as sock:
+            while True:
+                try:
+                    sock.connect(str(programmed.socket_path))
+                except BlockingIOError:
+                    time.sleep(0.001)
+                else:
+                    break
+    assert_works(programmed)
+    assert memory_of(programmed) - before < GROWTH
+    assert_stops(programmed)
+
+
+def test_hundreds_of_descriptors(programmed: Daemon) -> None:
+    """What is not asked for is closed, although there are fewer free than come."""
+    before = memory_of(programmed)
+    fd = os.memfd_create("descriptor")
+    message = struct.pack("=III", Request.GET_FEATURES, wire.VERSION, 0)
+    for count in (1, 33, 253) * 20:
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(str(programmed.socket_path))
+            for _ in range(20):
+                try:
+                    socket.send_fds(sock, [message], [fd] * count)
+                except OSError:
+                    break
+    os.close(fd)
+    assert_works(programmed)
+    assert memory_of(programmed) - before < GROWTH
+    assert_stops(programmed)
+
+
+@pytest.fixture
+def stuck(programmed: Daemon) -> Iterator[tuple[Frontend, Ring]]:
+    """A front-end that made the daemon's write to the call eventfd block."""
+    with GuestMemory() as memory, Ring(memory) as ring:
+        request = memory.allocate(1024)
+        memory.write(request, read_counter())
+        with Frontend.connect(programmed.socket_path) as frontend:
+            frontend.handshake()
+            frontend.start_device(0)
+            frontend.share_memory(memory)
+            frontend.start_ring(ring)
+            ring.add([Segment(request, 512)], [Segment(request + 512, 512)])
+            flags = fcntl.fcntl(ring.call_fd, fcntl.F_GETFL)
+            fcntl.fcntl(ring.call_fd, fcntl.F_SETFL, flags & ~os.O_NONBLOCK)
+            os.eventfd_read(ring.call_fd)  # the signal that comes when a vring starts
+            os.eventfd_write(ring.call_fd, 2**64 - 2)
+            ring.publish()
+            ring.kick()
+            until(lambda: ring.used_index == 1)
+            time.sleep(0.1)  # the write comes next
+            yield frontend, ring
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_full_call_eventfd_does_not_keep_the_stop(
+    programmed: Daemon, stuck: tuple[Frontend, Ring]
+) -> None:
+    programmed.process.send_signal(signal.SIGTERM)
+    assert programmed.process.wait(5) == 0
+
+
+def test_a_full_call_eventfd_does_not_keep_the_next_front_end(
+    programmed: Daemon, stuck: tuple[Frontend, Ring]
+) -> None:
+    stuck[0].close()
+    with RpmbClient.connect(str(programmed.socket_path), key=KEY, timeout=5) as client:
+        assert client.read_counter() == 0
+    assert_stops(programmed)
+
+
+def test_a_pipe_is_opened_anew(programmed: Daemon) -> None:
+    """The front-end cannot make a write to a call pipe or a read of a kick pipe block."""
+    kick_reader, kick_writer = os.pipe()
+    call_reader, call_writer = os.pipe()
+    with GuestMemory() as memory, Ring(memory) as ring:
+        request = memory.allocate(1024)
+        memory.write(request, read_counter())
+        with Frontend.connect(programmed.socket_path) as frontend:
+            frontend.handshake()
+            frontend.start_device(0)
+            frontend.share_memory(memory)
+            frontend.start_ring(ring)
+            frontend.tell(Request.SET_VRING_CALL, wire.pack_u64(0), [call_writer])
+            frontend.tell(Request.SET_VRING_KICK, wire.pack_u64(0), [kick_reader])
+            os.set_blocking(call_writer, False)
+            while True:
+                try:
+                    os.write(call_writer, bytes(4096))
+                except BlockingIOError:
+                    break
+            os.set_blocking(call_writer, True)
+            os.set_blocking(kick_reader, True)
+            for _ in range(3):
+                ring.add([Segment(request, 512)], [Segment(request + 512, 512)])
+                ring.publish()
+                os.write(kick_writer, b"x" * 8)
+                frontend.get_status()
+                until(lambda: bool(ring.collect()))
+    for fd in (kick_reader, kick_writer, call_reader, call_writer):
+        os.close(fd)
+    assert_stops(programmed)
