@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures of the tests that boot a guest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.daemon import DaemonProcess
+from tests.e2e.kit import Kit, make_kit
+
+
+@pytest.fixture(scope="session")
+def kit(pytestconfig: pytest.Config) -> Kit:
+    """The guest kit; where it cannot be made, the tests fail with the reason."""
+    reporter = pytestconfig.pluginmanager.getplugin("terminalreporter")
+    return make_kit(reporter.write_line)
+
+
+@pytest.fixture(params=["fast", "pure"])
+def daemon(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[DaemonProcess]:
+    """A daemon, not yet started, on a new image; on either engine."""
+    process = DaemonProcess(tmp_path, request.param)
+    yield process
+    process.kill()

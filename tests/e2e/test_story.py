@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The device in a real guest: QEMU, Linux, our guest driver and the unmodified mmc tool."""
+
+from __future__ import annotations
+
+import re
+import signal
+import time
+
+import pytest
+
+from tests.e2e.daemon import BLOCK_SIZE, DaemonProcess
+from tests.e2e.kit import Kit
+from tests.e2e.story import (
+    COUNT_FAILURE,
+    KEY,
+    LETTER,
+    OK,
+    GuestStage,
+    check_write_answer,
+    result_request,
+    tell,
+    write_frames,
+)
+from tests.e2e.vm import VirtualMachine
+
+# The first test may have to make the kit.
+pytestmark = [pytest.mark.qemu, pytest.mark.timeout(900)]
+
+
+def succeed(vm: VirtualMachine, command: str) -> str:
+    status, output = vm.run(command)
+    assert status == 0, f"{command}: {output}"
+    return output
+
+
+def counter(vm: VirtualMachine) -> int:
+    output = succeed(vm, "mmc rpmb read-counter /dev/rpmb0")
+    assert output.startswith("Counter value: 0x")
+    return int(output.removeprefix("Counter value: "), 16)
+
+
+def read_blocks(vm: VirtualMachine, address: int, count: int) -> bytes:
+    succeed(vm, f"rm -f out && mmc rpmb read-block /dev/rpmb0 {address} {count} out key")
+    return vm.get_file("out")
+
+
+def program_key(vm: VirtualMachine) -> None:
+    vm.put_file("key", KEY)
+    succeed(vm, "mmc rpmb write-key /dev/rpmb0 key")
+
+
+def test_story(kit: Kit, daemon: DaemonProcess) -> None:
+    tell(GuestStage(kit, daemon), print)
+
+
+def test_daemon_killed_while_the_guest_writes(kit: Kit, daemon: DaemonProcess) -> None:
+    """What the guest was told is written is there after the daemon died at any moment."""
+    blocks = 200
+    daemon.start()
+    with VirtualMachine(kit, daemon.socket_path) as vm:
+        program_key(vm)
+        succeed(
+            vm,
+            f"(for i in $(seq 0 {blocks - 1}); do"
+            ' printf "%-256d" $i | mmc rpmb write-block /dev/rpmb0 $i - key || break;'
+            " echo $i >> told; done) > /dev/null 2>&1 &",
+        )
+        while vm.run("test -s told && test $(wc -l < told) -ge 10")[0] != 0:
+            time.sleep(0.05)
+        daemon.kill()
+        told = int(succeed(vm, "wc -l < told"))
+    assert 10 <= told < blocks
+
+    daemon.start()
+    with VirtualMachine(kit, daemon.socket_path) as vm:
+        vm.put_file("key", KEY)
+        # One more may have been durable, its answer on the way.
+        written = counter(vm)
+        assert written in (told, told + 1)
+        expected = b"".join(b"%-256d" % number for number in range(written))
+        assert read_blocks(vm, 0, blocks) == expected.ljust(blocks * BLOCK_SIZE, b"\0")
+        succeed(vm, "head -c 256 out > data && mmc rpmb write-block /dev/rpmb0 511 data key")
+        assert counter(vm) == written + 1
+    daemon.stop()
+
+
+def test_guest_reboots_and_the_daemon_goes_on(kit: Kit, daemon: DaemonProcess) -> None:
+    daemon.start()
+    with VirtualMachine(kit, daemon.socket_path) as vm:
+        program_key(vm)
+        vm.put_file("data", LETTER)
+        succeed(vm, "mmc rpmb write-block /dev/rpmb0 7 data key")
+        vm.reboot()
+        vm.put_file("key", KEY)
+        assert counter(vm) == 1
+        assert read_blocks(vm, 7, 1) == LETTER
+        vm.put_file("data", LETTER)
+        succeed(vm, "mmc rpmb write-block /dev/rpmb0 8 data key")
+        assert counter(vm) == 2
+    daemon.stop()
+
+
+@pytest.mark.parametrize("daemon", ["fast"], indirect=True)
+def test_guest_driver(kit: Kit, daemon: DaemonProcess) -> None:
+    """What the mmc tool does not use of the driver: other shapes, limits, loss of the device."""
+    daemon.start()
+    with VirtualMachine(kit, daemon.socket_path) as vm:
+        program_key(vm)
+        _one_command_an_ioctl(vm)
+        _failures_fill_the_answer(vm)
+        _wrong_commands(vm)
+        _silent_device(vm, daemon)
+        _device_goes_away(vm)
+        assert not re.search("WARNING: |BUG: |Oops: ", succeed(vm, "dmesg"))
+    daemon.stop()
+
+
+def _one_command_an_ioctl(vm: VirtualMachine) -> None:
+    """Frames may come with an ioctl each, the write request's without a read command behind it."""
+    for number in range(2):
+        vm.put_file("write", write_frames(KEY, counter=number, address=number, data=LETTER))
+        succeed(vm, "rpmb-send -s /dev/rpmb0 1 < write > answer")
+        assert check_write_answer(KEY, vm.get_file("answer")) == (OK, number + 1)
+    succeed(vm, "head -c 512 write > alone && rpmb-send -s /dev/rpmb0 0 < alone")
+    vm.put_file("result", result_request())
+    succeed(vm, "rpmb-send /dev/rpmb0 1 < result > answer")
+    assert check_write_answer(KEY, vm.get_file("answer")) == (COUNT_FAILURE, 2)
+
+
+def _failures_fill_the_answer(vm: VirtualMachine) -> None:
+    """A failure has one frame, but a tool looks at the last one it asked for."""
+    status, output = vm.run("mmc rpmb read-block /dev/rpmb0 510 3 nothing")
+    assert (status, output) == (1, "RPMB operation failed, retcode 0x0004")
+
+
+def _wrong_commands(vm: VirtualMachine) -> None:
+    for command, error in (
+        ("rpmb-send /dev/rpmb0 257 < result", "Value too large"),
+        ("rpmb-send /dev/rpmb0 1 < alone", "Invalid argument"),  # nothing asks for an answer
+        ("for i in $(seq 257); do cat alone; done | rpmb-send /dev/rpmb0 0", "Value too large"),
+        ("mmc extcsd read /dev/rpmb0", "Invalid argument"),
+        ("blockdev --getsz /dev/rpmb0", ""),
+    ):
+        status, output = vm.run(command)
+        assert status != 0, command
+        assert error in output
+
+
+def _silent_device(vm: VirtualMachine, daemon: DaemonProcess) -> None:
+    """A request given up on leaves its buffers with the device; the next one waits for them."""
+    daemon.signal(signal.SIGSTOP)
+    try:
+        assert vm.run("timeout 1 mmc rpmb read-counter /dev/rpmb0")[0] == 128 + signal.SIGTERM
+        assert vm.run("timeout 1 mmc rpmb read-counter /dev/rpmb0")[0] == 128 + signal.SIGTERM
+    finally:
+        daemon.signal(signal.SIGCONT)
+    assert counter(vm) == 2
+
+
+def _device_goes_away(vm: VirtualMachine) -> None:
+    """An open file outlives its device; the device can be bound again."""
+    driver = "/sys/bus/virtio/drivers/virtio_rpmb"
+    succeed(vm, f"exec 3<>/dev/rpmb0; echo virtio0 > {driver}/unbind; test ! -e /dev/rpmb0")
+    succeed(vm, f"echo virtio0 > {driver}/bind; test -c /dev/rpmb0")
+    assert counter(vm) == 2
+    succeed(vm, "rmmod virtio_rpmb && test ! -e /dev/rpmb0 && insmod /virtio_rpmb.ko")
+    assert counter(vm) == 2
