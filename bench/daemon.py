@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parts of a measurement: the compiled tools, the running daemon, the requests."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+from vhost_rpmb import spec
+from vhost_rpmb._pure.frame import Authenticator, Frame
+
+KEY = bytes(range(32))
+SAME_CPU = (0, 0)  # processor of the daemon, of the front-end
+TWO_CPUS = (0, 1)
+
+
+class Load(NamedTuple):
+    """What the load generator measured; latencies in microseconds, of one round of ``depth``."""
+
+    requests: int
+    seconds: float
+    p50: float
+    p90: float
+    p99: float
+    own: float  # microseconds a request that the generator itself takes
+
+
+class Tools:
+    """The compiled programs of this folder, and what they say."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        here = Path(__file__).parent
+        for name in ("load", "floor"):
+            command = ["cc", "-O2", "-o", str(folder / name), str(here / f"{name}.c"), "-lcrypto"]
+            subprocess.run(command, check=True)
+
+    def load(self, socket: Path, chains: Path, **options: int) -> Load:
+        words = self._run("load", socket, chains, *(f"{k}={v}" for k, v in options.items()))
+        return Load(int(words[0]), *map(float, words[1:]))
+
+    def floor(self, kind: str, *arguments: object) -> float:
+        """Measure a floor (microseconds) three times; the median."""
+        runs = [float(self._run("floor", kind, *arguments)[0]) for _ in range(3)]
+        return statistics.median(runs)
+
+    def _run(self, name: str, *arguments: object) -> list[str]:
+        done = subprocess.run(
+            [str(self._folder / name), *map(str, arguments)],
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        return done.stdout.split()
+
+
+class Daemon(NamedTuple):
+    """A running daemon: its process and its socket."""
+
+    pid: int
+    socket: Path
+    started: float  # seconds from exec to listening
+
+    def memory(self) -> int:
+        """Resident memory in bytes."""
+        return resident(self.pid)
+
+
+def resident(pid: int) -> int:
+    """Resident memory of a process in bytes."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+@contextmanager
+def daemon(
+    folder: Path,
+    *options: str,
+    engine: str = "fast",
+    cpu: int = 0,
+    units: int = 1,
+    wrapper: Sequence[str] = (),
+) -> Iterator[Daemon]:
+    """Run a daemon with a fresh programmed device of ``units`` times 128 KiB on one processor."""
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        home = Path(name)
+        (home / "key").write_bytes(KEY)
+        (home / "flash").touch()
+        os.truncate(home / "flash", units * spec.CAPACITY_UNIT)
+        command = [
+            *wrapper,
+            sys.executable,
+            "-m",
+            "vhost_rpmb",
+            f"--socket-path={home / 'socket'}",
+            f"--flash-path={home / 'flash'}",
+            f"--key-path={home / 'key'}",
+            "--key-set",
+            *options,
+        ]
+        start = time.monotonic()
+        with subprocess.Popen(command, env=os.environ | {"VHOST_RPMB_ENGINE": engine}) as process:
+            try:
+                while not (home / "socket").exists():
+                    if process.poll() is not None:
+                        raise SystemExit("bench: the daemon ended")
+                    time.sleep(0.001)
+                started = time.monotonic() - start
+                os.sched_setaffinity(process.pid, {cpu})
+                yield Daemon(process.pid, home / "socket", started)
+            finally:
+                process.terminate()
+                process.wait(10)
+
+
+def counter_reads() -> Iterator[bytes]:
+    """Requests for the write counter: one frame each."""
+    while True:
+        yield Frame(block_count=1, req_resp=spec.VIRTIO_RPMB_REQ_GET_WRITE_COUNTER).pack()
+
+
+def reads(count: int = 1, units: int = 1) -> Iterator[bytes]:
+    """Requests for ``count`` blocks each, all over the image."""
+    while True:
+        for address in range(0, units * spec.CAPACITY_UNIT // spec.BLOCK_SIZE - count + 1, count):
+            yield Frame(
+                address=address, block_count=count, req_resp=spec.VIRTIO_RPMB_REQ_DATA_READ
+            ).pack()
+
+
+def writes(count: int = 1, counter: int = 0) -> Iterator[bytes]:
+    """Writes of ``count`` blocks each, and the request for the result: ``count`` + 1 frames."""
+    authenticator = Authenticator(KEY)
+    result = Frame(block_count=1, req_resp=spec.VIRTIO_RPMB_REQ_RESULT_READ).pack()
+    while True:
+        frames = [
+            Frame(
+                data=(counter + number).to_bytes(4, "big") * 64,
+                write_counter=counter,
+                address=counter * count % (512 - count + 1),
+                block_count=count,
+                req_resp=spec.VIRTIO_RPMB_REQ_DATA_WRITE,
+            )
+            for number in range(count)
+        ]
+        mac = authenticator.mac([frame.pack() for frame in frames])
+        frames[-1] = frames[-1]._replace(key_mac=mac)
+        yield b"".join(frame.pack() for frame in frames) + result
+        counter += 1
+
+
+@contextmanager
+def chains(folder: Path, source: Iterator[bytes], count: int) -> Iterator[Path]:
+    """Write ``count`` requests into a file for the load generator."""
+    with tempfile.NamedTemporaryFile(dir=folder) as file:
+        file.writelines(islice(source, count))
+        file.flush()
+        yield Path(file.name)
