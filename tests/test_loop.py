@@ -72,10 +72,20 @@ def start(engine: Engine) -> Iterator[StartServer]:
         server.close()
 
 
-def exchange(rig: Rig, spin: bool = False) -> list[Used]:
+def exchange(rig: Rig, look: bool = False) -> list[Used]:
     rig.ring.add(rig.put(read_counter()), rig.room(512))
     rig.ring.flush()
-    return rig.ring.wait(10, spin=spin)
+    return look_for_answer(rig) if look else rig.ring.wait(10)
+
+
+def look_for_answer(rig: Rig) -> list[Used]:
+    """Wait without a call. Sleeps between looks: the loop's thread needs the interpreter too."""
+    rig.ring.suppress_calls()
+    ends = time.monotonic() + 10
+    while not (used := rig.ring.collect()):
+        assert time.monotonic() < ends
+        time.sleep(0.00005)
+    return used
 
 
 @pytest.mark.parametrize("poll_us", [0, 64, 5000])
@@ -87,7 +97,7 @@ def test_requests_are_answered_and_called(
     rig = make_rig(features=features)
     server = start(rig, poll_us)
     for number in range(300):
-        assert exchange(rig, spin=bool(number % 2))[0].length == 512
+        assert exchange(rig, look=bool(number % 2))[0].length == 512
     assert server.stop() < 1
     assert server.flags == 0
 
@@ -96,7 +106,7 @@ def test_requests_are_answered_and_called(
 def test_it_gives_way_at_once(make_rig: MakeRig, start: StartServer, poll_us: int) -> None:
     server = start(make_rig(), poll_us)
     time.sleep(0.05)
-    assert server.stop() < 0.1
+    assert server.stop() < 0.5
 
 
 def test_it_gives_way_under_load(make_rig: MakeRig, start: StartServer) -> None:
@@ -104,8 +114,8 @@ def test_it_gives_way_under_load(make_rig: MakeRig, start: StartServer) -> None:
     server = start(rig, 5000)
     ends = time.monotonic() + 0.3
     while time.monotonic() < ends:
-        exchange(rig, spin=True)
-    assert server.stop() < 0.1
+        exchange(rig, look=True)
+    assert server.stop() < 0.5
 
 
 @pytest.mark.parametrize("poll_us", [0, 5000])
@@ -134,15 +144,17 @@ def test_no_kicks_are_asked_for_while_the_ring_is_watched(
     make_rig: MakeRig, start: StartServer, features: int
 ) -> None:
     rig = make_rig(features=features)
-    server = start(rig, 5000)
+    # Longer than any pause between two requests here, the scheduler's and the interpreter's lock's
+    # included: then every sleep lengthens the next watch.
+    server = start(rig, 1_000_000)
     kicks = 0
     for _ in range(200):
         rig.ring.add(rig.put(read_counter()), rig.room(512))
         if rig.ring.publish():
             kicks += 1
             rig.ring.kick()
-        rig.ring.wait(10, spin=True)
-    assert kicks < 150
+        look_for_answer(rig)
+    assert kicks < 100
     server.stop()
     # Nobody looks at the ring any more: the next request is kicked for.
     rig.ring.add(rig.put(read_counter()), rig.room(512))

@@ -60,7 +60,7 @@ def assert_stops(running: Daemon) -> None:
     start = time.monotonic()
     running.stop()
     # The end of the interpreter and the last syncs are in it, but no waiting.
-    assert time.monotonic() - start < 1.0
+    assert time.monotonic() - start < 5.0
 
 
 def timed(action: Callable[[], object]) -> list[float]:

@@ -24,7 +24,6 @@ _DESCRIPTOR = struct.Struct("<QIHH")
 _USED_ELEMENT = struct.Struct("<II")
 _AVAILABLE_RING = 4  # bytes: flags and index come first
 _USED_RING = 4  # bytes, the same
-_SPINS_BETWEEN_LOOKS = 256
 
 _lock = threading.Lock()
 
@@ -234,30 +233,22 @@ class Ring:
             used.append(element)
         return used
 
-    def wait(self, timeout: float, *, peer: int | None = None, spin: bool = False) -> list[Used]:
+    def wait(self, timeout: float, *, peer: int | None = None) -> list[Used]:
         """Chains that have come back, at least one, in the device's order.
 
-        Sleeps on the call eventfd, or with ``spin`` watches the used index with notifications
-        suppressed. ``peer`` is the vhost-user socket, whose end is noticed. BackendError after
-        ``timeout`` seconds or when the peer is gone, QueueError when the error eventfd is
-        signalled.
+        Sleeps on the call eventfd. ``peer`` is the vhost-user socket, whose end is noticed.
+        BackendError after ``timeout`` seconds or when the peer is gone, QueueError when the error
+        eventfd is signalled.
         """
         deadline = time.monotonic() + timeout
         poll = select.poll()
         poll.register(self.error_fd, select.POLLIN)
         if peer is not None:
             poll.register(peer, select.POLLRDHUP)
-        if spin:
-            self._suppress_calls()
-        else:
-            poll.register(self.call_fd, select.POLLIN)
+        poll.register(self.call_fd, select.POLLIN)
         while True:
-            if spin:
-                used = self._spin()
-            else:
-                self._ask_for_call()
-                used = self.collect()
-            if used:
+            self._ask_for_call()
+            if used := self.collect():
                 return used
             left = deadline - time.monotonic()
             if left <= 0:
@@ -265,7 +256,7 @@ class Ring:
                     f"the device did not answer a request within {timeout:g} s; "
                     f"{self.in_flight} in flight"
                 )
-            ready = poll.poll(0 if spin else left * 1000)
+            ready = poll.poll(left * 1000)
             # What was answered before the end counts first.
             for fd, _events in ready:
                 if fd == self.call_fd:
@@ -280,12 +271,6 @@ class Ring:
                         "in flight"
                     )
 
-    def _spin(self) -> list[Used]:
-        for _ in range(_SPINS_BETWEEN_LOOKS):
-            if used := self.collect():
-                return used
-        return []
-
     def _ask_for_call(self) -> None:
         if self.event_idx:
             self.set_used_event(self._next_used)
@@ -293,7 +278,8 @@ class Ring:
             self.set_available_flags(0)
         full_barrier()
 
-    def _suppress_calls(self) -> None:
+    def suppress_calls(self) -> None:
+        """Ask the device for no notifications, until the next wait()."""
         if self.event_idx:
             # The index that was just passed comes round again after 65,536 chains.
             self.set_used_event((self._next_used - 1) & 0xFFFF)

@@ -65,8 +65,7 @@ class Setup:
 
     ``features`` and ``protocol_features`` are accepted as far as they are offered. The ring has
     ``queue_size`` descriptors and its indices start at ``first_index``. A descriptor covers at
-    most ``segment_size`` bytes; None: one descriptor for the request, one for the answer. With
-    ``spin`` the client watches the used ring for answers instead of sleeping.
+    most ``segment_size`` bytes; None: one descriptor for the request, one for the answer.
     """
 
     features: int = FEATURES
@@ -75,7 +74,6 @@ class Setup:
     queue_size: int = 64
     first_index: int = 0
     segment_size: int | None = None
-    spin: bool = False
 
 
 _DEFAULT_SETUP = Setup()
@@ -246,7 +244,7 @@ class RpmbClient:
 
         Only for chains of `submit`: those offered to the ring directly come back from `Ring.wait`.
         """
-        used = self.ring.wait(self._timeout, peer=self.frontend.fileno(), spin=self.setup.spin)
+        used = self.ring.wait(self._timeout, peer=self.frontend.fileno())
         return [Answer(head, self._take_answer(head, length)) for head, length in used]
 
     # Resets
