@@ -49,8 +49,8 @@ MISSING := $(strip $(foreach source,$(wildcard vhost_rpmb/_fast/*.pyx),\
 # A warning of the C compiler ends our own builds, never those of a user with a newer compiler.
 # (CPPFLAGS, because setuptools adds these to Python's own flags; CFLAGS would replace those.)
 export CPPFLAGS := -Werror $(CPPFLAGS)
-# Nothing but .venv decides what is imported.
-unexport PYTHONPATH PYTHONHOME
+# Nothing but .venv decides what is imported, and it is compiled once, as in an installation.
+unexport PYTHONPATH PYTHONHOME PYTHONDONTWRITEBYTECODE
 
 .PHONY: help
 help: ## Say what the targets do

@@ -103,13 +103,13 @@ class TestPayloads:
         assert wire.unpack_u64(struct.pack("=Q", 7)) == 7
 
     def test_vring_state(self) -> None:
-        state = wire.VringState(index=1, num=256)
+        state = wire.VringState(vring=1, num=256)
         assert state.pack() == struct.pack("=II", 1, 256)
         assert wire.VringState.unpack(state.pack()) == state
 
     def test_vring_address(self) -> None:
         address = wire.VringAddress(
-            index=1, flags=2, descriptor_table=3, used_ring=4, available_ring=5, log=6
+            vring=1, flags=2, descriptor_table=3, used_ring=4, available_ring=5, log=6
         )
         assert address.pack() == struct.pack("=IIQQQQ", 1, 2, 3, 4, 5, 6)
         assert wire.VringAddress.unpack(address.pack()) == address

@@ -5,14 +5,10 @@ from __future__ import annotations
 
 import fcntl
 import os
-import secrets
-import shutil
 import sqlite3
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
-from urllib.parse import quote
 
 from vhost_rpmb import spec
 from vhost_rpmb.errors import StateError
@@ -121,12 +117,7 @@ class Database:
         self._name = name or path
         starts = _check_state_file(path, self._name)
         self._owns_log = log = has_log(path)
-        self._connection = sqlite3.connect(
-            f"file:{quote(os.path.abspath(path))}?mode=rw",
-            uri=True,
-            isolation_level=None,
-            timeout=0,
-        )
+        self._connection = sqlite3.connect(_uri(path), uri=True, isolation_level=None, timeout=0)
         try:
             self._lock()
             (verdict,) = self._execute("PRAGMA quick_check(1)").fetchone()
@@ -301,6 +292,12 @@ class _Transaction:
                     self._connection.execute("ROLLBACK")
 
 
+def _uri(path: str) -> str:
+    """Name a file that has to be there already, as SQLite's URIs do."""
+    escaped = os.path.abspath(path).replace("%", "%25").replace("?", "%3f").replace("#", "%23")
+    return f"file:{escaped}?mode=rw"
+
+
 def _check_state_file(path: str, name: str) -> int:
     """Refuse what is not a state file of ours before SQLite, which would change it, opens it.
 
@@ -352,13 +349,13 @@ def create_database(path: str, image: ImageFile, counter: int) -> None:
             with suppress(FileNotFoundError):
                 os.unlink(leftover)
         os.close(os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-        connection = sqlite3.connect(f"file:{quote(os.path.abspath(new))}?mode=rw", uri=True)
+        connection = sqlite3.connect(_uri(new), uri=True)
         try:
             connection.executescript(_SCHEMA)
             with connection:
                 connection.execute(
                     "INSERT INTO device VALUES (1, ?, ?, ?, NULL, NULL, 0, 0, ?)",
-                    (secrets.token_hex(8), image.file_size, counter, _STOPPED),
+                    (os.urandom(8).hex(), image.file_size, counter, _STOPPED),
                 )
                 digests = ((address, digest(data)) for address, data in image.blocks())
                 connection.executemany(
@@ -386,6 +383,9 @@ def private_copy(path: str) -> Iterator[str]:
     SQLite cannot open a database with a log without changing something. The copy is in memory
     where that is possible: it may hold the key.
     """
+    import shutil  # not for a start as usual
+    import tempfile
+
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with (
         open(path, "rb", opener=open_regular) as file,

@@ -226,7 +226,7 @@ class Frontend:
         self.tell(Request.SET_VRING_BASE, wire.VringState(index, ring.base).pack())
         user = ring.memory.user_address
         addresses = wire.VringAddress(
-            index=index,
+            vring=index,
             flags=0,
             descriptor_table=user(ring.descriptor_table),
             used_ring=user(ring.used_ring),
@@ -247,8 +247,8 @@ class Frontend:
             state = wire.VringState.unpack(payload)
         except ValueError as error:
             raise BackendError(f"GET_VRING_BASE: {error}") from None
-        if state.index != index:
-            raise BackendError(f"GET_VRING_BASE: asked for vring {index}, found {state.index}")
+        if state.vring != index:
+            raise BackendError(f"GET_VRING_BASE: asked for vring {index}, found {state.vring}")
         return state.num
 
     def set_status(self, status: int) -> None:

@@ -369,7 +369,7 @@ class Backend:
 
     def _set_vring_addr(self, message: Message) -> None:
         address = wire.VringAddress.unpack(message.payload)
-        vring = self._vring(address.index)
+        vring = self._vring(address.vring)
         if address.flags:
             raise ValueError(f"expected flags 0 (no logging), found 0x{address.flags:x}")
         vring.queue.set_addresses(
@@ -471,7 +471,7 @@ class Backend:
 
     def _vring_state(self, message: Message) -> tuple[_Vring, int]:
         state = wire.VringState.unpack(message.payload)
-        return self._vring(state.index), state.num
+        return self._vring(state.vring), state.num
 
     def _vring_fd(self, message: Message) -> tuple[_Vring, int | None]:
         """The vring that an event descriptor is for, and the descriptor, still the message's."""

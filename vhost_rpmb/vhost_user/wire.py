@@ -14,7 +14,6 @@ import os
 import socket
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -184,16 +183,15 @@ def unpack_u64(payload: bytes) -> int:
     return _unpack(_U64, payload)[0]
 
 
-@dataclass(frozen=True, slots=True)
-class VringState:
-    """A vring state description: index of the vring and a number."""
+class VringState(NamedTuple):
+    """A vring state description: which vring, and a number."""
 
-    index: int
+    vring: int
     num: int
 
     def pack(self) -> bytes:
         """The 8 bytes of the payload."""
-        return _VRING_STATE.pack(self.index, self.num)
+        return _VRING_STATE.pack(*self)
 
     @classmethod
     def unpack(cls, payload: bytes) -> Self:
@@ -201,11 +199,10 @@ class VringState:
         return cls(*_unpack(_VRING_STATE, payload))
 
 
-@dataclass(frozen=True, slots=True)
-class VringAddress:
-    """A vring address description: index of the vring and user addresses of its parts."""
+class VringAddress(NamedTuple):
+    """A vring address description: which vring, and user addresses of its parts."""
 
-    index: int
+    vring: int
     flags: int
     descriptor_table: int
     used_ring: int
@@ -214,14 +211,7 @@ class VringAddress:
 
     def pack(self) -> bytes:
         """The 40 bytes of the payload."""
-        return _VRING_ADDRESS.pack(
-            self.index,
-            self.flags,
-            self.descriptor_table,
-            self.used_ring,
-            self.available_ring,
-            self.log,
-        )
+        return _VRING_ADDRESS.pack(*self)
 
     @classmethod
     def unpack(cls, payload: bytes) -> Self:
