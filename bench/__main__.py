@@ -88,7 +88,7 @@ class Bench:
             chains(self.folder, writes(blocks), count) as file,
         ):
             return self.tools.load(
-                running.socket, file, count=count, frames=blocks + 1, cpu=1, **load
+                running.socket, file, count=count, frames=blocks + 1, cpu=0, **load
             )
 
     def write_against_sync(self) -> tuple[float, float]:
@@ -142,7 +142,7 @@ def syncs_per_batch(bench: Bench) -> tuple[float, str]:
     counts = []
     for batches in (50, 150):
         log = bench.folder / "strace"
-        wrapper = ("strace", "-f", "-qq", "-o", str(log), "-e", "trace=fdatasync,fsync")
+        wrapper = ("strace", "-D", "-f", "-qq", "-o", str(log), "-e", "trace=fdatasync,fsync")
         with (
             daemon(bench.folder, wrapper=wrapper) as running,
             chains(bench.folder, writes(), batches * 32) as file,

@@ -134,6 +134,27 @@ def test_the_database_does_not_grow_with_the_number_of_commits(opened: Open, fla
     assert sizes[2] <= sizes[0] * 1.1
 
 
+@pytest.mark.parametrize("image_fails", [False, True])
+def test_the_database_does_not_grow_when_one_block_is_written_over_and_over(
+    opened: Open, flash: Path, image_fails: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = opened()
+    if image_fails:
+        flash_fd = store._image_file._fd
+        read_only = os.open(flash, os.O_RDONLY)
+        os.dup2(read_only, flash_fd)  # every write into the image fails from now on
+        os.close(read_only)
+    sizes = []
+    for counter in range(1, 6 * MAX_PENDING // 64 + 1):
+        assert store.commit(counter, [(7, A if counter % 2 else B)] * 64, None)
+        if not counter % (MAX_PENDING // 64):
+            log = flash.with_name(flash.name + ".state-wal").stat().st_size
+            sizes.append(state_of(flash).stat().st_size + log)
+    assert sizes[5] <= sizes[1] * 1.1
+    assert store.checkpoint_due == image_fails
+    assert ("could not be written into" in caplog.text) == image_fails
+
+
 def test_an_image_with_content_is_adopted(opened: Open, flash: Path) -> None:
     flash.write_bytes(bytes(256) + A + bytes(510 * 256))
     store = opened()
@@ -395,8 +416,10 @@ def test_a_state_file_of_a_later_format(opened: Open, flash: Path) -> None:
         "UPDATE device SET counter = -1",
         "UPDATE device SET counter = 4294967296",
         "UPDATE device SET key = x'00'",
-        "INSERT INTO pending VALUES (512, zeroblob(256))",
-        "INSERT INTO pending VALUES (0, x'00')",
+        "INSERT INTO pending VALUES (1, 0, CAST(x'0200' || zeroblob(256) AS BLOB))",
+        "INSERT INTO pending VALUES (1, 0, zeroblob(257))",
+        "INSERT INTO pending VALUES (1, 4294967296, x'')",
+        "INSERT INTO pending VALUES (1, -1, x'')",
     ],
 )
 def test_a_state_file_with_impossible_content(opened: Open, flash: Path, statement: str) -> None:
@@ -412,7 +435,7 @@ def test_a_damaged_state_file(opened: Open, flash: Path) -> None:
     store.close()
     content = bytearray(state_of(flash).read_bytes())
     assert len(content) > 16 * KIB
-    content[8 * KIB : 12 * KIB] = b"\xa5" * 4 * KIB
+    content[4 * KIB :] = b"\xa5" * (len(content) - 4 * KIB)
     state_of(flash).write_bytes(content)
     with pytest.raises(StateError, match="damaged"):
         opened()

@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
+import hmac
 import os
 import stat
 from collections.abc import Callable
 from contextlib import suppress
-
-from cryptography.hazmat.primitives import hashes, hmac
 
 from vhost_rpmb import spec
 from vhost_rpmb.errors import UsageError
@@ -78,6 +77,4 @@ def open_regular(path: str, flags: int) -> int:
 
 def fingerprint(key: bytes) -> bytes:
     """Tell keys apart without keeping one: HMAC-SHA256 of a label that no frame can equal."""
-    mac = hmac.HMAC(key, hashes.SHA256())
-    mac.update(_FINGERPRINT_LABEL)
-    return mac.finalize()
+    return hmac.digest(key, _FINGERPRINT_LABEL, "sha256")

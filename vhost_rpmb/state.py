@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from vhost_rpmb import spec
 from vhost_rpmb.errors import StateError
-from vhost_rpmb.image import ImageFile, digest, sync_folder
+from vhost_rpmb.image import ImageFile, digest, sync_folder, write_all
 from vhost_rpmb.keyfile import open_regular
 
 __all__ = [
@@ -36,7 +36,8 @@ _HEADER_SIZE = 100
 _FORMAT_BITS = 8
 _STARTS_MASK = (1 << 23) - 1
 _PAGE_SIZE = 4096  # bytes
-_LOG_PAGES = 256  # in the write-ahead log before SQLite moves them into the database file
+_ADDRESS_SIZE = 2  # bytes
+_LOG_SIZE = 1 << 20  # bytes of the write-ahead log before SQLite moves them into the database file
 # What SQLite locks for readers: a writer that is alone holds all of it.
 _LOCK_FIRST, _LOCK_SIZE = 0x40000002, 510
 _STOPPED, _RUNNING, _STARTING = 0, 1, 2
@@ -50,16 +51,17 @@ CREATE TABLE device (
     id INTEGER PRIMARY KEY CHECK (id = 1),
     name TEXT NOT NULL,         -- random, tells devices apart
     size INTEGER NOT NULL,      -- of the image, bytes
-    counter INTEGER NOT NULL,   -- write counter
+    counter INTEGER NOT NULL,   -- write counter before the first pending commit
     key BLOB,                   -- the key, where no key file keeps it
     fingerprint BLOB,           -- of the key, where a key file keeps it
     starts INTEGER NOT NULL,    -- how often it was started
     stamped INTEGER NOT NULL,   -- 1 if the image was stamped with name and starts
     running INTEGER NOT NULL    -- not 0 while the write-ahead log belongs to the state; 2 at first
 ) STRICT;
-CREATE TABLE pending (          -- blocks that the image need not hold yet
-    address INTEGER PRIMARY KEY,
-    data BLOB NOT NULL
+CREATE TABLE pending (          -- commits whose blocks the image need not hold yet, latest last
+    id INTEGER PRIMARY KEY,
+    counter INTEGER NOT NULL,   -- write counter after it
+    blocks BLOB NOT NULL        -- address (2 bytes, big-endian) and data of each
 ) STRICT;
 CREATE TABLE digest (           -- blocks of the image; without a row: all zeros, always so
     address INTEGER PRIMARY KEY,
@@ -148,7 +150,7 @@ class Database:
         if mode != "wal":  # how SQLite says that the change failed
             raise sqlite3.OperationalError("it cannot have a write-ahead log here")
         self._execute("PRAGMA synchronous = FULL")
-        self._execute(f"PRAGMA wal_autocheckpoint = {_LOG_PAGES}")
+        self._execute(f"PRAGMA wal_autocheckpoint = {_LOG_SIZE // _PAGE_SIZE}")
         self._execute("BEGIN EXCLUSIVE")
         self._execute("COMMIT")
 
@@ -169,19 +171,30 @@ class Database:
         if found is None:
             raise self._damaged("no device in it")
         row = DeviceRow(*found)
-        if not 0 <= row.counter <= spec.MAX_WRITE_COUNTER:
-            raise self._damaged(f"write counter {row.counter}")
+        last = self._execute("SELECT counter FROM pending ORDER BY id DESC LIMIT 1").fetchone()
+        counter = row.counter if last is None else last[0]
+        if not 0 <= row.counter <= counter <= spec.MAX_WRITE_COUNTER:
+            raise self._damaged(f"write counter {counter} after {row.counter}")
         for secret in (row.key, row.fingerprint):
             if secret is not None and len(secret) != spec.KEY_SIZE:
                 raise self._damaged("a key of the wrong length")
-        return row
+        return row._replace(counter=counter)
 
     def pending(self, blocks: int) -> Iterator[tuple[int, bytes]]:
-        """Blocks (address, data) that the image, of so many ``blocks``, need not hold yet."""
-        for address, data in self._execute("SELECT address, data FROM pending"):
-            if not 0 <= address < blocks or len(data) != spec.BLOCK_SIZE:
-                raise self._damaged(f"pending block {address}")
-            yield address, data
+        """Blocks (address, data) that the image, of so many ``blocks``, need not hold yet.
+
+        Of those with the same address the last one counts.
+        """
+        size = _ADDRESS_SIZE + spec.BLOCK_SIZE
+        for number, packed in self._execute("SELECT id, blocks FROM pending ORDER BY id"):
+            if len(packed) % size:
+                raise self._damaged(f"pending commit {number}")
+            for start in range(0, len(packed), size):
+                data = start + _ADDRESS_SIZE
+                address = int.from_bytes(packed[start:data], "big")
+                if address >= blocks:
+                    raise self._damaged(f"pending block {address}")
+                yield address, packed[data : start + size]
 
     def digests(self, blocks: int) -> dict[int, Digests]:
         """Digests by address, of an image of so many ``blocks``."""
@@ -192,20 +205,27 @@ class Database:
                 raise self._damaged(f"digest of block {address}")
         return digests
 
-    def set_counter(self, counter: int) -> None:
-        """Set the write counter."""
-        self._execute("UPDATE device SET counter = ?", (counter,))
-
     def program(self, key: bytes | None, fingerprint: bytes | None) -> None:
         """Keep a key or the fingerprint of one; without either, no key is programmed."""
         self._execute("UPDATE device SET key = ?, fingerprint = ?", (key, fingerprint))
 
-    def add_pending(self, blocks: Iterable[tuple[int, bytes]]) -> None:
-        """Keep blocks (address, data) until the image has them."""
-        self._connection.executemany("INSERT OR REPLACE INTO pending VALUES (?, ?)", blocks)
+    def add_pending(self, counter: int, blocks: Iterable[tuple[int, bytes]]) -> None:
+        """Set the write counter, and keep blocks (address, data) until the image has them.
 
-    def clear_pending(self) -> None:
-        """Forget them all."""
+        One row, however many they are: this is what every write waits for.
+        """
+        packed = b"".join(
+            [
+                part
+                for address, data in blocks
+                for part in (address.to_bytes(_ADDRESS_SIZE, "big"), data)
+            ]
+        )
+        self._execute("INSERT INTO pending (counter, blocks) VALUES (?, ?)", (counter, packed))
+
+    def clear_pending(self, counter: int) -> None:
+        """Set the write counter, and forget all pending blocks."""
+        self._execute("UPDATE device SET counter = ?", (counter,))
         self._execute("DELETE FROM pending")
 
     def set_digests(self, blocks: Iterable[tuple[int, bytes]]) -> None:
@@ -217,17 +237,19 @@ class Database:
         self._execute("UPDATE device SET stamped = ?", (stamped,))
 
     def warm_log(self) -> None:
-        """Let the log grow to its usual size, so that commits overwrite it in place.
+        """Let the log have its usual size, so that commits overwrite it in place.
 
-        A commit that makes a file longer also waits for the file system's own journal. What a
-        transaction spilled into the log before it was rolled back stays there as unused room.
+        A commit that makes a file longer also waits for the file system's own journal. Zeros behind
+        its frames are nothing to SQLite: they do not continue the checksum of those before.
         """
-        self._execute("PRAGMA cache_size = 10")
-        with suppress(_Spilled), self.transaction():
-            room = _LOG_PAGES * _PAGE_SIZE
-            self._execute("INSERT INTO pending VALUES (-1, zeroblob(?))", (room,))
-            raise _Spilled
-        self._execute("PRAGMA cache_size = -2000")
+        fd = os.open(self._log, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            missing = (
+                _LOG_SIZE + _LOG_SIZE // 32 - os.lseek(fd, 0, os.SEEK_END)
+            )  # frame headers too
+            write_all(fd, bytes(max(missing, 0)))
+        finally:
+            os.close(fd)
 
     def mark_running(self, starts: int) -> None:
         """Note, in the database file itself, that its write-ahead log belongs to it from now on.
@@ -267,10 +289,6 @@ class Database:
         if self._owns_log and not os.path.exists(self._log):
             os.close(os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
             sync_folder(self._log)
-
-
-class _Spilled(Exception):
-    """The log has grown enough."""
 
 
 class _Transaction:

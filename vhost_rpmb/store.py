@@ -8,6 +8,7 @@ written down in docs/durability.md.
 
 from __future__ import annotations
 
+import hmac
 import logging
 import mmap
 import os
@@ -15,8 +16,6 @@ import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
-
-from cryptography.hazmat.primitives import constant_time
 
 from vhost_rpmb import spec
 from vhost_rpmb.errors import StateError, UsageError
@@ -266,6 +265,7 @@ class Store:
         self.image = memoryview(contents.memory)
         self.damaged = contents.damaged
         self._pending = contents.pending
+        self._kept_blocks = len(contents.pending)  # in the database, some more than once
         self._checkpoint_at = MAX_PENDING
         lost = contents.lost()
         if lost:
@@ -281,11 +281,6 @@ class Store:
         start = address * spec.BLOCK_SIZE
         return bytes(self.image[start : start + spec.BLOCK_SIZE])
 
-    def _put(self, address: int, data: bytes) -> None:
-        start = address * spec.BLOCK_SIZE
-        self.image[start : start + spec.BLOCK_SIZE] = data
-        self.damaged[address] = 0
-
     def commit(self, counter: int, blocks: list[tuple[int, bytes]], key: bytes | None) -> bool:
         """Make a write counter, blocks (address, 256 bytes) and a new key durable as one step.
 
@@ -297,11 +292,12 @@ class Store:
             if key is not None and self._key_path is not None:
                 write_key_file(self._key_path, key)
             self._in_doubt = True
-            with self._database.transaction():
-                if key is not None:
+            if key is None:
+                self._database.add_pending(counter, blocks)
+            else:
+                with self._database.transaction():
                     self._database.program(*self._kept(key))
-                self._database.set_counter(counter)
-                self._database.add_pending(blocks)
+                    self._database.add_pending(counter, blocks)
             self._in_doubt = False
         except _FAILURES as error:
             self._report(f"a write could not be made durable: {_why(error)}")
@@ -312,9 +308,12 @@ class Store:
         if key is not None:
             self.key = key
         for address, data in blocks:
-            self._put(address, data)
+            start = address * spec.BLOCK_SIZE
+            self.image[start : start + spec.BLOCK_SIZE] = data
+            self.damaged[address] = 0
             self._pending.add(address)
-        if len(self._pending) >= self._checkpoint_at:
+        self._kept_blocks += len(blocks)
+        if self._kept_blocks >= self._checkpoint_at:
             self.checkpoint()
         return True
 
@@ -338,20 +337,29 @@ class Store:
                 os.unlink(self._key_path)  # only now: no state can need it any more
 
     def _settle_doubt(self) -> None:
-        """Write down anew what is true, over whatever a failed commit left in the log.
+        """Write down what is true behind what came before a failed commit, in place of that one.
 
-        A commit whose sync failed may be on the disk all the same. Raises sqlite3.Error as long as
-        the truth cannot be made durable.
+        A commit whose sync failed may be on the disk all the same. The log is read as far as each
+        transaction continues the one before; this one begins where the failed one began. Raises
+        sqlite3.Error as long as the truth cannot be made durable.
         """
         if not self._in_doubt:
             return
         with self._database.transaction():
             if self.key is None:
                 self._database.program(None, None)
-            self._database.set_counter(self.counter)
-            self._database.clear_pending()
-            self._database.add_pending((a, self._block(a)) for a in sorted(self._pending))
+            self._database.add_pending(self.counter, ())
         self._in_doubt = False
+
+    def _keep_once(self) -> None:
+        """While the image takes nothing: keep each pending block once, or they would pile up."""
+        addresses = sorted(self._pending)
+        self._in_doubt = True
+        with self._database.transaction():
+            self._database.clear_pending(self.counter)
+            self._database.add_pending(self.counter, ((a, self._block(a)) for a in addresses))
+        self._in_doubt = False
+        self._kept_blocks = len(addresses)
 
     @property
     def checkpoint_due(self) -> bool:
@@ -374,11 +382,14 @@ class Store:
             self._image_file.sync()
             with self._database.transaction():
                 self._database.set_digests((a, self._block(a)) for a in addresses)
-                self._database.clear_pending()
+                self._database.clear_pending(self.counter)
         except _FAILURES as error:
             # Every block is written again at the next try: after a failed sync the system may take
             # for written what is not on the disk.
-            self._checkpoint_at = len(addresses) + MAX_PENDING // 4
+            self._in_doubt = True
+            with suppress(*_FAILURES):
+                self._keep_once()
+            self._checkpoint_at = self._kept_blocks + MAX_PENDING // 4
             logger.error(
                 "%d blocks could not be written into %s (they stay in the state database): %s",
                 len(addresses),
@@ -387,6 +398,7 @@ class Store:
             )
             return False
         self._pending.clear()
+        self._kept_blocks = 0
         self._checkpoint_at = MAX_PENDING
         return True
 
@@ -502,7 +514,7 @@ def _settle_key(
             f" {len(key_file)} bytes instead of 32: bring it back"
         )
     expected = row.fingerprint if row.key is None else fingerprint(row.key)
-    if not constant_time.bytes_eq(fingerprint(key_file), expected or b""):
+    if not hmac.compare_digest(fingerprint(key_file), expected or b""):
         raise StateError(
             f"the key file {key_path} holds another key than the one that the device of"
             f" {state_path} was programmed with: bring back the files that belong together"
