@@ -128,7 +128,7 @@ bench: $(STAMP) ## Measure latency and throughput of both engines against their 
 
 .PHONY: bench-gate
 bench-gate: $(STAMP) ## Check the goals of docs/performance.md; BENCH_ARGS=--stable for shared machines
-	@tools/system-packages strace
+	@tools/system-packages strace valgrind
 	.venv/bin/python -m bench --gate $(BENCH_ARGS)
 
 .PHONY: clean

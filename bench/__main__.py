@@ -9,11 +9,12 @@ daemon on 0, the front-end on 1.
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,9 +61,9 @@ class Bench:
         """The same over two processors, both ends asleep in between."""
         return self.tools.floor("pingpong", 20_000, *TWO_CPUS)
 
-    def sync(self) -> float:
+    def sync(self, cpu: int = SAME_CPU[0]) -> float:
         """Pwrite of 512 bytes and fdatasync; measured anew, because disks change their mind."""
-        return self.tools.floor("sync", 500, self.folder / "synced")
+        return self.tools.floor("sync", 500, self.folder / "synced", cpu)
 
     def reads(
         self,
@@ -82,19 +83,20 @@ class Bench:
                 running.socket, file, count=count, room=blocks, cpu=cpus[1], **load
             )
 
-    def writes(self, count: int, blocks: int = 1, engine: str = "fast", **load: int) -> Load:
+    def writes(self, count: int, blocks: int = 1, **load: int) -> Load:
+        """The daemon on one processor, the driver on the other."""
         with (
-            daemon(self.folder, engine=engine) as running,
+            daemon(self.folder, cpu=TWO_CPUS[0]) as running,
             chains(self.folder, writes(blocks), count) as file,
         ):
             return self.tools.load(
-                running.socket, file, count=count, frames=blocks + 1, cpu=0, **load
+                running.socket, file, count=count, frames=blocks + 1, cpu=TWO_CPUS[1], **load
             )
 
     def write_against_sync(self) -> tuple[float, float]:
         """P50 of a durable write, and of the floor before and after it."""
         before = self.sync()
-        took = self.writes(2000).p50
+        took = self.writes(2000, spin=1).p50
         return took, (before + self.sync()) / 2
 
 
@@ -137,19 +139,71 @@ def group_commit(bench: Bench) -> tuple[float, str]:
     return rates[1] / rates[0], f"{rates[1]:.0f}/s / {rates[0]:.0f}/s"
 
 
+def _trace(bench: Bench, calls: str, source: Iterator[bytes], count: int, **load: int) -> list[str]:
+    """Run ``count`` requests; strace's lines for the daemon's ``calls``, from start to stop."""
+    log = bench.folder / "strace"
+    wrapper = ("strace", "-D", "-f", "-qq", "-o", str(log), "-e", f"trace={calls}")
+    with (
+        daemon(bench.folder, "--poll-us=0", wrapper=wrapper) as running,
+        chains(bench.folder, source, count) as file,
+    ):
+        bench.tools.load(running.socket, file, count=count, cpu=0, **load)
+    return log.read_text().splitlines()
+
+
 def syncs_per_batch(bench: Bench) -> tuple[float, str]:
     """Count the syncs of 100 batches of 32 writes, those of start and stop taken away."""
-    counts = []
-    for batches in (50, 150):
-        log = bench.folder / "strace"
-        wrapper = ("strace", "-D", "-f", "-qq", "-o", str(log), "-e", "trace=fdatasync,fsync")
-        with (
-            daemon(bench.folder, wrapper=wrapper) as running,
-            chains(bench.folder, writes(), batches * 32) as file,
-        ):
-            bench.tools.load(running.socket, file, count=batches * 32, frames=2, depth=32)
-            counts.append(log.read_text().count("sync("))
-    return (counts[1] - counts[0]) / 100, f"{counts[1] - counts[0]} syncs / 100 batches"
+    few, many = (
+        len(_trace(bench, "fdatasync,fsync", writes(), batches * 32, frames=2, depth=32))
+        for batches in (50, 150)
+    )
+    return (many - few) / 100, f"{many - few} syncs / 100 batches"
+
+
+def calls_per_batch(bench: Bench) -> tuple[float, str]:
+    """Count the system calls of 100 batches of 64 reads, the driver asleep in between."""
+    few, many = (
+        len(_trace(bench, "all", reads(), batches * 64, depth=64)) for batches in (50, 150)
+    )
+    return (many - few) / 100, f"{many - few} system calls / 100 batches"
+
+
+def bytes_per_write(bench: Bench) -> tuple[float, str]:
+    """Sum up what 1,000 writes of one block write into files, checkpoints of the log included."""
+    few, many = (
+        sum(
+            int(line.rpartition("= ")[2])
+            for line in _trace(bench, "pwrite64", writes(), count, frames=2)
+            if line.rpartition("= ")[2].isdigit()
+        )
+        for count in (500, 1500)
+    )
+    return (many - few) / 1000, f"{many - few} bytes / 1000 writes"
+
+
+def _instructions(command: Sequence[object]) -> int:
+    """Count the instructions of a process; the same for the same binaries and input."""
+    tool = ("valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null")
+    done = subprocess.run(
+        [*tool, *map(str, command)],
+        check=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONHASHSEED": "0"},
+    )
+    return int(done.stderr.rpartition("Collected :")[2].split()[0])
+
+
+def instructions(bench: Bench) -> tuple[float, str]:
+    """Count what a read takes on top of its HMAC."""
+    macs = [_instructions([bench.folder / "floor", "hmac", count]) for count in (1000, 11_000)]
+    mac = (macs[1] - macs[0]) / 10_000
+    work = [sys.executable, "-m", "bench.work", "fast", bench.folder]
+    _instructions([*work, 1])  # makes the device
+    counts = [_instructions([*work, batches]) for batches in (10, 110)]
+    read = (counts[1] - counts[0]) / (100 * 64)
+    return read - mac, f"{read:.0f} instructions - {mac:.0f} of one HMAC"
 
 
 def multi_block_write(bench: Bench) -> tuple[float, str]:
@@ -206,13 +260,24 @@ def _floor_start() -> tuple[float, int]:
     return took, memory
 
 
-def start_time(bench: Bench) -> tuple[float, str]:
-    floor = min(_floor_start()[0] for _ in range(7))
+def _start(bench: Bench) -> float:
+    """Milliseconds from exec to listening, of a new device."""
     took = []
     for _ in range(7):
         with daemon(bench.folder) as running:
             took.append(running.started)
-    return min(took) / floor, f"{min(took) * 1e3:.0f} ms / {floor * 1e3:.0f} ms"
+    return min(took) * 1e3
+
+
+def start_time(bench: Bench) -> tuple[float, str]:
+    floor = min(_floor_start()[0] for _ in range(7)) * 1e3
+    took = _start(bench)
+    return took / floor, f"{took:.0f} ms / {floor:.0f} ms"
+
+
+def start_milliseconds(bench: Bench) -> tuple[float, str]:
+    took = _start(bench)
+    return took, f"{took:.0f} ms"
 
 
 def memory(bench: Bench) -> tuple[float, str]:
@@ -236,20 +301,34 @@ ROWS = (
     ),
     Row("1 read in flight, two CPUs, driver awake / the same asleep", one_two_cpus, 0.1),
     Row("a read at 64 in flight, same CPU / one HMAC", sixty_four, 2),
-    Row("1 durable write in flight / pwrite + fdatasync", durable_write, 1.25, stable=False),
-    Row("durable writes: rate at 32 in flight / at 1", group_commit, 20, True, stable=False),
-    Row("durable writes at 32 in flight: syncs a batch", syncs_per_batch, 1.1),
-    Row("32-block write / 1-block write", multi_block_write, 3),
-    Row("255-block read: byte rate / the HMAC's", multi_block_read, 0.8, True),
-    Row("read, image of 16 MiB / 128 KiB", flat(units=128), 1.15),
-    Row("read, 509 memory regions / 1", flat(regions=509), 1.15),
-    Row("read, queue size 1024 / 128", flat(queue=1024), 1.15),
     Row(
-        "read and memory after 10 million requests and 1,000 reconnects / before", after_many, 1.15
+        "1 durable write in flight, driver awake / pwrite + fdatasync, same CPU as the daemon",
+        durable_write,
+        1.25,
+        stable=False,
     ),
-    Row("exec to listening / bare Python with cryptography", start_time, 2.5),
+    Row("durable writes, two CPUs: rate at 32 / 1 in flight", group_commit, 20, True, stable=False),
+    Row(
+        "durable writes at 32 in flight: syncs a batch, checkpoints included", syncs_per_batch, 1.2
+    ),
+    Row("durable write of 1 block: bytes written, checkpoints included", bytes_per_write, 6000),
+    Row("32-block write / 1-block write", multi_block_write, 3),
+    Row("255-block read: byte rate / the HMAC's", multi_block_read, 0.8, True, stable=False),
+    Row("reads at 64 in flight: system calls a batch", calls_per_batch, 4),
+    Row("reads at 64 in flight: instructions on top of one HMAC", instructions, 1600),
+    Row("read, image of 16 MiB / 128 KiB", flat(units=128), 1.15, stable=False),
+    Row("read, 509 memory regions / 1", flat(regions=509), 1.15, stable=False),
+    Row("read, queue size 1024 / 128", flat(queue=1024), 1.15, stable=False),
+    Row(
+        "read and memory after 10 million requests and 1,000 reconnects / before",
+        after_many,
+        1.15,
+        stable=False,
+    ),
+    Row("exec to listening / bare Python with cryptography", start_time, 2.5, stable=False),
+    Row("exec to listening, ms", start_milliseconds, 120, stable=False),
     Row("resident memory / bare Python with cryptography", memory, 1.5),
-    Row("64 reads in flight: pure engine / compiled engine", engines, 25, True),
+    Row("64 reads in flight: pure engine / compiled engine", engines, 25, True, stable=False),
 )
 
 
@@ -305,6 +384,29 @@ def table(bench: Bench) -> None:
                 )
 
 
+def cpu_time(bench: Bench) -> None:
+    """Print what share of a processor the daemon takes, by pause between reads and by --poll-us."""
+    pauses = {"idle": 0, "every 10 ms": 10_000, "every 1 ms": 1000, "every 100 µs": 100}
+    print("\n| --poll-us |", *(f"{name} |" for name in pauses))
+    print("|---|" + "---|" * len(pauses))
+    for poll in (0, 64, 200, 1000):
+        shares = []
+        for pause in pauses.values():
+            with (
+                daemon(bench.folder, f"--poll-us={poll}") as running,
+                chains(bench.folder, reads(), 512) as file,
+            ):
+                bench.tools.load(running.socket, file, count=100, cpu=1)
+                before, start = running.cpu_time(), time.monotonic()
+                if pause:
+                    count = 2_000_000 // pause
+                    bench.tools.load(running.socket, file, count=count, cpu=1, pause=pause)
+                else:
+                    time.sleep(2)
+                shares.append((running.cpu_time() - before) / (time.monotonic() - start))
+        print(f"| {poll} |", *(f"{share:.2%} |" for share in shares), flush=True)
+
+
 def main() -> int:
     """Measure and print; with --gate return 1 where a goal was missed."""
     parser = argparse.ArgumentParser(prog="bench", description=__doc__.splitlines()[0])
@@ -322,6 +424,7 @@ def main() -> int:
         bench = Bench(Path(name))
         if not options.gate:
             table(bench)
+            cpu_time(bench)
             return 0
         missed = list(gate(bench, options.stable))
     for goal in missed:

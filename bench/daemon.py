@@ -74,6 +74,10 @@ class Daemon(NamedTuple):
         """Resident memory in bytes."""
         return resident(self.pid)
 
+    def cpu_time(self) -> float:
+        """Seconds that it has spent on a processor."""
+        return int(Path(f"/proc/{self.pid}/schedstat").read_text().split()[0]) / 1e9
+
 
 def resident(pid: int) -> int:
     """Resident memory of a process in bytes."""

@@ -6,7 +6,7 @@
  *                                      HMAC-SHA256 of a frame a turn; prints the p50 of a turn
  *   floor hmac COUNT                   prints the average of one such HMAC, key schedule kept
  *   floor bulk COUNT                   prints the share of one frame in an HMAC of 255 of them
- *   floor sync COUNT FILE              pwrite of 512 bytes and fdatasync; prints the p50
+ *   floor sync COUNT FILE CPU          pwrite of 512 bytes and fdatasync; prints the p50
  *
  * All in microseconds.
  */
@@ -84,7 +84,7 @@ static void await(int fd) {
 
 int main(int argc, char **argv) {
     if (argc < 3) {
-        fprintf(stderr, "usage: floor pingpong COUNT CPU_A CPU_B | hmac COUNT | bulk COUNT | sync COUNT FILE\n");
+        fprintf(stderr, "usage: floor pingpong COUNT CPU_A CPU_B | hmac COUNT | bulk COUNT | sync COUNT FILE CPU\n");
         return 2;
     }
     size_t count = strtoul(argv[2], NULL, 0);
@@ -106,12 +106,13 @@ int main(int argc, char **argv) {
             if (!EVP_MAC_final(context, value, &length, sizeof value)) die("libcrypto");
         }
         printf("%.4f\n", (now() - begin) / (double)count / 255);
-    } else if (!strcmp(argv[1], "sync") && argc == 4) {
+    } else if (!strcmp(argv[1], "sync") && argc == 5) {
         static unsigned char block[512];
         int fd = open(argv[3], O_RDWR | O_CREAT, 0600);
         if (fd < 0) die(argv[3]);
         for (size_t i = 0; i < 256; i++) if (pwrite(fd, block, 512, (off_t)i * 512) != 512) die("write");
         if (fsync(fd)) die("fsync");
+        pin(atoi(argv[4]));
         for (size_t i = 0; i < count; i++) {
             double begin = now();
             block[0]++;
