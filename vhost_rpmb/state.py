@@ -261,9 +261,11 @@ class Database:
         with self.transaction():
             self._execute("UPDATE device SET running = ?, starts = ?", (_STARTING, starts))
             self._execute(f"PRAGMA user_version = {version}")
+        # Before the file says that there is a log, its name has to last. SQLite sees to that too,
+        # but keeps a failure to itself.
+        sync_folder(self._log)
         self._empty_log()
         self._execute("UPDATE device SET running = ?", (_RUNNING,))
-        sync_folder(self._log)  # SQLite does that for the log too, but keeps a failure to itself
 
     def _empty_log(self) -> None:
         """Move what the log holds into the database file, and begin the log anew."""
@@ -276,11 +278,20 @@ class Database:
         """
         try:
             if self._owns_log:
-                self._empty_log()  # so that a full disk has room
-                self._execute("UPDATE device SET running = ?", (_STOPPED,))
-                self._owns_log = False
+                with suppress(sqlite3.Error):
+                    self._empty_log()  # so that a full disk has room
+                try:
+                    self._mark_stopped()
+                except sqlite3.Error:
+                    # A disk that failed once: once more, because SQLite removes the log below when
+                    # the disk is back, whatever the file says of it.
+                    self._mark_stopped()
         finally:
             self._close_connection()
+
+    def _mark_stopped(self) -> None:
+        self._execute("UPDATE device SET running = ?", (_STOPPED,))
+        self._owns_log = False
 
     def _close_connection(self) -> None:
         # SQLite removes the log when all of it is in the file. The file then is complete, but may
