@@ -7,7 +7,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 BUILD_PACKAGES := gcc libc6-dev libssl-dev python3 python3-dev python3-venv
-TEST_PACKAGES := fiu-utils strace
+TEST_PACKAGES := fiu-utils strace systemd
 KIT_PACKAGES := debian-archive-keyring debootstrap
 FUZZ_PACKAGES := clang libclang-rt-dev
 
@@ -114,12 +114,14 @@ test-long: $(STAMP) ## Run the campaigns of power loss, kills and failing storag
 	VHOST_RPMB_FAULT_CASES=0 .venv/bin/pytest -o timeout=7200 tests/crash $(PYTEST_ARGS)
 
 .PHONY: lint
-lint: $(STAMP) ## Check style and types; the stubs against the compiled modules too
+lint: $(STAMP) ## Check style, types, the compiled modules' stubs and the systemd units
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	PATH="$$PWD/.venv/bin:$$PATH" cython-lint vhost_rpmb
 	.venv/bin/mypy
 	.venv/bin/stubtest --concise vhost_rpmb._fast
+	@tools/system-packages systemd
+	tools/check-units
 
 .PHONY: bench
 bench: $(STAMP) ## Measure latency and throughput of both engines against their floors

@@ -239,7 +239,9 @@ def parse_options(arguments: Sequence[str], environment: Mapping[str, str]) -> "
 
 def _fail(message: str, status: int) -> int:
     """Print the one line that says why the daemon ends, and return the exit status."""
-    print(f"{PROG}: error: {' '.join(message.splitlines())}", file=sys.stderr)
+    from vhost_rpmb.service import priority
+
+    print(f"{priority(3)}{PROG}: error: {' '.join(message.splitlines())}", file=sys.stderr)
     return status
 
 

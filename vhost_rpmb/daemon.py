@@ -18,21 +18,26 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from types import FrameType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from vhost_rpmb import engine, sandbox
+from vhost_rpmb import engine, sandbox, service
 from vhost_rpmb.errors import PeerError, UsageError
 from vhost_rpmb.store import Store, open_store
 from vhost_rpmb.vhost_user.backend import Backend, Device, LimitedLog
 
+if TYPE_CHECKING:
+    from vhost_rpmb import _pure
+
 __all__ = ["EventLoop", "Options", "run"]
 
 _LEVELS = (logging.WARNING, logging.INFO, logging.DEBUG, logging.NOTSET + 1)  # by verbosity
+_PRIORITIES = {logging.ERROR: 3, logging.WARNING: 4, logging.INFO: 6, logging.DEBUG: 7}  # syslog
 _BACKLOG = 64  # front-ends that wait for their turn
 _MAX_PATH = 107  # bytes of a UNIX socket's path
 _IDLE = 1.0  # seconds without an event, then the image is brought up to date
 _RETRY = 60.0  # the same, after that failed
 _PATIENCE = 1.5  # seconds between interruptions of a system call that a front-end makes block
+_STATUS_INTERVAL = 1.0  # seconds between two lines for the service manager
 _ACCEPT_PAUSE = 0.1  # seconds, when the system has no descriptor or memory for a connection
 _PEER = struct.Struct("iII")  # SO_PEERCRED: pid, uid, gid
 
@@ -71,6 +76,8 @@ def run(options: Options) -> None:
     _configure_logging(options.verbosity)
     sandbox.hide_memory()
     with ExitStack() as stack:
+        notifier = service.Notifier(os.environ)
+        stack.callback(notifier.close)
         loop = EventLoop(_PATIENCE)
         stack.callback(loop.close)
         stop = _StopSignals(loop)
@@ -100,7 +107,10 @@ def run(options: Options) -> None:
             server.listen()
         else:
             server.connect(sock)
-        _serve(loop, stop, server, store)
+        status = _Status(notifier, server, store, device)
+        notifier.tell("READY=1", status.update())
+        _serve(loop, stop, server, store, status)
+        notifier.tell("STOPPING=1")
         logger.info("ending")
 
 
@@ -112,7 +122,9 @@ def _needed(options: Options) -> tuple[list[str], list[str]]:
     return [options.flash_path], sorted(folders)
 
 
-def _serve(loop: EventLoop, stop: _StopSignals, server: _Server, store: Store) -> None:
+def _serve(
+    loop: EventLoop, stop: _StopSignals, server: _Server, store: Store, status: _Status
+) -> None:
     idle = _IDLE
     while not (stop.requested or server.done):
         if server.pending:
@@ -120,6 +132,46 @@ def _serve(loop: EventLoop, stop: _StopSignals, server: _Server, store: Store) -
         elif not loop.wait(idle if store.checkpoint_due else None):
             idle = _IDLE if store.checkpoint() else _RETRY
         server.run()
+        status.tell()
+
+
+class _Status:
+    """The line that a service manager shows; told when it changes, once a second at most."""
+
+    def __init__(
+        self,
+        notifier: service.Notifier,
+        server: _Server,
+        store: Store,
+        device: _pure.RpmbDevice,
+    ) -> None:
+        self._notifier = notifier
+        self._server = server
+        self._store = store
+        self._device = device
+        self._connected = False
+        self._due = 0.0
+        self._told = ""
+
+    def update(self) -> str:
+        """The assignment with how things stand."""
+        self._connected = self._server.connected
+        self._due = time.monotonic() + _STATUS_INTERVAL
+        front_end = "front-end connected" if self._connected else "waiting for a front-end"
+        self._told = (
+            f"STATUS={front_end}; write counter {self._store.counter}; "
+            f"{self._device.served} requests served"
+        )
+        return self._told
+
+    def tell(self) -> None:
+        """Tell it if it has changed and is due; at once when a front-end came or went."""
+        if not self._notifier.listens:
+            return
+        if self._connected != self._server.connected or time.monotonic() >= self._due:
+            before = self._told
+            if self.update() != before:
+                self._notifier.tell(self._told)
 
 
 class EventLoop:
@@ -221,6 +273,11 @@ class _Server:
         self._backend: Backend | None = None
         self._log = LimitedLog(logger)
         self.done = False
+
+    @property
+    def connected(self) -> bool:
+        """Whether there is a front-end."""
+        return self._backend is not None
 
     @property
     def pending(self) -> bool:
@@ -383,10 +440,15 @@ def _adopt(fd: int) -> tuple[socket.socket, bool]:
 
 
 class _Formatter(logging.Formatter):
-    """Lines as other programs write them: program, severity, text."""
+    """Lines as other programs write them: program, severity, text; the journal gets a priority."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._prefixes = {level: service.priority(_PRIORITIES[level]) for level in _PRIORITIES}
 
     def format(self, record: logging.LogRecord) -> str:
-        return f"vhost-user-rpmb: {record.levelname.lower()}: {super().format(record)}"
+        prefix = self._prefixes.get(record.levelno, "")
+        return f"{prefix}vhost-user-rpmb: {record.levelname.lower()}: {super().format(record)}"
 
 
 def _configure_logging(verbosity: int) -> None:

@@ -11,6 +11,7 @@ class RpmbDevice:
     device_id: int
     num_queues: int
     features: int
+    served: int
     def __init__(
         self,
         store: Store,

@@ -105,6 +105,7 @@ cdef class RpmbDevice:
         | <uint64_t>1 << VIRTIO_F_EVENT_IDX
     )
 
+    cdef readonly uint64_t served  # chains answered so far, broken ones included
     cdef object _store
     cdef const unsigned char[::1] _image
     cdef const unsigned char[::1] _damaged
@@ -208,6 +209,7 @@ cdef class RpmbDevice:
         for index in range(self._work_count):
             self._scatter(&self._work[index])
             queue.push(self._work[index].head, self._work[index].answered * FRAME_SIZE)
+        self.served += self._work_count
         return queue.close(drained)
 
     cdef bint _take(self, Virtqueue queue) except -1:

@@ -122,6 +122,7 @@ class RpmbDevice:
         | 1 << spec.VIRTIO_F_INDIRECT_DESC
         | 1 << spec.VIRTIO_F_EVENT_IDX
     )
+    served = 0  # chains answered so far, broken ones included
 
     def __init__(
         self,
@@ -174,6 +175,7 @@ class RpmbDevice:
         for work, answer in zip(batch, answers, strict=True):
             _scatter(memory, work.writable, answer)
             queue._push(work.head, len(answer))
+        self.served += len(batch)
         return queue._close(drained)
 
     def _take(self, queue: Virtqueue) -> tuple[list[_Work], bool]:
