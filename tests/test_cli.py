@@ -747,3 +747,23 @@ def test_without_once_the_next_front_end_is_served(image: Path, socket_path: Pat
             assert is_live(socket_path)
         daemon.stop()
     assert daemon.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["--flash-pth=f", "--socket-path=s"], "did you mean --flash-path instead of --flash-pth?"),
+        (["--flash-path=f", "--scoket-path", "s"], "did you mean --socket-path instead of"),
+        (["--flash-path=f", "--socket-path=s", "--sandbox=of"], "did you mean off instead of of?"),
+    ],
+)
+def test_an_error_suggests_the_nearest_word(arguments: list[str], hint: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse_options(arguments, {})
+    assert hint in str(caught.value)
+
+
+def test_an_error_suggests_nothing_where_nothing_is_near() -> None:
+    with pytest.raises(UsageError) as caught:
+        parse_options(["--flash-path=f", "--socket-path=s", "--zzz"], {})
+    assert "did you mean" not in str(caught.value)

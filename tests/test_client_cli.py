@@ -19,7 +19,7 @@ import pytest
 
 from tests.rig import make_image
 from vhost_rpmb import __version__, spec
-from vhost_rpmb.client.cli import _write_file, build_parser
+from vhost_rpmb.client.cli import _write_file, build_parser, main
 from vhost_rpmb.client.errors import ClientError
 from vhost_rpmb.client.rpmb import RpmbClient
 from vhost_rpmb.store import open_store
@@ -514,3 +514,18 @@ class TestVerify:
         fails(self.verify(tmp_path), 1, "flash.img.state does not exist")
         with closing(open_store(str(flash))):
             fails(self.verify(tmp_path), 1, "in use by another process")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["verfy"], "did you mean verify instead of verfy?"),
+        (["verify", "--flsh-path=f"], "did you mean --flash-path instead of --flsh-path?"),
+        (["--socket=s", "read-counter"], "did you mean --socket-path instead of --socket?"),
+    ],
+)
+def test_an_error_suggests_the_nearest_word(
+    arguments: list[str], hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    assert hint in capsys.readouterr().err

@@ -10,9 +10,10 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from vhost_rpmb import __version__
+from vhost_rpmb.arguments import Parser, path_argument
 from vhost_rpmb.errors import OperatorError, UsageError
 from vhost_rpmb.spec import MAX_WRITE_COUNTER
 
@@ -46,13 +47,6 @@ MAX_DIGITS = 10  # of any number that an option takes
 CAPABILITIES = {"type": "rpmb"}
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports a wrong option as a ``UsageError`` instead of printing the usage and exiting."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} (see {self.prog} --help)")
-
-
 def _number(low: int, high: int) -> Callable[[str], int]:
     """Return the parser of a decimal number from `low` to `high`."""
 
@@ -66,19 +60,10 @@ def _number(low: int, high: int) -> Callable[[str], int]:
     return parse
 
 
-def _path(text: str) -> str:
-    """Return `text`, which has to be usable as a path."""
-    if not text:
-        raise argparse.ArgumentTypeError("expected a path, found an empty string")
-    return text
-
-
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line; the man page is made from it."""
-    parser = _Parser(
+    parser = Parser(
         prog=PROG,
-        allow_abbrev=False,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=98),
         description=DESCRIPTION,
     )
     add = parser.add_argument
@@ -95,7 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     socket.add_argument(
         "--socket-path",
         metavar="PATH",
-        type=_path,
+        type=path_argument,
         help="listen on a UNIX stream socket at PATH; not with --fd",
     )
     socket.add_argument(
@@ -108,7 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--flash-path",
         metavar="PATH",
-        type=_path,
+        type=path_argument,
         required=True,
         help="the raw backing image: a multiple of 128 KiB, up to 32 MiB, of which the first "
         "16 MiB are served; required",
@@ -116,7 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--key-path",
         metavar="PATH",
-        type=_path,
+        type=path_argument,
         help="the 32-byte key file; without --key-set, where a key programmed by the guest is "
         "kept; default: the key is kept in the state database",
     )
@@ -141,7 +126,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--state-path",
         metavar="PATH",
-        type=_path,
+        type=path_argument,
         help="where the durable state is kept; default: the flash path with .state behind it",
     )
     add(

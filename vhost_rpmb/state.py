@@ -278,8 +278,6 @@ class Database:
         """
         try:
             if self._owns_log:
-                with suppress(sqlite3.Error):
-                    self._empty_log()  # so that a full disk has room
                 try:
                     self._mark_stopped()
                 except sqlite3.Error:
@@ -290,6 +288,7 @@ class Database:
             self._close_connection()
 
     def _mark_stopped(self) -> None:
+        self._empty_log()  # so that a full disk has room, and the file itself knows of this start
         self._execute("UPDATE device SET running = ?", (_STOPPED,))
         self._owns_log = False
 

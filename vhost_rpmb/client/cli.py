@@ -15,9 +15,10 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from vhost_rpmb import __version__, spec
+from vhost_rpmb.arguments import Parser, path_argument
 from vhost_rpmb.client.errors import ClientError, RpmbResultError
 from vhost_rpmb.errors import OperatorError, StateError, UsageError
 
@@ -54,13 +55,6 @@ _HINTS = {
 _NO_KEY_HINT = "; no key is programmed yet: use write-key"
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports a wrong option as a ``UsageError`` instead of printing the usage and exiting."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} (see {self.prog} --help)")
-
-
 def _number(low: int, high: int) -> Callable[[str], int]:
     """Return the parser of a number from ``low`` to ``high``, decimal or hexadecimal."""
 
@@ -87,18 +81,10 @@ def _seconds(text: str) -> float:
     return seconds
 
 
-def _path(text: str) -> str:
-    if not text:
-        raise argparse.ArgumentTypeError("expected a path, found an empty string")
-    return text
-
-
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line, without side effects."""
-    parser = _Parser(
+    parser = Parser(
         prog=PROG,
-        allow_abbrev=False,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=98),
         description=DESCRIPTION,
     )
     parser.add_argument(
@@ -111,7 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--socket-path",
         metavar="PATH",
-        type=_path,
+        type=path_argument,
         help="the UNIX socket of the daemon; required for all but verify",
     )
     parser.add_argument(
@@ -123,19 +109,21 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True, title="commands")
 
-    def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> _Parser:
-        added = commands.add_parser(
-            name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False
-        )
+    def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> Parser:
+        added = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
         added.set_defaults(run=run)
         return added
 
-    def key_file(added: _Parser, text: str, *, optional: bool = False) -> None:
+    def key_file(added: Parser, text: str, *, optional: bool = False) -> None:
         added.add_argument(
-            "key_file", metavar="KEYFILE", type=_path, nargs="?" if optional else None, help=text
+            "key_file",
+            metavar="KEYFILE",
+            type=path_argument,
+            nargs="?" if optional else None,
+            help=text,
         )
 
-    def address(added: _Parser) -> None:
+    def address(added: Parser) -> None:
         added.add_argument(
             "address",
             metavar="ADDRESS",
@@ -158,7 +146,7 @@ def build_parser() -> argparse.ArgumentParser:
     added.add_argument(
         "data_file",
         metavar="DATAFILE",
-        type=_path,
+        type=path_argument,
         help="the data, a multiple of 256 bytes up to what the device takes in one write",
     )
     key_file(added, "the key, to authenticate the request and to verify the answer")
@@ -168,7 +156,9 @@ def build_parser() -> argparse.ArgumentParser:
     added.add_argument(
         "count", metavar="COUNT", type=_number(1, MAX_BLOCKS), help="how many blocks"
     )
-    added.add_argument("out_file", metavar="OUTFILE", type=_path, help="where to put the data")
+    added.add_argument(
+        "out_file", metavar="OUTFILE", type=path_argument, help="where to put the data"
+    )
     key_file(
         added, "the key, to verify the answer; without it the answer is believed", optional=True
     )
@@ -181,7 +171,9 @@ def build_parser() -> argparse.ArgumentParser:
         ("state", False, "where the state is kept; default: the flash path with .state behind it"),
         ("key", False, "the key file, to check that it holds the device's key"),
     ):
-        added.add_argument(f"--{name}-path", metavar="PATH", type=_path, required=needed, help=text)
+        added.add_argument(
+            f"--{name}-path", metavar="PATH", type=path_argument, required=needed, help=text
+        )
     return parser
 
 
