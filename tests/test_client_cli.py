@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``vhost-rpmb-client`` as an operator runs it: output, one-line errors, exit status."""
 
+import json
 import os
 import resource
 import secrets
@@ -9,9 +10,10 @@ import socket
 import stat
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,9 @@ import pytest
 
 from tests.rig import make_image
 from vhost_rpmb import __version__, spec
-from vhost_rpmb.client.cli import _write_file, build_parser, main
+from vhost_rpmb.client.cli import build_parser, main
 from vhost_rpmb.client.errors import ClientError
+from vhost_rpmb.client.files import write_file
 from vhost_rpmb.client.rpmb import RpmbClient
 from vhost_rpmb.store import open_store
 
@@ -210,7 +213,7 @@ class TestOutputFile:
         resource.setrlimit(resource.RLIMIT_FSIZE, (300, limits[1]))
         try:
             with pytest.raises(ClientError, match=f"{old}: File too large"):
-                _write_file(str(old), bytes(512))
+                write_file(str(old), bytes(512))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert old.read_bytes() == b"precious"
@@ -469,6 +472,194 @@ class TestUsage:
         )
         assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
         assert build_parser().prog == "vhost-rpmb-client"
+
+
+class TestCreate:
+    def test_an_image_and_a_key(self, tmp_path: Path) -> None:
+        image, key = tmp_path / "new.img", tmp_path / "new.key"
+        done = run("create", str(image), "--size=1M", f"--random-key={key}")
+        assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+        assert (image.stat().st_size, image.stat().st_blocks) == (1 << 20, 0)
+        assert len(set(key.read_bytes())) > 8
+        assert [stat.S_IMODE(path.stat().st_mode) for path in (image, key)] == [0o600, 0o600]
+        assert len(key.read_bytes()) == 32
+        open_store(str(image), key_path=str(key), key_set=True).close()
+
+    def test_the_usual_size(self, tmp_path: Path) -> None:
+        assert run("create", str(tmp_path / "new.img")).returncode == 0
+        assert (tmp_path / "new.img").stat().st_size == spec.CAPACITY_UNIT
+
+    @pytest.mark.parametrize("size", ["0", "100K", "17M", "128k", "-1", "0x20000", "1G", ""])
+    def test_a_wrong_size(self, size: str, tmp_path: Path) -> None:
+        done = run("create", str(tmp_path / "new.img"), f"--size={size}")
+        fails(done, 2, "expected a multiple of 128K, from 128K to 16M")
+        assert not list(tmp_path.iterdir())
+
+    def test_nothing_is_replaced_and_nothing_left_behind(self, tmp_path: Path) -> None:
+        image, key = tmp_path / "new.img", tmp_path / "new.key"
+        image.write_bytes(b"precious")
+        fails(run("create", str(image), f"--random-key={key}"), 2, "new.img is there already")
+        assert (image.read_bytes(), key.exists()) == (b"precious", False)
+        key.write_bytes(b"secret")
+        other = tmp_path / "other.img"
+        fails(run("create", str(other), f"--random-key={key}"), 2, "new.key is there already")
+        assert (key.read_bytes(), other.exists()) == (b"secret", False)
+        fails(run("create", str(tmp_path / "no" / "new.img")), 2, "No such file or directory")
+
+
+class TestInfo:
+    def test_a_running_device(self, device: Device) -> None:
+        assert device.succeeds("info", device.key_file).decode().splitlines() == [
+            "capacity: 131072 bytes, 512 blocks",
+            "limits: 32 blocks a write, 255 a read",
+            "key: not programmed",
+        ]
+        device.succeeds("write-key", device.key_file)
+        lines = device.succeeds("info", device.key_file).decode().splitlines()
+        assert lines[2:] == ["key: programmed", "write counter: 0x00000000"]
+        lines = device.succeeds("info").decode().splitlines()
+        assert lines[3] == "write counter: 0x00000000 (not verified: no KEYFILE given)"
+
+    def test_files(self, tmp_path: Path) -> None:
+        flash = make_image(tmp_path / "flash.img")
+        open_store(str(flash)).close()
+        done = run("info", f"--flash-path={flash}")
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert done.stdout == run("verify", f"--flash-path={flash}").stdout
+
+    def test_what_does_not_go_together(self, tmp_path: Path) -> None:
+        fails(run("info"), 2, "--flash-path=PATH is required")
+        fails(run("info", "--flash-path=f", "KEYFILE"), 2, "KEYFILE is for --socket-path")
+
+
+class TestDumpAndLoad:
+    def test_there_and_back(self, keyed: Device) -> None:
+        """More blocks than one request takes; the counter goes up by one a request."""
+        data = secrets.token_bytes(100 * 256)
+        keyed.succeeds("load", "--address=5", keyed.file("data", data), keyed.key_file)
+        assert keyed.succeeds("read-counter", keyed.key_file) == b"Counter value: 0x00000004\n"
+        out = keyed.folder / "out"
+        keyed.succeeds("dump", str(out), keyed.key_file)
+        assert out.read_bytes() == bytes(5 * 256) + data + bytes(407 * 256)
+        part = keyed.succeeds("dump", "--address=6", "--count=2", "-", keyed.key_file)
+        assert part == data[256 : 3 * 256]
+
+    def test_out_of_range(self, keyed: Device) -> None:
+        data = keyed.file("data", bytes(2 * 256))
+        for arguments in (
+            ("load", "--address=511", data, keyed.key_file),
+            ("dump", "--address=512", "-", keyed.key_file),
+            ("dump", "--address=510", "--count=3", "-", keyed.key_file),
+        ):
+            fails(keyed(*arguments), 2, "the device's last block is 511")
+        fails(
+            keyed("load", "-", keyed.key_file, given=bytes(65537 * 256)),
+            2,
+            "up to 16777216, found more than 16777216",
+        )
+
+    def test_an_interrupted_load_says_how_far_it_came(
+        self, keyed: Device, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        write = RpmbClient.write
+
+        def interrupted(client: RpmbClient, address: int, data: bytes, counter: int) -> int:
+            if address >= 64:
+                raise KeyboardInterrupt
+            return write(client, address, data, counter)
+
+        monkeypatch.setattr(RpmbClient, "write", interrupted)
+        data = keyed.file("data", bytes(100 * 256))
+        arguments = [f"--socket-path={keyed.served.socket_path}", "load", data, keyed.key_file]
+        assert main(arguments) == 130
+        assert "64 of 100 blocks were written, from address 0" in capsys.readouterr().err
+        assert keyed.succeeds("read-counter", keyed.key_file) == b"Counter value: 0x00000002\n"
+
+    def test_a_terminal_sees_how_far_it_is(self, keyed: Device) -> None:
+        ours, theirs = os.openpty()
+        termios.tcsetwinsize(theirs, (24, 80))
+        data = keyed.file("data", bytes(100 * 256))
+        done = subprocess.run(
+            [
+                *PROGRAM,
+                f"--socket-path={keyed.served.socket_path}",
+                *("load", data, keyed.key_file),
+            ],
+            stderr=theirs,
+            timeout=TIMEOUT,
+        )
+        os.set_blocking(ours, False)
+        shown = b""
+        with suppress(BlockingIOError):
+            while part := os.read(ours, 4096):
+                shown += part
+        os.close(theirs)
+        os.close(ours)
+        assert done.returncode == 0
+        assert b"/100" in shown
+
+
+class TestJson:
+    def test_every_command(self, device: Device) -> None:
+        data = device.file("data", bytes(256))
+        key, out = device.key_file, str(device.folder / "out")
+
+        def told(*arguments: str) -> Any:
+            return json.loads(device.succeeds("--json", *arguments))
+
+        device_info = {
+            "size": 131072,
+            "blocks": 512,
+            "max_write_blocks": 32,
+            "max_read_blocks": 255,
+            "key_programmed": False,
+            "write_counter": None,
+            "verified": False,
+        }
+        assert told("info", key) == device_info
+        assert told("write-key", key) == {"key_programmed": True}
+        assert told("info", key) == device_info | {
+            "key_programmed": True,
+            "write_counter": 0,
+            "verified": True,
+        }
+        assert told("read-counter", key) == {"write_counter": 0, "verified": True}
+        written = {"address": 3, "blocks": 1}
+        assert told("write-block", "3", data, key) == written | {"write_counter": 1}
+        assert told("load", "--address=3", data, key) == written | {"write_counter": 2}
+        read = {"file": out, "verified": True}
+        assert told("read-block", "3", "1", out, key) == written | read
+        assert told("dump", out, key) == {"address": 0, "blocks": 512} | read
+        image = str(device.folder / "new.img")
+        assert told("create", image) == {"image": image, "size": 131072, "key_file": None}
+        fails(device("--json", "dump", "-", key), 2, "--json and the data cannot both go")
+
+    def test_files(self, tmp_path: Path) -> None:
+        flash = make_image(tmp_path / "flash.img")
+        store = open_store(str(flash))
+        store.commit(1, [(3, bytes([1]) * 256)], None)
+        store.close()
+        told = json.loads(run("--json", "verify", f"--flash-path={flash}").stdout)
+        assert told == {
+            "image": str(flash),
+            "size": 131072,
+            "blocks": 512,
+            "state": f"{flash}.state",
+            "closed": True,
+            "key_programmed": False,
+            "key_in_file": False,
+            "write_counter": 1,
+            "pending_blocks": [],
+            "damaged_blocks": [],
+            "problem": None,
+        }
+        with flash.open("r+b") as image:
+            image.seek(3 * 256)
+            image.write(b"x")
+        done = run("--json", "info", f"--flash-path={flash}")
+        assert done.returncode == 1
+        told |= {"damaged_blocks": [3], "problem": "1 blocks are not what was stored"}
+        assert json.loads(done.stdout) == told
 
 
 class TestVerify:

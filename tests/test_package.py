@@ -172,7 +172,7 @@ def test_installed_capabilities(installation: Installation) -> None:
 def test_installed_client(installation: Installation) -> None:
     done = installation.run("vhost-rpmb-client", "--help")
     assert (done.returncode, done.stderr) == (0, "")
-    for verb in ("write-key", "read-counter", "write-block", "read-block"):
+    for verb in ("create", "write-key", "read-counter", "write-block", "read-block"):
         assert verb in done.stdout
 
 
@@ -195,6 +195,20 @@ def test_installed_man_page(installation: Installation) -> None:
     assert "vhost-user-rpmb-pci" in plain
     for option in ("--help", "--flash-path", "--key-set", "--max-read-blocks", "--once"):
         assert f"\\fB{option}\\fR" in plain
+
+
+def test_installed_files_of_others(installation: Installation) -> None:
+    """The client's man page, systemd's units, and the description for management software."""
+    page = (installation.venv / "share/man/man1/vhost-rpmb-client.1").read_text()
+    assert page.startswith(".TH VHOST\\-RPMB\\-CLIENT")
+    for word in (".SH EXAMPLES", ".SH EXIT STATUS", "read\\-counter", "\\-\\-random\\-key"):
+        assert word in page
+    for name in (
+        "lib/systemd/system/vhost-user-rpmb@.service",
+        "lib/systemd/system/vhost-user-rpmb@.socket",
+        "share/qemu/vhost-user/50-vhost-user-rpmb.json",
+    ):
+        assert (installation.venv / name).read_bytes()
 
 
 @pytest.mark.parametrize("engine", ["fast", "pure"])

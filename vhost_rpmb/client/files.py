@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files and streams of ``vhost-rpmb-client``: keys, data in and out, lines for people."""
+
+import os
+import stat
+import sys
+import tempfile
+from contextlib import suppress
+
+from vhost_rpmb import spec
+from vhost_rpmb.client.errors import ClientError
+from vhost_rpmb.errors import UsageError
+
+__all__ = [
+    "STANDARD_STREAM",
+    "create_file",
+    "name_of",
+    "read_blocks",
+    "read_key",
+    "read_optional_key",
+    "say",
+    "write_file",
+    "write_stdout",
+]
+
+PROG = "vhost-rpmb-client"
+STANDARD_STREAM = "-"
+
+
+def read_key(path: str) -> bytes:
+    """Read a key, 32 bytes; UsageError where there are fewer."""
+    key = _read_input(path, spec.KEY_SIZE + 1)
+    if len(key) < spec.KEY_SIZE:
+        raise UsageError(
+            f"{name_of(path)}: expected a key of {spec.KEY_SIZE} bytes, found {len(key)}"
+        )
+    if len(key) > spec.KEY_SIZE:
+        say(
+            f"warning: {name_of(path)}: a key has {spec.KEY_SIZE} bytes, what follows them is"
+            " ignored"
+        )
+    return key[: spec.KEY_SIZE]
+
+
+def read_optional_key(path: str | None) -> bytes | None:
+    """Read a key where one is given, and warn where none is."""
+    if path is None:
+        say("warning: no KEYFILE given: the answer is not verified")
+        return None
+    return read_key(path)
+
+
+def read_blocks(path: str, most: int) -> bytes:
+    """Read the data of up to ``most`` blocks; UsageError unless they are whole."""
+    size = most * spec.BLOCK_SIZE
+    data = _read_input(path, size + 1)
+    if not data or len(data) % spec.BLOCK_SIZE or len(data) > size:
+        found = f"more than {size}" if len(data) > size else str(len(data))
+        raise UsageError(
+            f"{name_of(path)}: expected a multiple of {spec.BLOCK_SIZE} bytes, up to {size}, found "
+            f"{found}"
+        )
+    return data
+
+
+def _read_input(path: str, most: int) -> bytes:
+    """Read at most ``most`` bytes of an input file."""
+    try:
+        if path != STANDARD_STREAM:
+            with open(path, "rb", buffering=0) as file:
+                return _read_up_to(file.fileno(), most)
+        if sys.stdin is None:
+            raise UsageError("standard input is closed")
+        return _read_up_to(sys.stdin.fileno(), most)
+    except OSError as error:
+        raise UsageError(f"{name_of(path)}: {error.strerror}") from None
+
+
+def _read_up_to(fd: int, most: int) -> bytes:
+    data = b""
+    while len(data) < most and (part := os.read(fd, most - len(data))):
+        data += part
+    return data
+
+
+def write_stdout(data: bytes) -> None:
+    """Write all of it; ClientError where that fails."""
+    if sys.stdout is None:
+        raise ClientError("standard output is closed")
+    try:
+        _write_all(sys.stdout.fileno(), data)
+    except OSError as error:
+        raise ClientError(f"standard output: {error.strerror}") from None
+
+
+def write_file(path: str, data: bytes) -> None:
+    """Put ``data`` into a file that has all of it or, after a failure, what it had before."""
+    path = os.path.realpath(path)
+    try:
+        try:
+            mode = os.stat(path).st_mode
+        except FileNotFoundError:
+            mode = stat.S_IFREG | stat.S_IRUSR | stat.S_IWUSR
+        if not stat.S_ISREG(mode):  # a device or a FIFO cannot be replaced
+            with open(path, "wb", buffering=0) as file:
+                _write_all(file.fileno(), data)
+            return
+        fd, new = tempfile.mkstemp(dir=os.path.dirname(path), prefix=".vhost-rpmb-client-")
+        try:
+            try:
+                _write_all(fd, data)
+                os.fchmod(fd, stat.S_IMODE(mode))
+            finally:
+                os.close(fd)
+            os.replace(new, path)
+        except BaseException:
+            os.unlink(new)
+            raise
+    except OSError as error:
+        raise ClientError(f"{path}: {error.strerror}") from None
+
+
+def create_file(path: str, data: bytes, size: int | None = None) -> None:
+    """Make a new file, mode 0600, whole and durable or not at all; sparse up to ``size`` bytes.
+
+    UsageError where something is there already or no file can be made.
+    """
+    from vhost_rpmb.image import sync_folder
+
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except FileExistsError:
+        raise UsageError(f"{path} is there already: name another one, or remove it") from None
+    except OSError as error:
+        raise UsageError(f"{path} cannot be made: {error.strerror}") from None
+    try:
+        try:
+            _write_all(fd, data)
+            os.ftruncate(fd, len(data) if size is None else size)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        sync_folder(path)
+    except BaseException as error:
+        os.unlink(path)
+        if isinstance(error, OSError):
+            raise ClientError(f"{path} cannot be made: {error.strerror}") from None
+        raise
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(fd, data) :]
+
+
+def name_of(path: str) -> str:
+    """What a message calls a file."""
+    return "standard input" if path == STANDARD_STREAM else path
+
+
+def say(text: str) -> None:
+    """Print one line on standard error."""
+    with suppress(OSError):  # nobody is left to tell
+        print(f"{PROG}: {text}", file=sys.stderr)
