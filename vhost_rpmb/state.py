@@ -43,8 +43,12 @@ _LOCK_FIRST, _LOCK_SIZE = 0x40000002, 510
 _STOPPED, _RUNNING, _STARTING = 0, 1, 2
 _MARK_SIZE = 8  # bytes of a digest that recognise an earlier version of a block
 _MARKS = 8  # earlier versions of a block that are recognised
+# One transaction, ended by who executes it; the file is synced as a whole before it gets its name.
 _SCHEMA = f"""
 PRAGMA page_size = {_PAGE_SIZE};
+PRAGMA journal_mode = OFF;
+PRAGMA synchronous = OFF;
+BEGIN;
 PRAGMA application_id = {_APPLICATION_ID};
 PRAGMA user_version = {_FORMAT};
 CREATE TABLE device (
