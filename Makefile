@@ -7,7 +7,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 BUILD_PACKAGES := gcc libc6-dev libssl-dev python3 python3-dev python3-venv
-TEST_PACKAGES := fiu-utils strace systemd
+TEST_PACKAGES := fish fiu-utils strace systemd zsh
 KIT_PACKAGES := debian-archive-keyring debootstrap
 FUZZ_PACKAGES := clang libclang-rt-dev
 

@@ -211,6 +211,49 @@ def test_installed_files_of_others(installation: Installation) -> None:
         assert (installation.venv / name).read_bytes()
 
 
+COMPLETE = """\
+source "$0"
+COMP_WORDS=("$@")
+COMP_CWORD=$(($# - 1))
+registered=$(complete -p "$1")
+function=${registered#*-F }
+"${function%% *}"
+echo "${COMPREPLY[@]}"
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["vhost-user-rpmb", "--fl"], "--flash-path"),
+        (["vhost-user-rpmb", "--sandbox", "of"], "off"),
+        (["vhost-user-rpmb", "--flash-path", "wan"], "wanted.img"),
+        (["vhost-rpmb-client", "ver"], "verify"),
+        (["vhost-rpmb-client", "create", "--ran"], "--random-key"),
+    ],
+)
+def test_installed_completion_of_bash(
+    installation: Installation, tmp_path: Path, words: list[str], found: str
+) -> None:
+    (tmp_path / "wanted.img").touch()
+    file = installation.venv / "share/bash-completion/completions" / words[0]
+    done = subprocess.run(
+        ["bash", "-c", COMPLETE, file, *words], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (done.stdout.strip(), done.stderr) == (found, "")
+
+
+@pytest.mark.parametrize("name", ["vhost-user-rpmb", "vhost-rpmb-client"])
+def test_installed_completions_of_other_shells(installation: Installation, name: str) -> None:
+    """The shells themselves find nothing wrong with them."""
+    for command, path in (
+        (["zsh", "-n"], f"share/zsh/site-functions/_{name}"),
+        (["fish", "--no-execute"], f"share/fish/vendor_completions.d/{name}.fish"),
+    ):
+        done = subprocess.run([*command, installation.venv / path], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("engine", ["fast", "pure"])
 def test_installed_engine(engine: str, installation: Installation) -> None:
     code = f"from vhost_rpmb import engine; print(engine.load({engine!r}).RpmbDevice.__module__)"

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from vhost_rpmb.errors import UsageError
 
-__all__ = ["Parser", "path_argument"]
+__all__ = ["Parser", "parsers", "path_argument"]
 
 _WRONG_CHOICE = re.compile(r"invalid choice: '([^']*)'")
 
@@ -41,7 +41,7 @@ class Parser(argparse.ArgumentParser):
     def _nearest(self, message: str) -> str:
         import difflib  # only here: it is not for a start as usual
 
-        right = {word for parser in _parsers(self) for word in parser._option_string_actions}
+        right = {word for parser in parsers(self) for word in parser._option_string_actions}
         wrong = [word.partition("=")[0] for word in self._given if word.startswith("--")]
         wrong = [word for word in wrong if word not in right]
         if choice := _WRONG_CHOICE.search(message):
@@ -55,13 +55,13 @@ class Parser(argparse.ArgumentParser):
         return ""
 
 
-def _parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
     """Give the parser and those of its commands."""
     yield parser
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for command in action.choices.values():
-                yield from _parsers(command)
+                yield from parsers(command)
 
 
 def path_argument(text: str) -> str:
