@@ -126,6 +126,7 @@ lint: $(STAMP) ## Check style, types, the compiled modules' stubs and the system
 .PHONY: bench
 bench: $(STAMP) ## Measure latency and throughput of both engines against their floors
 	@tools/system-packages $(TEST_PACKAGES)
+	.venv/bin/pytest -o timeout=0 --benchmark-only --benchmark-columns=min,median,iqr,rounds bench
 	.venv/bin/python -m bench
 
 .PHONY: bench-gate
@@ -145,5 +146,5 @@ $(STAMP): $(BUILD_INPUTS) $(if $(MISSING),always)
 	@tools/system-packages $(BUILD_PACKAGES)
 	@test -x .venv/bin/python || "$$(tools/find-python)" -m venv .venv
 	rm -rf .venv/installed-* build/lib* vhost_rpmb/_fast/*.so
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test,lint]'
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test,bench,lint]'
 	@touch $@

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One process that is guest and device, for counting the instructions of a request.
+"""One process that is guest and device: what a batch costs without any wake-up.
 
-``python -m bench.work ENGINE FOLDER BATCHES`` makes a device in FOLDER and has it answer so many
-batches of 64 reads; run under a tool that counts, twice with different numbers.
+``python -m bench.work ENGINE FOLDER BATCHES`` has a device in FOLDER answer so many batches of 64
+reads; run under a tool that counts, twice with different numbers.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 
@@ -21,47 +22,78 @@ from vhost_rpmb.store import open_store
 DEPTH = 64  # requests in a batch
 
 
+class Work:
+    """A ring with 64 reads of ``blocks`` blocks, offered to a device again and again."""
+
+    def __init__(self, name: str, folder: Path, blocks: int = 1) -> None:
+        chosen = engine.load(name)
+        flash = folder / "work"
+        flash.touch()
+        os.truncate(flash, spec.CAPACITY_UNIT)
+        with ExitStack() as stack:
+            store = open_store(str(flash))
+            stack.callback(store.close)
+            if store.key is None:
+                store.commit(0, [], KEY)
+            memory = chosen.GuestMemory()
+            guest = stack.enter_context(GuestMemory(DEFAULT_REGIONS))
+            self._ring = stack.enter_context(Ring(guest, 2 * DEPTH))
+            stack.callback(memory.clear)
+            for region in guest.regions:
+                memory.add_region(
+                    region.place.guest_address,
+                    region.place.size,
+                    region.place.user_address,
+                    region.place.mmap_offset,
+                    region.fd,
+                )
+            for number, request in enumerate(islice(reads(blocks), DEPTH)):
+                data = guest.allocate(spec.FRAME_SIZE)
+                room = guest.allocate(blocks * spec.FRAME_SIZE)
+                guest.write(data, request)
+                head = 2 * number
+                self._ring.write_descriptor(
+                    head, data, spec.FRAME_SIZE, spec.VIRTQ_DESC_F_NEXT, head + 1
+                )
+                self._ring.write_descriptor(
+                    head + 1, room, blocks * spec.FRAME_SIZE, spec.VIRTQ_DESC_F_WRITE
+                )
+            for position in range(2 * DEPTH):
+                self._ring.write_available(position, 2 * (position % DEPTH))
+            self._device = chosen.RpmbDevice(store)
+            self._queue = chosen.Virtqueue(memory)
+            self._queue.set_size(2 * DEPTH)
+            self._queue.set_features(0)
+            self._queue.set_addresses(
+                guest.user_address(self._ring.descriptor_table),
+                guest.user_address(self._ring.available_ring),
+                guest.user_address(self._ring.used_ring),
+            )
+            self._queue.set_base(0)
+            self._more = chosen.MORE
+            self._batches = 0
+            self._resources = stack.pop_all()
+
+    def batch(self) -> None:
+        """Offer all requests once, and have them answered."""
+        self._batches += 1
+        self._ring.set_available_index(self._batches * DEPTH & 0xFFFF)
+        while self._device.process(self._queue) & self._more:
+            pass
+
+    def close(self) -> None:
+        """Free everything; SystemExit where requests were left unanswered."""
+        answered = self._ring.used_index == self._batches * DEPTH & 0xFFFF
+        self._resources.close()
+        if not answered:
+            raise SystemExit("bench: not every request was answered")
+
+
 def main(name: str, folder: Path, batches: int) -> None:
-    chosen = engine.load(name)
-    flash = folder / "work"
-    flash.touch()
-    os.truncate(flash, spec.CAPACITY_UNIT)
-    store = open_store(str(flash))
-    if store.key is None:
-        store.commit(0, [], KEY)
-    device, memory = chosen.RpmbDevice(store), chosen.GuestMemory()
-    queue = chosen.Virtqueue(memory)
-    with GuestMemory(DEFAULT_REGIONS) as guest, Ring(guest, 2 * DEPTH) as ring:
-        for region in guest.regions:
-            place = region.place
-            memory.add_region(
-                place.guest_address, place.size, place.user_address, place.mmap_offset, region.fd
-            )
-        for number, request in enumerate(islice(reads(), DEPTH)):
-            data, room = guest.allocate(spec.FRAME_SIZE), guest.allocate(spec.FRAME_SIZE)
-            guest.write(data, request)
-            ring.write_descriptor(
-                2 * number, data, spec.FRAME_SIZE, spec.VIRTQ_DESC_F_NEXT, 2 * number + 1
-            )
-            ring.write_descriptor(2 * number + 1, room, spec.FRAME_SIZE, spec.VIRTQ_DESC_F_WRITE)
-        for position in range(2 * DEPTH):
-            ring.write_available(position, 2 * (position % DEPTH))
-        queue.set_size(2 * DEPTH)
-        queue.set_features(0)
-        queue.set_addresses(
-            guest.user_address(ring.descriptor_table),
-            guest.user_address(ring.available_ring),
-            guest.user_address(ring.used_ring),
-        )
-        queue.set_base(0)
-        for batch in range(batches):
-            ring.set_available_index((batch + 1) * DEPTH & 0xFFFF)
-            device.process(queue)
-        answered = ring.used_index == batches * DEPTH & 0xFFFF
-        memory.clear()
-    store.close()
-    if not answered:
-        raise SystemExit("bench: not every request was answered")
+    work = Work(name, folder)
+    for _ in range(batches):
+        work.batch()
+    work.close()
 
 
 if __name__ == "__main__":

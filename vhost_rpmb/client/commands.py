@@ -8,7 +8,7 @@ library is there.
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -55,7 +55,7 @@ class Result(NamedTuple):
     """
 
     values: dict[str, Any]
-    lines: list[str] = []  # noqa: RUF012 - never changed
+    lines: Sequence[str] = ()
     error: OperatorError | None = None
 
 
