@@ -147,6 +147,19 @@ def test_addresses(name: str, tmp_path: Path) -> None:
     assert not notifier.listens
 
 
+def test_no_descriptor_for_the_manager(tmp_path: Path) -> None:
+    """A service that cannot tell anybody still serves."""
+    program = (
+        "import resource; from vhost_rpmb.service import Notifier;"
+        "hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1];"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard));"
+        f"notifier = Notifier({{'NOTIFY_SOCKET': {str(tmp_path / 'notify')!r}}});"
+        "notifier.tell('READY=1'); print(notifier.listens)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("False\n", "")
+
+
 @pytest.mark.parametrize("journal", [True, False])
 def test_lines_for_the_journal_have_their_priority(journal: bool, tmp_path: Path) -> None:
     """Errors of the command line and of the start; elsewhere than in the journal there is none."""

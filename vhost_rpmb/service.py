@@ -30,9 +30,9 @@ class Notifier:
             return
         if address.startswith("@"):
             address = "\0" + address[1:]  # an abstract name
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.setblocking(False)
         try:
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            self._socket.setblocking(False)
             self._socket.connect(address)
         except OSError:
             self.close()
