@@ -5,11 +5,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
+import sysconfig
 import tarfile
+import time
+import tomllib
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,24 +31,104 @@ TIMEOUT = 600  # seconds; the builds fetch what they need
 pytestmark = pytest.mark.timeout(2 * TIMEOUT)
 
 
+def pythons() -> dict[str, str]:
+    """Find what the package can be built for on this machine: version -> program; ours first."""
+    facts = "import sys, sysconfig; print(*sys.version_info[:2], sysconfig.get_path('include'))"
+    homes = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+    programs = [sys.executable, *(f"python3.{minor}" for minor in range(11, 15))]
+    programs += [str(path) for path in sorted(homes.glob("3.*/bin/python"))]
+    found: dict[str, str] = {}
+    for program in programs:
+        if shutil.which(program) is None:
+            continue
+        done = subprocess.run([program, "-I", "-c", facts], capture_output=True, text=True)
+        if done.returncode != 0:
+            continue  # pyenv's stand-in for one that is not chosen
+        major, minor, headers = done.stdout.split(maxsplit=2)
+        new_enough = (int(major), int(minor)) >= (3, 11)
+        if new_enough and (Path(headers.strip()) / "Python.h").exists():
+            found.setdefault(f"{major}.{minor}", program)
+    return found
+
+
+PYTHONS = pythons()
+OURS = sysconfig.get_python_version()
+
+
+def make_venv(folder: Path, version: str) -> Path:
+    """Make an empty venv of a Python of the machine; return its Python."""
+    subprocess.run([PYTHONS[version], "-m", "venv", str(folder)], check=True, timeout=TIMEOUT)
+    return folder / "bin/python"
+
+
+@pytest.fixture(scope="session")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build the source archive from this folder."""
+    folder = tmp_path_factory.mktemp("sdist")
+    subprocess.run(
+        [sys.executable, "-m", "build", "--sdist", "--outdir", str(folder), str(ROOT)],
+        check=True,
+        timeout=TIMEOUT,
+    )
+    (path,) = folder.glob("*.tar.gz")
+    return path
+
+
+class Wheels:
+    """Makes wheels of the source archive alone, with what it says that it needs."""
+
+    def __init__(self, sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+        self._sdist = sdist
+        self._factory = tmp_path_factory
+        self._made: dict[str, Path] = {}
+
+    def make(self, version: str) -> Path:
+        """Return the wheel for a Python; built once, without a network."""
+        if version not in self._made:
+            self._made[version] = self._build(version)
+        return self._made[version]
+
+    def _build(self, version: str) -> Path:
+        folder = self._factory.mktemp(f"build-{version}")
+        with tarfile.open(self._sdist) as archive:
+            archive.extractall(folder, filter="data")
+        (sources,) = folder.iterdir()
+        needs = tomllib.loads((sources / "pyproject.toml").read_text())["build-system"]["requires"]
+        pip = [str(make_venv(folder / "venv", version)), "-m", "pip"]
+        subprocess.run([*pip, "install", *needs], check=True, timeout=TIMEOUT)
+        offline = ["--no-index", "--no-build-isolation", "--no-deps"]
+        subprocess.run(
+            [*pip, "wheel", *offline, "--wheel-dir", str(folder), str(sources)],
+            check=True,
+            timeout=TIMEOUT,
+        )
+        (wheel,) = folder.glob("*.whl")
+        return wheel
+
+
+@pytest.fixture(scope="session")
+def wheels(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Wheels:
+    return Wheels(sdist, tmp_path_factory)
+
+
 @dataclass(frozen=True)
 class Archives:
-    """The two files that a release has."""
+    """What a release has for one Python: the source archive and the wheel."""
 
     sdist: Path
     wheel: Path
 
 
 @pytest.fixture(scope="session")
-def archives(tmp_path_factory: pytest.TempPathFactory) -> Archives:
-    """Build the source archive from this folder, and the wheel from the source archive alone."""
-    folder = tmp_path_factory.mktemp("dist")
+def archives(sdist: Path, wheels: Wheels, tmp_path_factory: pytest.TempPathFactory) -> Archives:
+    """The source archive, and the wheel as it is released for our Python."""
+    folder = tmp_path_factory.mktemp("released")
     subprocess.run(
-        [sys.executable, "-m", "build", "--outdir", str(folder), str(ROOT)],
+        [str(ROOT / "tools/release-wheel"), str(wheels.make(OURS)), str(folder)],
+        env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
         check=True,
         timeout=TIMEOUT,
     )
-    (sdist,) = folder.glob("*.tar.gz")
     (wheel,) = folder.glob("*.whl")
     return Archives(sdist, wheel)
 
@@ -56,19 +140,23 @@ class Installation:
     venv: Path
     folder: Path
 
-    def run(
-        self, program: str, *arguments: str, pass_fds: Sequence[int] = ()
-    ) -> subprocess.CompletedProcess[str]:
-        """Run a program of the venv, where neither the sources nor a compiler are found."""
-        environment = {
+    def environment(self) -> dict[str, str]:
+        """Nothing of which leads to the sources or a compiler."""
+        kept = {
             name: value
             for name, value in os.environ.items()
             if not name.startswith(("PYTHON", "VHOST_RPMB_")) and name not in ("CC", "VIRTUAL_ENV")
         }
+        return kept | {"PATH": str(self.venv / "bin")}
+
+    def run(
+        self, program: str, *arguments: str, pass_fds: Sequence[int] = ()
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a program of the venv, where neither the sources nor a compiler are found."""
         return subprocess.run(
             [str(self.venv / "bin" / program), *arguments],
             cwd=self.folder,
-            env=environment | {"PATH": str(self.venv / "bin")},
+            env=self.environment(),
             pass_fds=pass_fds,
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -83,15 +171,32 @@ class Installation:
         return folder
 
 
-@pytest.fixture(scope="session")
-def installation(archives: Archives, tmp_path_factory: pytest.TempPathFactory) -> Installation:
-    """Install the wheel into an empty venv."""
-    venv = tmp_path_factory.mktemp("venv")
-    subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True, timeout=TIMEOUT)
-    installed = Installation(venv, tmp_path_factory.mktemp("empty"))
-    done = installed.run("python", "-m", "pip", "install", str(archives.wheel))
+def install(wheel: Path, version: str, factory: pytest.TempPathFactory) -> Installation:
+    """Install a wheel into an empty venv."""
+    venv = factory.mktemp("venv")
+    make_venv(venv, version)
+    installed = Installation(venv, factory.mktemp("empty"))
+    done = installed.run("python", "-m", "pip", "install", str(wheel))
     assert done.returncode == 0, done.stderr
     return installed
+
+
+@pytest.fixture(scope="session")
+def installation(archives: Archives, tmp_path_factory: pytest.TempPathFactory) -> Installation:
+    """The released wheel in an empty venv of our Python."""
+    return install(archives.wheel, OURS, tmp_path_factory)
+
+
+@pytest.fixture(scope="session", params=PYTHONS)
+def each_installation(
+    request: pytest.FixtureRequest, wheels: Wheels, tmp_path_factory: pytest.TempPathFactory
+) -> Installation:
+    """Each Python of the machine in turn, with its wheel; ours with the released one."""
+    version = request.param
+    if version == OURS:
+        ours: Installation = request.getfixturevalue("installation")
+        return ours
+    return install(wheels.make(version), version, tmp_path_factory)
 
 
 def test_source_archive_is_complete(archives: Archives) -> None:
@@ -113,6 +218,8 @@ def test_source_archive_is_complete(archives: Archives) -> None:
         "Makefile",
         "pyproject.toml",
         "setup.py",
+        ".ci/run",
+        ".github/workflows/release.yml",
     } <= names
     assert not [
         name for name in names if name.endswith((".so", ".c", ".pyc")) and name not in sources
@@ -132,6 +239,24 @@ def test_wheel_holds_what_runs_and_nothing_else(archives: Archives) -> None:
     assert top == {"vhost_rpmb"} | {
         f"vhost_rpmb-{__version__}.{kind}" for kind in ("data", "dist-info")
     }
+
+
+def test_wheel_is_for_systems_that_have_what_it_needs(archives: Archives) -> None:
+    """Its name says glibc 2.34, with which OpenSSL 3 came; libcrypto is not in it."""
+    tag = f"cp{OURS.replace('.', '')}"
+    name = rf"vhost_rpmb-{re.escape(__version__)}-{tag}-{tag}-manylinux_2_34_\w+\.whl"
+    assert re.fullmatch(name, archives.wheel.name)
+    with zipfile.ZipFile(archives.wheel) as archive:
+        libraries = [info for info in archive.infolist() if info.filename.endswith(".so")]
+        assert len(libraries) == len(FAST)
+        needs_crypto = {
+            Path(info.filename).name.split(".")[0]
+            for info in libraries
+            if b"\0libcrypto.so.3\0" in archive.read(info)
+        }
+        stripped = [info for info in libraries if b".debug_info" not in archive.read(info)]
+    assert needs_crypto == {"device", "frame"}
+    assert stripped == libraries
 
 
 def test_metadata(archives: Archives) -> None:
@@ -260,6 +385,53 @@ def test_installed_engine(engine: str, installation: Installation) -> None:
     done = installation.run("python", "-c", code)
     assert done.stderr == ""
     assert done.stdout.startswith(f"vhost_rpmb._{engine}")
+
+
+@pytest.mark.parametrize("engine", ["fast", "pure"])
+def test_a_session_on_each_python(engine: str, each_installation: Installation) -> None:
+    """The installed client programs, writes and reads the installed daemon's device."""
+    installed = each_installation
+    folder = installed.folder / engine
+    folder.mkdir()
+    (folder / "key").write_bytes(b"k" * 32)
+    (folder / "data").write_bytes(bytes(range(256)) * 2)
+    created = installed.run("vhost-rpmb-client", "create", str(folder / "image"))
+    assert created.returncode == 0, created.stderr
+    listening = f"--socket-path={folder / 'socket'}"
+    daemon = subprocess.Popen(
+        [
+            str(installed.venv / "bin/vhost-user-rpmb"),
+            *(listening, f"--flash-path={folder / 'image'}", "-v"),
+        ],
+        cwd=installed.folder,
+        env=installed.environment() | {"VHOST_RPMB_ENGINE": engine},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        ends = time.monotonic() + TIMEOUT
+        while not (folder / "socket").exists():
+            assert daemon.poll() is None
+            assert time.monotonic() < ends
+            time.sleep(0.01)
+        for verb in (
+            ("write-key", "key"),
+            ("write-block", "3", "data", "key"),
+            ("read-block", "3", "2", "read", "key"),
+            ("read-counter", "key"),
+        ):
+            words = [str(folder / word) if word.isalpha() else word for word in verb[1:]]
+            done = installed.run("vhost-rpmb-client", listening, verb[0], *words)
+            assert done.returncode == 0, done.stderr
+        assert int(done.stdout.split()[-1], 16) == 1
+        assert (folder / "read").read_bytes() == (folder / "data").read_bytes()
+        daemon.terminate()
+        _, errors = daemon.communicate(timeout=TIMEOUT)
+    finally:
+        daemon.kill()
+        daemon.communicate()
+    assert daemon.returncode == 0, errors
+    assert "Traceback" not in errors
 
 
 @pytest.mark.parametrize("module", FAST)
