@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -85,6 +86,11 @@ def resident(pid: int) -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
+def _listens(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        return not probe.connect_ex(str(path))
+
+
 @contextmanager
 def daemon(
     folder: Path,
@@ -114,7 +120,7 @@ def daemon(
         start = time.monotonic()
         with subprocess.Popen(command, env=os.environ | {"VHOST_RPMB_ENGINE": engine}) as process:
             try:
-                while not (home / "socket").exists():
+                while not _listens(home / "socket"):
                     if process.poll() is not None:
                         raise SystemExit("bench: the daemon ended")
                     time.sleep(0.001)

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
-import time
 import tomllib
 import zipfile
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import wait_for_socket
 from vhost_rpmb import __version__
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -409,11 +409,7 @@ def test_a_session_on_each_python(engine: str, each_installation: Installation) 
         text=True,
     )
     try:
-        ends = time.monotonic() + TIMEOUT
-        while not (folder / "socket").exists():
-            assert daemon.poll() is None
-            assert time.monotonic() < ends
-            time.sleep(0.01)
+        wait_for_socket(daemon, folder / "socket")
         for verb in (
             ("write-key", "key"),
             ("write-block", "3", "data", "key"),
