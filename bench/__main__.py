@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -181,29 +182,47 @@ def bytes_per_write(bench: Bench) -> tuple[float, str]:
     return (many - few) / 1000, f"{many - few} bytes / 1000 writes"
 
 
-def _instructions(command: Sequence[object]) -> int:
-    """Count the instructions of a process; the same for the same binaries and input."""
-    tool = ("valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null")
+def _count(command: Sequence[object], tool: str, *options: str) -> int:
+    """What a tool of valgrind counts in a process; the same for the same binaries and input."""
     done = subprocess.run(
-        [*tool, *map(str, command)],
+        [
+            "valgrind",
+            f"--tool={tool}",
+            f"--{tool}-out-file=/dev/null",
+            *options,
+            *map(str, command),
+        ],
         check=True,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONHASHSEED": "0"},
     )
-    return int(done.stderr.rpartition("Collected :")[2].split()[0])
+    (counted,) = re.findall(r"(?:Collected :|Total:) +([\d,]+)", done.stderr)
+    return int(counted.replace(",", ""))
+
+
+def _count_read(bench: Bench, tool: str, *options: str) -> float:
+    """What a tool counts for a read at 64 in flight."""
+    work = [sys.executable, "-m", "bench.work", "fast", bench.folder]
+    _count([*work, 1], tool, *options)  # makes the device
+    few, many = (_count([*work, batches], tool, *options) for batches in (10, 110))
+    return (many - few) / (100 * 64)
 
 
 def instructions(bench: Bench) -> tuple[float, str]:
     """Count what a read takes on top of its HMAC."""
-    macs = [_instructions([bench.folder / "floor", "hmac", count]) for count in (1000, 11_000)]
-    mac = (macs[1] - macs[0]) / 10_000
-    work = [sys.executable, "-m", "bench.work", "fast", bench.folder]
-    _instructions([*work, 1])  # makes the device
-    counts = [_instructions([*work, batches]) for batches in (10, 110)]
-    read = (counts[1] - counts[0]) / (100 * 64)
+    few, many = (
+        _count([bench.folder / "floor", "hmac", count], "callgrind") for count in (1000, 11_000)
+    )
+    mac, read = (many - few) / 10_000, _count_read(bench, "callgrind")
     return read - mac, f"{read:.0f} instructions - {mac:.0f} of one HMAC"
+
+
+def bytes_copied(bench: Bench) -> tuple[float, str]:
+    """Count the bytes that a read has copied by the C library."""
+    copied = _count_read(bench, "dhat", "--mode=copy")
+    return copied, f"{copied:.0f} bytes"
 
 
 def multi_block_write(bench: Bench) -> tuple[float, str]:
@@ -316,6 +335,7 @@ ROWS = (
     Row("255-block read: byte rate / the HMAC's", multi_block_read, 0.8, True, stable=False),
     Row("reads at 64 in flight: system calls a batch", calls_per_batch, 4),
     Row("reads at 64 in flight: instructions on top of one HMAC", instructions, 1600),
+    Row("reads at 64 in flight: bytes copied a request", bytes_copied, 1100),
     Row("read, image of 16 MiB / 128 KiB", flat(units=128), 1.15, stable=False),
     Row("read, 509 memory regions / 1", flat(regions=509), 1.15, stable=False),
     Row("read, queue size 1024 / 128", flat(queue=1024), 1.15, stable=False),
