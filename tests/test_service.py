@@ -151,10 +151,11 @@ def test_no_descriptor_for_the_manager(tmp_path: Path) -> None:
     """A service that cannot tell anybody still serves."""
     program = (
         "import resource; from vhost_rpmb.service import Notifier;"
-        "hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1];"
-        "resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard));"
+        "limits = resource.getrlimit(resource.RLIMIT_NOFILE);"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]));"
         f"notifier = Notifier({{'NOTIFY_SOCKET': {str(tmp_path / 'notify')!r}}});"
-        "notifier.tell('READY=1'); print(notifier.listens)"
+        "notifier.tell('READY=1'); print(notifier.listens);"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, limits)"  # for what measures coverage
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("False\n", "")
