@@ -66,8 +66,9 @@ def launch(tmp_path: Path, flash: Path, engine: Engine) -> Iterator[Launch]:
 
     def launch(**variables: str) -> subprocess.Popen[str]:
         variables |= {"VHOST_RPMB_ENGINE": engine.name}
-        # coverage is measured in the daemon too
-        names = [*variables, *(name for name in os.environ if name.startswith("COVERAGE"))]
+        environment = os.environ | variables
+        # All of it: coverage is measured in the daemon too, and sanitizers have their own.
+        names = [name for name in environment if name.isidentifier()]
         process = subprocess.Popen(
             [
                 "systemd-socket-activate",
@@ -76,7 +77,7 @@ def launch(tmp_path: Path, flash: Path, engine: Engine) -> Iterator[Launch]:
                 *(sys.executable, "-m", "vhost_rpmb", "--fd=3", f"--flash-path={flash}"),
                 *SANDBOX,
             ],
-            env=os.environ | variables,
+            env=environment,
             stderr=subprocess.PIPE,
             text=True,
         )
