@@ -16,8 +16,9 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
+from tests.e2e.cache import KitUnavailable
 from tests.e2e.daemon import DaemonProcess
-from tests.e2e.kit import KitUnavailable, make_kit
+from tests.e2e.kit import make_kit
 from tests.e2e.story import ClientStage, GuestStage, Stage, StoryError, tell
 from tests.e2e.vm import GuestError, qemu_command_line
 

@@ -1,38 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The guest kit: what it takes to boot a Linux guest with an RPMB device, made once and cached.
+"""The guest kit: what it takes to boot a Linux guest with an RPMB device.
 
-Two folders below ``${XDG_CACHE_HOME:-~/.cache}/vhost-rpmb/``:
+Two cached folders (see cache.py):
 
-- ``system-<hash>``: a Debian made by debootstrap, with QEMU, a Linux kernel and its headers,
-  mmc-utils, busybox and a compiler. The hash is over the recipe below.
-- ``guest-<hash>``: the initramfs with the driver module built in there. The hash is over the system
-  folder's and this folder's sources.
+- ``system-<hash>``: a Debian with QEMU, a Linux kernel and its headers, mmc-utils, busybox and a
+  compiler.
+- ``guest-<hash>``: the initramfs with the driver module built in there.
 
-Either is made under another name, gets the marker ``.complete`` last and is renamed then, so what
-has the marker is whole. Run as a program this file makes the kit and prints where it is.
+Run as a program this file makes the kit and prints where it is.
 """
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import os
-import platform
 import shutil
 import stat
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-SUITE = "trixie"
-BACKPORTS = "trixie-backports"
+from tests.e2e.cache import (
+    RECIPE,
+    KitUnavailable,
+    Say,
+    Steps,
+    cache_folder,
+    cached,
+    make_debian,
+    say_it,
+)
+
 # The meta-packages: exact versions disappear from mirrors. The cloud kernel is the same source with
 # fewer modules, a third of the size.
 PACKAGES = (
@@ -45,39 +44,8 @@ PACKAGES = (
     "gcc",
     "libc6-dev",
 )
-DPKG_CONFIG = """\
-force-unsafe-io
-path-exclude=/usr/share/doc/*
-path-exclude=/usr/share/man/*
-path-exclude=/usr/share/locale/*
-"""
-APT_CONFIG = """\
-APT::Install-Recommends "false";
-Acquire::Languages "none";
-"""
-# To be raised when the steps of _make_system change and the values above do not.
-RECIPE_VERSION = 1
-
-# The settings of this machine's apt that the kit's apt needs too, to reach the same mirror.
-INHERITED_APT_SETTINGS = (
-    "Acquire::http::Proxy",
-    "Acquire::https::Proxy",
-    "Acquire::Check-Valid-Until",
-    "Acquire::Check-Date",
-)
-
-ISOLATED = ("unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
-KEYRINGS = (  # of Debian 12, and of later ones
-    Path("/usr/share/keyrings/debian-archive-keyring.gpg"),
-    Path("/usr/share/keyrings/debian-archive-keyring.pgp"),
-)
 GUEST_FOLDER = Path(__file__).resolve().parent / "guest"
 GUEST_SOURCES = ("Kbuild", "Makefile", "init", "rpmb-send.c", "virtio_rpmb.c")
-MARKER = ".complete"
-
-
-class KitUnavailable(Exception):
-    """The kit cannot be made on this machine; the text says why, and what would help."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,224 +76,35 @@ class Kit:
         ]
 
 
-def cache_folder() -> Path:
-    """The folder where the kit is kept; may not exist yet."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(base) / "vhost-rpmb"
-
-
-def make_kit(say: Callable[[str], None] = lambda text: print(text, flush=True)) -> Kit:
+def make_kit(say: Say = say_it) -> Kit:
     """Return the cached kit, or make it first; `say` gets one line for each step done.
 
     Raises KitUnavailable where a kit cannot be made, and RuntimeError when the driver does not
     build.
     """
-    cache = cache_folder()
-    system = cache / f"system-{_hash_system()}"
-    guest = cache / f"guest-{_hash_guest(system)}"
-    if not (_complete(system) and _complete(guest)):
-        _check_machine()
-        cache.mkdir(parents=True, exist_ok=True)
-        with _locked(cache / "lock", say):
-            steps = _Steps(cache / "kit.log", say)
-            _remove_half_made(cache)
-            if not _complete(system):
-                with _made_whole(system) as folder:
-                    _make_system(folder, steps)
-            if not _complete(guest):
-                with _made_whole(guest) as folder:
-                    _make_guest(system, folder, steps)
+    system = cached(
+        "system",
+        (RECIPE, PACKAGES),
+        lambda folder, steps: make_debian(folder, PACKAGES, steps),
+        say,
+    )
+    sources = [(path.name, path.read_bytes()) for path in _guest_sources()]
+    guest = cached(
+        "guest",
+        (system.name, sources),
+        lambda folder, steps: _make_guest(system, folder, steps),
+        say,
+    )
     (kernel,) = (system / "boot").glob("vmlinuz-*")
     return Kit(system, kernel, guest / "initramfs")
 
 
-def _hash_system() -> str:
-    recipe = (SUITE, BACKPORTS, PACKAGES, DPKG_CONFIG, APT_CONFIG, RECIPE_VERSION)
-    return hashlib.sha256(repr(recipe).encode()).hexdigest()[:12]
+def _guest_sources() -> list[Path]:
+    """What the guest is made from, this recipe included."""
+    return [Path(__file__), *(GUEST_FOLDER / name for name in GUEST_SOURCES)]
 
 
-def _hash_guest(system: Path) -> str:
-    digest = hashlib.sha256(system.name.encode())
-    for path in (Path(__file__), *(GUEST_FOLDER / name for name in GUEST_SOURCES)):
-        content = path.read_bytes()
-        digest.update(f"{path.name} {len(content)}\n".encode() + content)
-    return digest.hexdigest()[:12]
-
-
-def _complete(folder: Path) -> bool:
-    return (folder / MARKER).exists()
-
-
-def _check_machine() -> None:
-    if platform.machine() != "x86_64":
-        raise KitUnavailable(f"the guest kit needs an x86_64 machine, this is {platform.machine()}")
-    if os.geteuid() != 0:
-        raise KitUnavailable("the guest kit is made with debootstrap, which needs root")
-    for program, package in (
-        ("debootstrap", "debootstrap"),
-        ("apt-config", "apt"),
-        ("unshare", "util-linux"),
-    ):
-        if shutil.which(program) is None:
-            raise KitUnavailable(f"{program} is not installed: apt-get install {package}")
-
-
-@contextmanager
-def _locked(path: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Hold the cache against other makers; what they made meanwhile is found afterwards."""
-    with path.open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say("guest kit: another process is making it, waiting for that")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def _remove_half_made(cache: Path) -> None:
-    for path in cache.glob("making-*"):
-        shutil.rmtree(path)
-    for path in (*cache.glob("system-*"), *cache.glob("guest-*")):
-        if not _complete(path):
-            shutil.rmtree(path)
-
-
-@contextmanager
-def _made_whole(target: Path) -> Iterator[Path]:
-    """A folder to be filled, which becomes `target` when the body ends well."""
-    folder = Path(tempfile.mkdtemp(prefix=f"making-{target.name}-", dir=target.parent))
-    folder.chmod(0o755)
-    try:
-        yield folder
-        os.sync()
-        (folder / MARKER).touch()
-        folder.rename(target)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
-class _Steps:
-    """Runs the kit's commands; each step is a line with its time, all output goes to the log."""
-
-    def __init__(self, log: Path, say: Callable[[str], None]) -> None:
-        self._log = log
-        self._say = say
-
-    @contextmanager
-    def step(self, what: str) -> Iterator[None]:
-        start = time.monotonic()
-        yield
-        self._say(f"guest kit: {what} ({time.monotonic() - start:.1f} s)")
-
-    def run(self, *command: str | Path, env: dict[str, str] | None = None) -> None:
-        """Run a command in namespaces of its own: its mounts and processes end with it."""
-        with self._log.open("ab") as log:
-            result = subprocess.run(
-                [*ISOLATED, *command],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env={**os.environ, "LC_ALL": "C", **(env or {})},
-            )
-        if result.returncode != 0:
-            tail = "\n".join(self._log.read_text(errors="replace").splitlines()[-15:])
-            raise subprocess.CalledProcessError(result.returncode, command, tail)
-
-    def run_inside(self, system: Path, *command: str | Path) -> None:
-        """Run a command inside the system folder, with /proc there."""
-        script = 'mount -t proc proc "$0/proc" && exec chroot "$0" "$@"'
-        self.run(
-            *("sh", "-c", script, system, *command),
-            env={
-                "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
-                "DEBIAN_FRONTEND": "noninteractive",
-                "INITRD": "No",  # no initramfs of Debian's own
-            },
-        )
-
-
-def _apt(*command: str) -> list[str]:
-    """The lines that one of this machine's apt programs prints."""
-    return subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
-
-
-def _mirror() -> str:
-    """The Debian mirror that this machine's apt uses."""
-    fields = "$(ORIGIN) $(LABEL) $(REPO_URI)"
-    for line in _apt("apt-get", "indextargets", "--format", fields, "Created-By: Packages"):
-        if line.startswith(("Debian Debian http://", "Debian Debian https://")):
-            return line.split()[2].rstrip("/")
-    raise KitUnavailable("no Debian mirror: apt on this machine knows none")
-
-
-def _inherited_apt_config() -> str:
-    lines = _apt("apt-config", "dump", *INHERITED_APT_SETTINGS)
-    return "".join(f"{line}\n" for line in lines if line.startswith(INHERITED_APT_SETTINGS))
-
-
-def _proxies() -> dict[str, str]:
-    """Environment with the proxies of this machine's apt, for programs other than apt."""
-    found = {}
-    for scheme in ("http", "https"):
-        for line in _apt("apt-config", "dump", f"Acquire::{scheme}::Proxy"):
-            proxy = line.partition('"')[2].partition('"')[0]
-            if line.startswith(f"Acquire::{scheme}::Proxy ") and proxy not in ("", "DIRECT"):
-                found[f"{scheme}_proxy"] = proxy
-    return found
-
-
-def _check_mirror(mirror: str, proxies: dict[str, str]) -> None:
-    """Fail early, and with the reason, where no Debian mirror can be reached."""
-    url = f"{mirror}/dists/{BACKPORTS}/InRelease"
-    by_scheme = {name.removesuffix("_proxy"): proxy for name, proxy in proxies.items()}
-    handler = urllib.request.ProxyHandler(by_scheme or None)
-    try:
-        urllib.request.build_opener(handler).open(url, timeout=30).close()
-    except (urllib.error.URLError, TimeoutError, OSError) as error:
-        reason = getattr(error, "reason", error)
-        raise KitUnavailable(f"no Debian mirror: {url} cannot be read ({reason})") from error
-
-
-def _make_system(folder: Path, steps: _Steps) -> None:
-    mirror, proxies = _mirror(), _proxies()
-    _check_mirror(mirror, proxies)
-    keyring = next((path for path in KEYRINGS if path.exists()), None)
-    if keyring is None:
-        raise KitUnavailable("no Debian keys: apt-get install debian-archive-keyring")
-    try:
-        with steps.step("Debian base system"):
-            steps.run(
-                "debootstrap",
-                "--variant=minbase",
-                "--force-check-gpg",
-                f"--keyring={keyring}",
-                *(["--include=ca-certificates"] if mirror.startswith("https:") else []),
-                SUITE,
-                folder,
-                mirror,
-                env=proxies,
-            )
-        with steps.step("QEMU, Linux, mmc-utils, compiler"):
-            (folder / "etc/dpkg/dpkg.cfg.d/kit").write_text(DPKG_CONFIG)
-            (folder / "etc/apt/apt.conf.d/kit").write_text(APT_CONFIG + _inherited_apt_config())
-            (folder / "etc/apt/sources.list").write_text(
-                f"deb {mirror} {SUITE} main\ndeb {mirror} {BACKPORTS} main\n"
-            )
-            steps.run_inside(folder, "apt-get", "update")
-            steps.run_inside(folder, "apt-get", "-y", "-t", BACKPORTS, "install", *PACKAGES)
-            steps.run_inside(folder, "apt-get", "clean")
-            shutil.rmtree(folder / "var/lib/apt/lists")
-    except subprocess.CalledProcessError as error:
-        hint = ""
-        if "unknown key" in error.output:
-            hint = "\nThe installed keys are too old: apt-get install debian-archive-keyring"
-        raise KitUnavailable(
-            f"making the kit's Debian failed, the log ends with:\n{error.output}{hint}"
-        ) from error
-
-
-def _make_guest(system: Path, folder: Path, steps: _Steps) -> None:
+def _make_guest(system: Path, folder: Path, steps: Steps) -> None:
     build = Path(tempfile.mkdtemp(prefix="build-", dir=system / "tmp"))
     try:
         with steps.step("guest driver"):
