@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from tests.conftest import Daemon, DaemonFactory
 from tests.rig import program_key, read_counter, read_data, read_result, request, write_data
 from vhost_rpmb.client.rpmb import RpmbClient
 
+MAC, NONCE = "MAC [0-9a-f]{64}", "nonce [0-9a-f]{32}"  # as the log has them
 PIECE = 8  # bytes of a key that count as the key
 
 
@@ -97,12 +99,21 @@ def use(running: Daemon, key: bytes, other: bytes) -> Iterator[bytes]:
                 yield client.exchange(asked, 8 * 512)
 
 
-def test_each_request_is_told_in_words(daemon: DaemonFactory, engine: object) -> None:
+def test_each_frame_is_told_in_words(daemon: DaemonFactory, engine: object) -> None:
     running = daemon("--debug")
     key = os.urandom(32)
     list(use(running, key, os.urandom(32)))
+    with RpmbClient.connect(str(running.socket_path), key) as client:
+        assert client.read(0, 2) == bytes(512)
     said = running.stop()
-    assert "request PROGRAM_KEY: address 0, block count 1, write counter 0: OK\n" in said
-    assert "request DATA_WRITE: address 1, block count 1, write counter 0: OK\n" in said
-    assert "request DATA_WRITE: address 1, block count 1, write counter 9: COUNT_FAILURE\n" in said
-    assert "request 0x0063: address 0, block count 1, write counter 0: GENERAL_FAILURE\n" in said
+    for line in (
+        "request PROGRAM_KEY: address 0, block count 1, write counter 0: OK",
+        f"request DATA_WRITE: address 1, block count 1, write counter 0, {MAC}: OK",
+        f"request DATA_WRITE: address 1, block count 1, write counter 9, {MAC}: COUNT_FAILURE",
+        f"answer DATA_WRITE: address 1, block count 0, write counter 1, {MAC}: OK, 1 frame",
+        "request 0x0063: address 0, block count 1, write counter 0: GENERAL_FAILURE",
+        f"answer 0x0000: .*, {MAC}: GENERAL_FAILURE, 1 frame",
+        f"request DATA_READ: address 0, block count 2, write counter 0, {NONCE}: OK",
+        f"answer DATA_READ: address 0, block count 2, write counter 0, {NONCE}: OK, 2 frames",
+    ):
+        assert re.search(f"debug: {line}$", said, re.MULTILINE), line

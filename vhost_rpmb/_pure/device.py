@@ -27,7 +27,7 @@ MAX_BATCH_FRAMES = 1024
 MAX_BATCH_DESCRIPTORS = 4096
 
 
-_EACH_REQUEST = 1  # the level of logging at which each request has its line; no other engine has it
+_FRAMES = 1  # the level of logging at which frames are written down; no other engine has it
 
 logger = logging.getLogger(__name__)
 
@@ -225,6 +225,7 @@ class _ChainRun:
         self._writable = writable
         self._answers: list[bytes] = []
         self._result = spec.VIRTIO_RPMB_RES_OK  # of the request at hand
+        self._log = logger.isEnabledFor(_FRAMES)
 
     def run(self) -> bytes:
         frames = self._work.frames
@@ -234,13 +235,15 @@ class _ChainRun:
             self._answer(Frame(result=spec.VIRTIO_RPMB_RES_GENERAL_FAILURE))
             return b"".join(self._answers)
         index = 0
-        log = logger.isEnabledFor(_EACH_REQUEST)
         while index < len(frames):
             frame = Frame.unpack(frames[index])
             handler = _HANDLERS.get(frame.req_resp, _ChainRun._unknown)
+            answered = len(self._answers)
             index += handler(self, frame, frames[index:])
-            if log:
-                logger.debug("%s", _describe(frame, self._result))
+            if self._log:
+                logger.debug("%s", _describe_request(frame, self._result))
+                for answer in self._answers[answered : answered + 1]:
+                    logger.debug("%s", _describe_answer(answer, len(self._answers) - answered))
         return b"".join(self._answers)
 
     def _answer(self, *frames: Frame) -> None:
@@ -412,14 +415,45 @@ def _name(prefix: str, number: int) -> str:
     return f"0x{number:04x}"
 
 
-def _describe(frame: Frame, result: int) -> str:
-    """Tell of a request and its result; never its key, MAC, nonce or data."""
+def _name_result(result: int) -> str:
     expired = spec.VIRTIO_RPMB_RES_WRITE_COUNTER_EXPIRED
     names = [_name("VIRTIO_RPMB_RES_", result & ~expired)] if result != expired else []
     names += [_name("VIRTIO_RPMB_RES_", expired)] if result & expired else []
+    return " and ".join(names)
+
+
+def _describe_request(frame: Frame, result: int) -> str:
+    """Tell of a request and its result; never its key or data.
+
+    Of nonce and MAC only what the type gives a meaning: a frame at fault may have a key anywhere.
+    """
+    write = frame.req_resp == spec.VIRTIO_RPMB_REQ_DATA_WRITE
+    nonce = frame.req_resp in (
+        spec.VIRTIO_RPMB_REQ_GET_WRITE_COUNTER,
+        spec.VIRTIO_RPMB_REQ_DATA_READ,
+    )
     return (
-        f"request {_name('VIRTIO_RPMB_REQ_', frame.req_resp)}: address {frame.address}, block count"
-        f" {frame.block_count}, write counter {frame.write_counter}: {' and '.join(names)}"
+        f"request {_name('VIRTIO_RPMB_REQ_', frame.req_resp)}: "
+        f"{_fields(frame, nonce=nonce, mac=write)}: {_name_result(result)}"
+    )
+
+
+def _describe_answer(raw: bytes, count: int) -> str:
+    """Tell of an answer of ``count`` frames by its first one; never its data."""
+    frame = Frame.unpack(raw)
+    return (
+        f"answer {_name('VIRTIO_RPMB_RESP_', frame.req_resp)}: "
+        f"{_fields(frame, nonce=any(frame.nonce), mac=count == 1)}: "
+        f"{_name_result(frame.result)}, {count} {'frame' if count == 1 else 'frames'}"
+    )
+
+
+def _fields(frame: Frame, *, nonce: bool, mac: bool) -> str:
+    return (
+        f"address {frame.address}, block count {frame.block_count}, "
+        f"write counter {frame.write_counter}"
+        f"{f', nonce {frame.nonce.hex()}' if nonce else ''}"
+        f"{f', MAC {frame.key_mac.hex()}' if mac else ''}"
     )
 
 
