@@ -7,7 +7,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 BUILD_PACKAGES := gcc libc6-dev libssl-dev python3 python3-dev python3-venv
-TEST_PACKAGES := fish fiu-utils strace systemd zsh
+TEST_PACKAGES := fish fiu-utils libvirt-clients libxml2-utils strace systemd zsh
 KIT_PACKAGES := debian-archive-keyring debootstrap
 FUZZ_PACKAGES := clang libclang-rt-dev
 
@@ -123,6 +123,10 @@ lint: $(STAMP) ## Check style, types, the compiled modules' stubs and the system
 	@tools/system-packages systemd
 	tools/check-units
 
+.PHONY: docs
+docs: $(STAMP) ## Build the documentation into build/docs
+	.venv/bin/sphinx-build --quiet --fail-on-warning --keep-going --fresh-env docs build/docs
+
 .PHONY: bench
 bench: $(STAMP) ## Measure latency and throughput of both engines against their floors
 	@tools/system-packages $(TEST_PACKAGES)
@@ -146,5 +150,5 @@ $(STAMP): $(BUILD_INPUTS) $(if $(MISSING),always)
 	@tools/system-packages $(BUILD_PACKAGES)
 	@test -x .venv/bin/python || "$$(tools/find-python)" -m venv .venv
 	rm -rf .venv/installed-* build/lib* vhost_rpmb/_fast/*.so
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test,bench,lint]'
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test,bench,docs,lint]'
 	@touch $@

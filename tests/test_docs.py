@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command lines of the man pages and the README, run as they are printed.
+"""What the README, the man pages and the guides print, run as it is printed.
 
-QEMU's are not among them: tests/e2e attaches real guests. Neither is what builds and installs.
+Not here: what a guest runs and what attaches one (tests/e2e/test_guides.py), what a running systemd
+needs (tests/e2e/test_systemd.py), and what builds and installs (tests/test_package.py).
 """
 
 from __future__ import annotations
@@ -14,33 +15,40 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.documents import (
+    GUIDES,
+    Block,
+    blocks_of_guide,
+    blocks_of_man_page,
+    blocks_of_readme,
+    blocks_that_begin,
+    commands,
+)
+from vhost_rpmb import spec
+
 MAN_PAGES = ("vhost-user-rpmb", "vhost-rpmb-client")
-ELSEWHERE = ("qemu-system", "make ", "pip ")
+RUN_HERE = ("client", "debugging", "device", "quick-start")
+RUN_ELSEWHERE = ("guest", "qemu", "systemd")
+NOT_RUN = (
+    "embedding",
+    "libvirt",
+)  # nothing to type, but files, which have tests of their own below
+ELSEWHERE = ("qemu-system", "make ", "pip ", "python3 -m venv", "venv/bin/pip", "export PATH=")
 WAIT = "while ! test -S rpmb.sock; do sleep 0.05; done"
 
 
-def of_man_page(name: str) -> list[str]:
-    """The examples of a man page, one a block."""
-    source = (ROOT / "docs" / "man" / f"{name}.inc").read_text()
-    examples = source.partition("[EXAMPLES]\n")[2].partition("\n[")[0]
-    blocks = re.findall(r"^\.nf\n(.*?)^\.fi$", examples, re.MULTILINE | re.DOTALL)
-    return [block.replace("\\-", "-").replace("\\e", "\\") for block in blocks]
+def blocks_of(name: str) -> list[Block]:
+    if name == "README":
+        return blocks_of_readme()
+    return blocks_of_man_page(name) if name in MAN_PAGES else blocks_of_guide(name)
 
 
-def of_readme() -> list[str]:
-    text = (ROOT / "README.md").read_text()
-    blocks = re.findall(r"^\n((?:    .*\n)+)", text, re.MULTILINE)
-    return [re.sub("^    ", "", block, flags=re.MULTILINE) for block in blocks]
-
-
-def script(blocks: list[str]) -> str:
+def script(blocks: list[Block]) -> str:
     """One script of all blocks; a daemon that a block starts serves what follows it."""
     lines = ["set -eu"]
     for block in blocks:
-        for line in block.replace("\\\n", " ").splitlines():
-            command = line.partition("    #")[0].strip()
-            if not command or command.startswith(ELSEWHERE):
+        for command in commands(block.text) if block.language == "sh" else []:
+            if command.startswith(ELSEWHERE):
                 continue
             if command.startswith("vhost-user-rpmb "):
                 # A person would start the next one only after ending this one.
@@ -51,17 +59,75 @@ def script(blocks: list[str]) -> str:
     return "\n".join([*lines, 'for job in $(jobs -p); do kill "$job"; done', "wait"])
 
 
-@pytest.mark.parametrize("name", [*MAN_PAGES, "README"])
-def test_the_examples_run_as_printed(name: str, tmp_path: Path) -> None:
-    blocks = of_readme() if name == "README" else of_man_page(name)
-    program = script(blocks)
-    assert program.count("vhost-") >= 2
+def run(program: str, folder: Path) -> None:
     done = subprocess.run(
         ["bash", "-c", program],
-        cwd=tmp_path,
+        cwd=folder,
         env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
     )
-    assert done.returncode == 0, f"{program}\n{done.stderr}"
+    assert done.returncode == 0, f"{program}\n{done.stdout}\n{done.stderr}"
+
+
+@pytest.mark.parametrize("name", ["README", *MAN_PAGES, *RUN_HERE])
+def test_the_examples_run_as_printed(name: str, tmp_path: Path) -> None:
+    blocks = blocks_of(name)
+    program = script(blocks)
+    assert program.count("vhost-") >= 2
+    run(program, tmp_path)
+    for language, text in blocks:
+        assert language in ("sh", "text")
+        if language == "text":
+            log = (tmp_path / "debug.log").read_text()
+            for line in text.splitlines():
+                pattern = re.sub(r"[0-9a-f]+…", "[0-9a-f]+", re.escape(line))
+                assert re.search(f"debug: {pattern}$", log, re.MULTILINE), line
+
+
+def test_every_guide_has_its_test() -> None:
+    guides = {path.stem for path in GUIDES.glob("*.md")}
+    assert guides == {*RUN_HERE, *RUN_ELSEWHERE, *NOT_RUN}
+
+
+def test_what_the_guide_to_systemd_prints_for_management_software(tmp_path: Path) -> None:
+    (command,) = blocks_that_begin("systemd", "vhost-user-rpmb --print-capabilities")
+    run(command, tmp_path)
+
+
+def test_the_domain_is_one_of_libvirt(tmp_path: Path) -> None:
+    """By libvirt's schema; what it has QEMU do is what the guide to QEMU has it do."""
+    ((language, text),) = blocks_of_guide("libvirt")
+    assert language == "xml"
+    domain = tmp_path / "vm1.xml"
+    domain.write_text(text)
+    subprocess.run(["virt-xml-validate", str(domain), "domain"], check=True)
+    arguments = re.findall("<qemu:arg value='(.*)'/>", text)
+    by_hand = blocks_that_begin("qemu", "qemu-system-x86_64")[0]
+    by_hand = by_hand.replace("path=rpmb.sock", "path=/run/vhost-user-rpmb/vm1.sock")
+    assert arguments[::2] == ["-chardev", "-device"]
+    assert " ".join(arguments) in " ".join(by_hand.replace("\\\n", " ").split())
+
+
+def test_the_fixture_serves_a_test_suite(tmp_path: Path) -> None:
+    (_, conftest), (_, tests) = blocks_of_guide("embedding")
+    (tmp_path / "conftest.py").write_text(conftest)
+    (tmp_path / "test_rollback.py").write_text(tests)
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--rootdir", str(tmp_path)]
+    done = subprocess.run(
+        [*command, str(tmp_path)], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stdout
+    assert "2 passed" in done.stdout
+
+
+def test_every_result_has_its_meaning() -> None:
+    """The table of the guide to debugging names all results, by their numbers."""
+    text = (GUIDES / "debugging.md").read_text()
+    rows = dict(re.findall(r"^\| 0x([0-9a-f]{4}) \| `([A-Z_]+)`", text, re.MULTILINE))
+    assert {int(number, 16): name for number, name in rows.items()} == {
+        value: name.removeprefix("VIRTIO_RPMB_RES_")
+        for name, value in vars(spec).items()
+        if name.startswith("VIRTIO_RPMB_RES_")
+    }

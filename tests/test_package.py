@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import wait_for_socket
+from tests.documents import blocks_that_begin
 from vhost_rpmb import __version__
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -273,6 +274,26 @@ def test_metadata(archives: Archives) -> None:
     ]
     assert "vhost-user-rpmb = vhost_rpmb.cli:main" in entry_points
     assert "vhost-rpmb-client = vhost_rpmb.client.cli:main" in entry_points
+
+
+def test_the_quick_start_installs(sdist: Path, tmp_path: Path) -> None:
+    """The commands of the guide as printed, in the unpacked source archive."""
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (sources,) = tmp_path.iterdir()
+    (install,) = blocks_that_begin("quick-start", "python3 -m venv")
+    done = subprocess.run(
+        ["bash", "-euc", f"{install}\ncommand -v vhost-user-rpmb\nvhost-rpmb-client --version"],
+        cwd=sources,
+        env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+    )
+    assert done.returncode == 0, done.stderr
+    program, version = done.stdout.splitlines()[-2:]
+    assert program == str(sources / "venv/bin/vhost-user-rpmb")
+    assert version == f"vhost-rpmb-client {__version__}"
 
 
 def test_installation_has_no_compiler(installation: Installation) -> None:

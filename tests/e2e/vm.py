@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Linux guest on QEMU with the RPMB device of a running daemon attached."""
+"""Linux guests on QEMU, driven over their console; one with the RPMB device of a running daemon."""
 
 from __future__ import annotations
 
@@ -27,19 +27,16 @@ class GuestError(Exception):
     """The guest did not do what was waited for; the text ends with its console's last lines."""
 
 
-class VirtualMachine:
+class Guest:
     """A guest from the start of QEMU to `close`; usable in a ``with`` statement.
 
     The guest's console is QEMU's standard input and output, so `command_line` started by hand gives
     a shell in the guest.
     """
 
-    def __init__(self, kit: Kit, socket_path: Path) -> None:
-        """Start QEMU on a daemon's socket and wait until the guest takes commands.
-
-        Raises GuestError when it does not.
-        """
-        self.command_line = qemu_command_line(kit, socket_path)
+    def __init__(self, command_line: list[str]) -> None:
+        """Start QEMU and wait until the guest takes commands; GuestError when it does not."""
+        self.command_line = command_line
         self._token = secrets.token_hex(8)
         self._commands = 0
         self._console = bytearray()
@@ -111,10 +108,10 @@ class VirtualMachine:
         """The content of a file in the guest."""
         return base64.b64decode(self._checked(f"base64 {shlex.quote(path)}"))
 
-    def reboot(self) -> None:
+    def reboot(self, command: str = "reboot -f") -> None:
         """Reboot the guest; QEMU and its connection to the daemon go on."""
         start = len(self._console)
-        self._send("reboot -f")
+        self._send(command)
         self._enter(start)
 
     def close(self) -> None:
@@ -179,6 +176,13 @@ class VirtualMachine:
         tail = "\n".join(self._console.decode(errors="replace").splitlines()[-30:])
         messages = self._messages.decode(errors="replace").strip() or "none"
         return f"{what}\nQEMU's messages: {messages}\nThe console's last lines:\n{tail}"
+
+
+class VirtualMachine(Guest):
+    """The kit's guest, whose RPMB device is the daemon at a socket."""
+
+    def __init__(self, kit: Kit, socket_path: Path) -> None:
+        super().__init__(qemu_command_line(kit, socket_path))
 
 
 def qemu_command_line(kit: Kit, socket_path: Path) -> list[str]:
