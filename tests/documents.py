@@ -49,5 +49,5 @@ def blocks_of_readme() -> list[Block]:
 
 def commands(block: str) -> list[str]:
     """The commands of a block, each on one line, without comments."""
-    lines = block.replace("\\\n", " ").splitlines()
-    return [command for line in lines if (command := line.partition("    #")[0].strip())]
+    lines = (line.partition("    # ")[0] for line in block.replace("\\\n", "").splitlines())
+    return [command for line in lines if (command := " ".join(line.split()))]

@@ -229,8 +229,13 @@ def _check_mirror(mirror: str, proxies: dict[str, str]) -> None:
         raise KitUnavailable(f"no Debian mirror: {url} cannot be read ({reason})") from error
 
 
-def make_debian(folder: Path, packages: tuple[str, ...], steps: Steps) -> None:
-    """Make a Debian with these packages; KitUnavailable, with the log's end, when that fails."""
+def make_debian(
+    folder: Path, packages: tuple[str, ...], steps: Steps, foreign: str | None = None
+) -> None:
+    """Make a Debian with these packages, also ones of a `foreign` architecture.
+
+    Raises KitUnavailable, with the log's end, when that fails.
+    """
     mirror, proxies = _mirror(), _proxies()
     _check_mirror(mirror, proxies)
     keyring = next((path for path in KEYRINGS if path.exists()), None)
@@ -255,6 +260,8 @@ def make_debian(folder: Path, packages: tuple[str, ...], steps: Steps) -> None:
             (folder / "etc/apt/sources.list").write_text(
                 f"deb {mirror} {SUITE} main\ndeb {mirror} {BACKPORTS} main\n"
             )
+            if foreign is not None:
+                steps.run_inside(folder, "dpkg", "--add-architecture", foreign)
             steps.run_inside(folder, "apt-get", "update")
             steps.run_inside(folder, "apt-get", "-y", "-t", BACKPORTS, "install", *packages)
             steps.run_inside(folder, "apt-get", "clean")

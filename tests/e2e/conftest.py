@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.daemon import DaemonProcess
-from tests.e2e.kit import Kit, make_kit
+from tests.e2e.kit import AMD64, ARM64, Kit, make_kit
 
 
-@pytest.fixture(scope="session")
-def kit(pytestconfig: pytest.Config) -> Kit:
-    """The guest kit; where it cannot be made, the tests fail with the reason."""
+@pytest.fixture(scope="session", params=[AMD64, ARM64], ids=lambda found: found.name)
+def kit(request: pytest.FixtureRequest, pytestconfig: pytest.Config) -> Kit:
+    """The guest kit of each architecture; where it cannot be made, tests fail with the reason."""
     reporter = pytestconfig.pluginmanager.getplugin("terminalreporter")
-    return make_kit(reporter.write_line)
+    return make_kit(request.param, reporter.write_line)
 
 
 @pytest.fixture(params=["fast", "pure"])

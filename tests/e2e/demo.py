@@ -46,7 +46,7 @@ def main() -> int:
     try:
         stage: Stage
         try:
-            kit = make_kit(say)
+            kit = make_kit(say=say)
         except KitUnavailable as reason:
             say(f"NO GUEST: {reason}")
             say("The same story runs through this package's own client instead, without a guest.")

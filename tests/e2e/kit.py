@@ -12,6 +12,7 @@ Run as a program this file makes the kit and prints where it is.
 
 from __future__ import annotations
 
+import lzma
 import shutil
 import stat
 import subprocess
@@ -32,17 +33,76 @@ from tests.e2e.cache import (
     say_it,
 )
 
-# The meta-packages: exact versions disappear from mirrors. The cloud kernel is the same source with
-# fewer modules, a third of the size.
-PACKAGES = (
-    "qemu-system-x86",
-    "linux-image-cloud-amd64",
-    "linux-headers-cloud-amd64",
-    "mmc-utils",
-    "busybox-static",
-    "make",
-    "gcc",
-    "libc6-dev",
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """All that differs between guests of different architectures.
+
+    The packages are meta-packages: exact versions disappear from mirrors. The cloud kernels are the
+    same source with fewer modules, a third of the size. ``loader`` and ``libraries`` are where a
+    guest's program looks for the dynamic loader and its libraries.
+    """
+
+    name: str  # as Debian says
+    packages: tuple[str, ...]
+    compiler_prefix: str
+    make_variables: tuple[str, ...]  # of the kernel's build system
+    loader: str
+    libraries: str
+    emulator: str
+    machine: tuple[str, ...]  # options of QEMU
+    console: str
+    transport: str  # of virtio: the last part of QEMU's device names
+    modules: tuple[str, ...] = ()  # of the kernel, that this transport needs
+    foreign: str | None = None  # its name for Debian, where it is not that of the machine
+
+
+AMD64 = Architecture(
+    name="amd64",
+    packages=(
+        "qemu-system-x86",
+        "linux-image-cloud-amd64",
+        "linux-headers-cloud-amd64",
+        "mmc-utils",
+        "busybox-static",
+        "make",
+        "gcc",
+        "libc6-dev",
+    ),
+    compiler_prefix="",
+    make_variables=(),
+    loader="lib64/ld-linux-x86-64.so.2",
+    libraries="usr/lib/x86_64-linux-gnu",
+    emulator="qemu-system-x86_64",
+    machine=("-machine", "q35,memory-backend=mem"),
+    console="ttyS0",
+    transport="-pci",
+)
+ARM64 = Architecture(
+    name="arm64",
+    packages=(
+        "qemu-system-arm",
+        "linux-image-cloud-arm64:arm64",
+        "linux-headers-cloud-arm64:arm64",
+        "mmc-utils:arm64",
+        "busybox-static:arm64",
+        "make",
+        "gcc-aarch64-linux-gnu",
+        "libc6-dev-arm64-cross",
+    ),
+    compiler_prefix="aarch64-linux-gnu-",
+    make_variables=("ARCH=arm64", "CROSS_COMPILE=aarch64-linux-gnu-"),
+    loader="usr/lib/ld-linux-aarch64.so.1",
+    libraries="usr/lib/aarch64-linux-gnu",
+    emulator="qemu-system-aarch64",
+    machine=(
+        *("-machine", "virt,memory-backend=mem", "-cpu", "cortex-a57"),
+        *("-global", "virtio-mmio.force-legacy=false"),
+    ),
+    console="ttyAMA0",
+    transport="",
+    modules=("virtio_mmio",),
+    foreign="arm64",
 )
 GUEST_FOLDER = Path(__file__).resolve().parent / "guest"
 GUEST_SOURCES = ("Kbuild", "Makefile", "init", "rpmb-send.c", "virtio_rpmb.c")
@@ -52,6 +112,7 @@ GUEST_SOURCES = ("Kbuild", "Makefile", "init", "rpmb-send.c", "virtio_rpmb.c")
 class Kit:
     """A whole kit: paths into the cache, and how its QEMU is started."""
 
+    architecture: Architecture
     system: Path
     kernel: Path
     initramfs: Path
@@ -68,7 +129,7 @@ class Kit:
             str(self.system / "lib64/ld-linux-x86-64.so.2"),
             "--library-path",
             str(self.system / "usr/lib/x86_64-linux-gnu"),
-            str(self.system / "usr/bin/qemu-system-x86_64"),
+            str(self.system / "usr/bin" / self.architecture.emulator),
             "-L",
             str(share / "qemu"),
             "-L",
@@ -76,27 +137,28 @@ class Kit:
         ]
 
 
-def make_kit(say: Say = say_it) -> Kit:
+def make_kit(architecture: Architecture = AMD64, say: Say = say_it) -> Kit:
     """Return the cached kit, or make it first; `say` gets one line for each step done.
 
     Raises KitUnavailable where a kit cannot be made, and RuntimeError when the driver does not
     build.
     """
+    packages, foreign = architecture.packages, architecture.foreign
     system = cached(
-        "system",
-        (RECIPE, PACKAGES),
-        lambda folder, steps: make_debian(folder, PACKAGES, steps),
+        f"system-{architecture.name}",
+        (RECIPE, packages),
+        lambda folder, steps: make_debian(folder, packages, steps, foreign),
         say,
     )
     sources = [(path.name, path.read_bytes()) for path in _guest_sources()]
     guest = cached(
-        "guest",
+        f"guest-{architecture.name}",
         (system.name, sources),
-        lambda folder, steps: _make_guest(system, folder, steps),
+        lambda folder, steps: _make_guest(architecture, system, folder, steps),
         say,
     )
     (kernel,) = (system / "boot").glob("vmlinuz-*")
-    return Kit(system, kernel, guest / "initramfs")
+    return Kit(architecture, system, kernel, guest / "initramfs")
 
 
 def _guest_sources() -> list[Path]:
@@ -104,7 +166,7 @@ def _guest_sources() -> list[Path]:
     return [Path(__file__), *(GUEST_FOLDER / name for name in GUEST_SOURCES)]
 
 
-def _make_guest(system: Path, folder: Path, steps: Steps) -> None:
+def _make_guest(architecture: Architecture, system: Path, folder: Path, steps: Steps) -> None:
     build = Path(tempfile.mkdtemp(prefix="build-", dir=system / "tmp"))
     try:
         with steps.step("guest driver"):
@@ -114,25 +176,26 @@ def _make_guest(system: Path, folder: Path, steps: Steps) -> None:
             (headers,) = (system / "lib/modules").glob("*/build")
             kdir = Path("/") / headers.relative_to(system)
             try:
-                steps.run_inside(system, "make", "-C", inside, f"KDIR={kdir}", "W=1")
-                steps.run_inside(system, "strip", "--strip-debug", inside / "virtio_rpmb.ko")
+                variables = (f"KDIR={kdir}", *architecture.make_variables)
+                steps.run_inside(system, "make", "-C", inside, *variables, "W=1")
+                strip = f"{architecture.compiler_prefix}strip"
+                steps.run_inside(system, strip, "--strip-debug", inside / "virtio_rpmb.ko")
             except subprocess.CalledProcessError as error:
                 raise RuntimeError(
                     f"the guest driver does not build, the log ends with:\n{error.output}"
                 ) from error
         with steps.step("initramfs"):
-            (folder / "initramfs").write_bytes(_initramfs(system, build))
+            (folder / "initramfs").write_bytes(_initramfs(architecture, system, build))
     finally:
         shutil.rmtree(build)
 
 
-def _initramfs(system: Path, build: Path) -> bytes:
+def _initramfs(architecture: Architecture, system: Path, build: Path) -> bytes:
     archive = _Archive()
     for name in ("bin", "dev", "lib64", "proc", "sys", "tmp", "usr", "usr/bin", "usr/lib"):
         archive.add(name, stat.S_IFDIR | 0o755)
-    libraries = "lib/x86_64-linux-gnu"
     archive.add("lib", stat.S_IFLNK | 0o777, b"usr/lib")
-    archive.add(f"usr/{libraries}", stat.S_IFDIR | 0o755)
+    archive.add(architecture.libraries, stat.S_IFDIR | 0o755)
     files = {
         "init": build / "init",
         "virtio_rpmb.ko": build / "virtio_rpmb.ko",
@@ -140,11 +203,15 @@ def _initramfs(system: Path, build: Path) -> bytes:
         "bin/busybox": system / "bin/busybox",
         "usr/bin/mmc": system / "usr/bin/mmc",
         # What mmc is linked with.
-        "lib64/ld-linux-x86-64.so.2": system / "lib64/ld-linux-x86-64.so.2",
-        f"usr/{libraries}/libc.so.6": system / libraries / "libc.so.6",
+        architecture.loader: system / architecture.loader,
+        f"{architecture.libraries}/libc.so.6": system / architecture.libraries / "libc.so.6",
     }
     for name, path in files.items():
         archive.add(name, stat.S_IFREG | 0o755, path.read_bytes())
+    for name in architecture.modules:
+        (packed,) = (system / "usr/lib/modules").glob(f"*/kernel/**/{name}.ko.xz")
+        content = lzma.decompress(packed.read_bytes())
+        archive.add(f"{name}.ko", stat.S_IFREG | 0o644, content)
     return archive.finish()
 
 

@@ -187,16 +187,15 @@ class VirtualMachine(Guest):
 
 def qemu_command_line(kit: Kit, socket_path: Path) -> list[str]:
     """The QEMU command line for a guest whose RPMB device is the daemon at a socket."""
+    device = f"vhost-user-test-device{kit.architecture.transport}"
     return [
         *kit.qemu,
         *("-nodefaults", "-no-user-config", "-display", "none", "-serial", "mon:stdio"),
-        *("-machine", "q35,memory-backend=mem"),
+        *kit.architecture.machine,
         *("-object", "memory-backend-memfd,id=mem,size=256M,share=on"),
+        *("-m", "256"),
         *("-kernel", str(kit.kernel), "-initrd", str(kit.initramfs)),
-        *("-append", "console=ttyS0 quiet"),
+        *("-append", f"console={kit.architecture.console} quiet"),
         *("-chardev", f"socket,id=rpmb,path={socket_path}"),
-        *(
-            "-device",
-            "vhost-user-test-device-pci,chardev=rpmb,virtio-id=28,num_vqs=1,vq_size=64,config_size=3",
-        ),
+        *("-device", f"{device},chardev=rpmb,virtio-id=28,num_vqs=1,vq_size=64,config_size=3"),
     ]
