@@ -1127,15 +1127,27 @@ class TestKickDescriptors:
         engine: Engine,
         caplog: pytest.LogCaptureFixture,
     ) -> None:
-        blocking = os.eventfd(0, os.EFD_CLOEXEC)
-        os.eventfd_write(blocking, 0xFFFF_FFFF_FFFF_FFFE)
-        assert not ready.ack(Request.SET_VRING_CALL, wire.pack_u64(0), (blocking,))
+        full = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        os.eventfd_write(full, 0xFFFF_FFFF_FFFF_FFFE)
+        assert not ready.ack(Request.SET_VRING_CALL, wire.pack_u64(0), (full,))
         device.flags = [engine.NOTIFY] * 3
         assert not ready.ack(Request.SET_VRING_KICK, wire.pack_u64(0), (eventfds[0],))
         ready.settle()
-        assert os.eventfd_read(blocking) == 0xFFFF_FFFF_FFFF_FFFE
-        os.close(blocking)
+        assert os.eventfd_read(full) == 0xFFFF_FFFF_FFFF_FFFE
+        os.close(full)
         assert not caplog.records  # the front-end has its signal
+
+    @pytest.mark.parametrize(
+        "request_type", [Request.SET_VRING_CALL, Request.SET_VRING_KICK, Request.SET_VRING_ERR]
+    )
+    def test_the_flags_of_an_eventfd_are_the_front_ends(
+        self, ready: Peer, request_type: Request
+    ) -> None:
+        """One that reads its end blocking goes on doing so."""
+        blocking = os.eventfd(0, os.EFD_CLOEXEC)
+        assert not ready.ack(request_type, wire.pack_u64(0), (blocking,))
+        assert os.get_blocking(blocking)
+        os.close(blocking)
 
     def test_call_pipe_without_a_reader(
         self,

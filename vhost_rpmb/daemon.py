@@ -177,8 +177,8 @@ class _Status:
 class EventLoop:
     """Calls a handler for each descriptor that is readable (epoll).
 
-    With `patience`, SIGALRM comes every that many seconds between two sleeps: a front-end can take
-    O_NONBLOCK off an eventfd that it shares with us, and the write to it that then blocks has to
+    With `patience`, SIGALRM comes every that many seconds between two sleeps: a front-end may share
+    an eventfd without O_NONBLOCK and fill its counter, and the write to it that then blocks has to
     end. While the loop sleeps there is no timer.
     """
 

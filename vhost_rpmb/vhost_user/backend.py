@@ -491,7 +491,6 @@ class Backend:
         # Full or drained by the front-end, it must not hold us up.
         if stat.S_ISFIFO(mode):
             fd = message.fds[0] = _reopen_pipe(fd)
-        os.set_blocking(fd, False)
         return vring, fd
 
     def _update(self, vring: _Vring) -> None:
@@ -574,7 +573,7 @@ def _refuse_running(vring: _Vring) -> None:
 
 
 def _reopen_pipe(fd: int) -> int:
-    """Exchange a descriptor of a pipe for one whose O_NONBLOCK the front-end cannot reach.
+    """Exchange a descriptor of a pipe for one whose O_NONBLOCK is ours alone.
 
     An eventfd cannot be opened anew; the event loop's timer is for that.
     """

@@ -1,0 +1,191 @@
+// SPDX-License-Identifier: Apache-2.0
+//! A VMM and its guest driver, as small as they get, on rust-vmm's vhost-user front-end.
+//!
+//!     second-vmm SOCKET table|slots FRAMES ROOM [FRAMES ROOM]...
+//!
+//! Attaches the RPMB device behind SOCKET, with its memory in one memory table or in a memory slot.
+//! Each file FRAMES becomes one descriptor chain with ROOM bytes for the answer, which goes to
+//! FRAMES.answer. Prints the configuration space's three bytes, then the available ring's index at
+//! which the device has stopped.
+
+use std::error::Error;
+use std::fs::File;
+use std::os::fd::FromRawFd;
+use std::sync::atomic::Ordering;
+use std::{env, fs, process};
+
+use vhost::vhost_user::message::{
+    VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
+};
+use vhost::vhost_user::{Frontend, VhostUserFrontend};
+use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemory, GuestMemoryMmap};
+use vmm_sys_util::eventfd::EventFd;
+
+type Outcome<T> = Result<T, Box<dyn Error>>;
+
+const VIRTIO_F_VERSION_1: u64 = 1 << 32;
+const VRING_DESC_F_NEXT: u16 = 1;
+const VRING_DESC_F_WRITE: u16 = 2;
+const QUEUE_SIZE: u16 = 8;
+
+// Guest memory: the ring, a request, an answer.
+const MEMORY_START: u64 = 0x4000_0000;
+const MEMORY_SIZE: usize = 0x10_0000;
+const DESCRIPTOR_TABLE: u64 = MEMORY_START;
+const AVAILABLE_RING: u64 = MEMORY_START + 0x1000;
+const USED_RING: u64 = MEMORY_START + 0x2000;
+const REQUEST: u64 = MEMORY_START + 0x4_0000;
+const ANSWER: u64 = MEMORY_START + 0x8_0000;
+const MOST: usize = 0x4_0000;
+
+/// A device with its queue running, and the guest's side of the queue.
+struct Device {
+    frontend: Frontend,
+    memory: GuestMemoryMmap,
+    kick: EventFd,
+    call: EventFd,
+    sent: u16,
+}
+
+impl Device {
+    fn attach(socket: &str, slots: bool) -> Outcome<(Device, Vec<u8>)> {
+        let mut frontend = Frontend::connect(socket, 1)?;
+        frontend.set_owner()?;
+        let offered = frontend.get_features()?;
+        let wanted = VIRTIO_F_VERSION_1 | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+        if offered & wanted != wanted {
+            return Err(format!("features 0x{offered:x} are not enough").into());
+        }
+        let protocol = frontend.get_protocol_features()?
+            & (VhostUserProtocolFeatures::MQ
+                | VhostUserProtocolFeatures::REPLY_ACK
+                | VhostUserProtocolFeatures::CONFIG
+                | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS);
+        frontend.set_protocol_features(protocol)?;
+        frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+        frontend.set_features(wanted)?;
+        if frontend.get_queue_num()? != 1 {
+            return Err("an RPMB device has one queue".into());
+        }
+        let flags = VhostUserConfigFlags::WRITABLE;
+        let (_, config) = frontend.get_config(0, 3, flags, &[0; 3])?;
+
+        let memory = guest_memory()?;
+        let regions = memory
+            .iter()
+            .map(VhostUserMemoryRegionInfo::from_guest_region)
+            .collect::<Result<Vec<_>, _>>()?;
+        if slots {
+            if frontend.get_max_mem_slots()? == 0 {
+                return Err("no memory slots".into());
+            }
+            for region in &regions {
+                frontend.add_mem_region(region)?;
+            }
+        } else {
+            frontend.set_mem_table(&regions)?;
+        }
+
+        let (kick, call) = (EventFd::new(0)?, EventFd::new(0)?);
+        let host = |address| memory.get_host_address(GuestAddress(address)).map(|p| p as u64);
+        frontend.set_vring_num(0, QUEUE_SIZE)?;
+        frontend.set_vring_base(0, 0)?;
+        frontend.set_vring_addr(
+            0,
+            &VringConfigData {
+                queue_max_size: QUEUE_SIZE,
+                queue_size: QUEUE_SIZE,
+                flags: 0,
+                desc_table_addr: host(DESCRIPTOR_TABLE)?,
+                avail_ring_addr: host(AVAILABLE_RING)?,
+                used_ring_addr: host(USED_RING)?,
+                log_addr: None,
+            },
+        )?;
+        frontend.set_vring_call(0, &call)?;
+        frontend.set_vring_kick(0, &kick)?;
+        frontend.set_vring_enable(0, true)?;
+        let device = Device { frontend, memory, kick, call, sent: 0 };
+        Ok((device, config))
+    }
+
+    /// Send one chain and wait for its answer: as many bytes as the device says that it wrote.
+    fn exchange(&mut self, request: &[u8], room: usize) -> Outcome<Vec<u8>> {
+        if request.len() > MOST || room > MOST {
+            return Err("a request or an answer is too large".into());
+        }
+        self.memory.write_slice(request, GuestAddress(REQUEST))?;
+        self.descriptor(0, REQUEST, request.len(), VRING_DESC_F_NEXT, 1)?;
+        self.descriptor(1, ANSWER, room, VRING_DESC_F_WRITE, 0)?;
+        let slot = u64::from(self.sent % QUEUE_SIZE);
+        self.memory.write_obj(0u16, GuestAddress(AVAILABLE_RING + 4 + 2 * slot))?;
+        self.sent = self.sent.wrapping_add(1);
+        self.memory.store(self.sent, GuestAddress(AVAILABLE_RING + 2), Ordering::Release)?;
+        self.kick.write(1)?;
+        loop {
+            let used: u16 = self.memory.load(GuestAddress(USED_RING + 2), Ordering::Acquire)?;
+            if used == self.sent {
+                break;
+            }
+            self.call.read()?;
+        }
+        let head: u32 = self.memory.read_obj(GuestAddress(USED_RING + 4 + 8 * slot))?;
+        let length: u32 = self.memory.read_obj(GuestAddress(USED_RING + 8 + 8 * slot))?;
+        if head != 0 || length as usize > room {
+            return Err(format!("used element {head} with {length} bytes").into());
+        }
+        let mut answer = vec![0; length as usize];
+        self.memory.read_slice(&mut answer, GuestAddress(ANSWER))?;
+        Ok(answer)
+    }
+
+    fn descriptor(&self, index: u64, address: u64, length: usize, flags: u16, next: u16) -> Outcome<()> {
+        let at = DESCRIPTOR_TABLE + 16 * index;
+        self.memory.write_obj(address, GuestAddress(at))?;
+        self.memory.write_obj(length as u32, GuestAddress(at + 8))?;
+        self.memory.write_obj(flags, GuestAddress(at + 12))?;
+        self.memory.write_obj(next, GuestAddress(at + 14))?;
+        Ok(())
+    }
+}
+
+/// Memory in a file of its own, which the device can map too.
+fn guest_memory() -> Outcome<GuestMemoryMmap> {
+    // SAFETY: the name is a C string, and the descriptor is new and nobody else's.
+    let file = unsafe {
+        let descriptor = libc::memfd_create(c"guest".as_ptr(), libc::MFD_CLOEXEC);
+        if descriptor < 0 {
+            return Err(std::io::Error::last_os_error().into());
+        }
+        File::from_raw_fd(descriptor)
+    };
+    file.set_len(MEMORY_SIZE as u64)?;
+    let range = (GuestAddress(MEMORY_START), MEMORY_SIZE, Some(FileOffset::new(file, 0)));
+    Ok(GuestMemoryMmap::from_ranges_with_files([range])?)
+}
+
+fn run(arguments: &[String]) -> Outcome<()> {
+    let [socket, memory, requests @ ..] = arguments else {
+        return Err("usage: second-vmm SOCKET table|slots FRAMES ROOM [FRAMES ROOM]...".into());
+    };
+    let (mut device, config) = Device::attach(socket, memory == "slots")?;
+    println!("config {config:?}");
+    for pair in requests.chunks(2) {
+        let [frames, room] = pair else {
+            return Err("FRAMES without ROOM".into());
+        };
+        let answer = device.exchange(&fs::read(frames)?, room.parse()?)?;
+        fs::write(format!("{frames}.answer"), answer)?;
+    }
+    println!("stopped at {}", device.frontend.get_vring_base(0)?);
+    Ok(())
+}
+
+fn main() {
+    let arguments: Vec<String> = env::args().skip(1).collect();
+    if let Err(error) = run(&arguments) {
+        eprintln!("second-vmm: {error}");
+        process::exit(1);
+    }
+}

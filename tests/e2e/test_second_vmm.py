@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The device on a VMM that is not QEMU: nothing of ours but the frames is on the other side."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.daemon import BLOCK_SIZE, DaemonProcess
+from tests.e2e.second_vmm import make_second_vmm
+from tests.rig import mac_of, program_key, read_counter, read_data, read_result, split
+from tests.rig import write_data as signed_write
+from vhost_rpmb import spec
+from vhost_rpmb._pure.frame import Frame
+
+pytestmark = [pytest.mark.qemu, pytest.mark.timeout(900)]
+
+CONFIG = "config [1, 32, 255]"
+
+
+@pytest.fixture(scope="session")
+def second_vmm(pytestconfig: pytest.Config) -> Path:
+    reporter = pytestconfig.pluginmanager.getplugin("terminalreporter")
+    return make_second_vmm(reporter.write_line)
+
+
+class Machine:
+    """Runs the second VMM, once for each row of requests."""
+
+    def __init__(self, program: Path, daemon: DaemonProcess, memory: str, folder: Path) -> None:
+        self._command = [str(program), str(daemon.socket_path), memory]
+        self._folder = folder
+
+    def run(self, *requests: tuple[bytes, int]) -> list[list[Frame]]:
+        """Attach the device, send requests with room for so many frames, detach; the answers."""
+        files = []
+        for number, (request, room) in enumerate(requests):
+            path = self._folder / f"request-{number}"
+            path.write_bytes(request)
+            files += [str(path), str(room * spec.FRAME_SIZE)]
+        done = subprocess.run([*self._command, *files], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines() == [CONFIG, f"stopped at {len(requests)}"]
+        return [split(Path(f"{name}.answer").read_bytes()) for name in files[::2]]
+
+
+@pytest.mark.parametrize("memory", ["table", "slots"])
+def test_another_vmm(second_vmm: Path, daemon: DaemonProcess, memory: str, tmp_path: Path) -> None:
+    machine = Machine(second_vmm, daemon, memory, tmp_path)
+    blocks = [os.urandom(BLOCK_SIZE) for _ in range(32)]
+    write = signed_write(0, 5, *blocks)
+    nonce = os.urandom(spec.NONCE_SIZE)
+
+    daemon.start()
+    ((counter,), (programmed,), (counted,), (written,), read, nothing) = machine.run(
+        (read_counter(nonce), 1),
+        (program_key() + read_result(), 1),
+        (read_counter(nonce), 1),
+        (write + read_result(), 1),
+        (read_data(5, 32, nonce), 32),
+        (program_key(bytes(32)), 0),
+    )
+    assert counter.result == spec.VIRTIO_RPMB_RES_NO_AUTH_KEY
+    assert (programmed.req_resp, programmed.result) == (spec.VIRTIO_RPMB_RESP_PROGRAM_KEY, 0)
+    assert (counted.result, counted.write_counter, counted.nonce) == (0, 0, nonce)
+    assert (written.result, written.write_counter, written.address) == (0, 1, 5)
+    assert [frame.data for frame in read] == blocks
+    assert all(frame.result == 0 and frame.nonce == nonce for frame in read)
+    assert not nothing
+    for answer in ([programmed], [counted], [written], read):
+        assert answer[-1].key_mac == mac_of(*answer)
+
+    daemon.kill()
+    daemon.start()
+    ((refused,), (counted,), again) = machine.run(
+        (write + read_result(), 1), (read_counter(), 1), (read_data(5, 32, nonce), 32)
+    )
+    assert (refused.result, refused.write_counter) == (spec.VIRTIO_RPMB_RES_COUNT_FAILURE, 1)
+    assert counted.write_counter == 1
+    assert again == read
+    daemon.stop()
+    assert daemon.flash_path.read_bytes()[5 * BLOCK_SIZE :][: 32 * BLOCK_SIZE] == b"".join(blocks)
