@@ -230,11 +230,16 @@ def _check_mirror(mirror: str, proxies: dict[str, str]) -> None:
 
 
 def make_debian(
-    folder: Path, packages: tuple[str, ...], steps: Steps, foreign: str | None = None
+    folder: Path,
+    packages: tuple[str, ...],
+    steps: Steps,
+    foreign: str | None = None,
+    release: str = BACKPORTS,
 ) -> None:
     """Make a Debian with these packages, also ones of a `foreign` architecture.
 
-    Raises KitUnavailable, with the log's end, when that fails.
+    They are of `release` where that has them. Raises KitUnavailable, with the log's end, when it
+    fails.
     """
     mirror, proxies = _mirror(), _proxies()
     _check_mirror(mirror, proxies)
@@ -263,7 +268,7 @@ def make_debian(
             if foreign is not None:
                 steps.run_inside(folder, "dpkg", "--add-architecture", foreign)
             steps.run_inside(folder, "apt-get", "update")
-            steps.run_inside(folder, "apt-get", "-y", "-t", BACKPORTS, "install", *packages)
+            steps.run_inside(folder, "apt-get", "-y", "-t", release, "install", *packages)
             steps.run_inside(folder, "apt-get", "clean")
             shutil.rmtree(folder / "var/lib/apt/lists")
     except subprocess.CalledProcessError as error:

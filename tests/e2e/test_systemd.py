@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The units in a machine that systemd runs: a Debian, our wheel installed there as documented."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tests.documents import blocks_of_guide
+from tests.e2e.machine import make_machine
+from tests.e2e.story import KEY, LETTER
+from tests.e2e.vm import Guest
+
+# The first test may have to make the kit and the machine.
+pytestmark = [pytest.mark.qemu, pytest.mark.timeout(900)]
+
+TIMEOUT = 60.0  # seconds
+WAITING = "waiting for a front-end; write counter {}; {} requests served"
+
+
+# What an operator types or writes.
+INSTALL, ENABLE, DROP_IN, OPTIONS, GIVE, _CAPABILITIES = (
+    block.text for block in blocks_of_guide("systemd")
+)
+
+
+@pytest.fixture(scope="module")
+def guest(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Iterator[Guest]:
+    """A machine that runs, with our package; each test makes units of its own there."""
+    reporter = pytestconfig.pluginmanager.getplugin("terminalreporter")
+    machine = make_machine(reporter.write_line)
+    disk = tmp_path_factory.mktemp("machine") / "disk"
+    machine.make_disk(disk, INSTALL)
+    with Guest(machine.command_line(disk)) as guest:
+        disk.unlink()  # QEMU has it open
+        guest.put_file("/root/key", KEY)
+        guest.put_file("/root/data", LETTER)
+        yield guest
+
+
+def succeed(guest: Guest, command: str) -> str:
+    status, output = guest.run(command, TIMEOUT)
+    assert status == 0, f"{command}: {output}"
+    return output
+
+
+class Unit:
+    """A virtual machine's units in the guest, and its files."""
+
+    def __init__(self, guest: Guest, name: str) -> None:
+        self.guest = guest
+        self.name = name
+        self.unit = f"vhost-user-rpmb@{name}"
+        self.folder = f"/var/lib/vhost-user-rpmb/{name}"
+
+    def enable(self) -> None:
+        """Make the image and start the socket, as documented."""
+        self.run(ENABLE.replace("vm1", self.name))
+
+    def start(self) -> None:
+        """Do the same until the machine ends, which takes half the time."""
+        self.run(ENABLE.replace("vm1", self.name).replace("enable --now", "start"))
+
+    def run(self, command: str) -> str:
+        return succeed(self.guest, f"set -eu\n{command}")
+
+    def show(self, *names: str, suffix: str = "service") -> dict[str, str]:
+        """Properties of a unit."""
+        output = self.run(f"systemctl show {self.unit}.{suffix} -p {','.join(names)}")
+        return dict(line.split("=", 1) for line in output.splitlines())
+
+    def until(self, name: str, value: str) -> None:
+        """Wait until a property of the service has a value."""
+        ends = time.monotonic() + TIMEOUT
+        while (found := self.show(name)[name]) != value:
+            assert time.monotonic() < ends, f"{name}: expected {value!r}, found {found!r}"
+            time.sleep(0.2)
+
+    def attempt(self, words: str, user: str = "root") -> tuple[int, str]:
+        """Run the client as a user: its exit status, and what it said."""
+        client = f"vhost-rpmb-client --json --socket-path=/run/vhost-user-rpmb/{self.name}.sock"
+        return self.guest.run(f"runuser -u {user} -- {client} {words}")
+
+    def client(self, words: str, user: str = "root") -> dict[str, object]:
+        """Run the client, which has to succeed: its report."""
+        status, output = self.attempt(words, user)
+        assert status == 0, "\n".join([output, *self.journal()])
+        report: dict[str, object] = json.loads(output)
+        return report
+
+    def program(self) -> None:
+        """Program the key and write a block: the counter is 1 then."""
+        self.client("write-key key")
+        assert self.client("write-block 3 data key")["write_counter"] == 1
+
+    def journal(self, *options: str) -> list[str]:
+        """What the daemon has said."""
+        words = shlex.join(["-u", self.unit, "-t", "vhost-user-rpmb", "-o", "cat", *options])
+        return self.run(f"journalctl --sync; journalctl --quiet {words}").splitlines()
+
+    def process(self, field: str) -> str:
+        """A field of the daemon's /proc/PID/status."""
+        pid = self.show("MainPID")["MainPID"]
+        (line,) = re.findall(
+            rf"^{field}:\s+(.*)$", self.run(f"cat /proc/{pid}/status"), re.MULTILINE
+        )
+        return str(line)
+
+
+def test_the_documented_commands(guest: Guest) -> None:
+    unit = Unit(guest, "vm1")
+    unit.enable()
+    assert unit.show("ActiveState", "UnitFileState", suffix="socket") == {
+        "ActiveState": "active",
+        "UnitFileState": "enabled",
+    }
+    assert unit.show("ActiveState") == {"ActiveState": "inactive"}
+
+    # The first connection starts it.
+    unit.program()
+    unit.until("StatusText", WAITING.format(1, 3))
+    status = unit.run(f"systemctl status {unit.unit}")
+    assert f'Status: "{WAITING.format(1, 3)}"' in status
+    assert unit.client("read-block 3 1 out key")["verified"]
+    assert guest.get_file("/root/out") == LETTER
+    holder = (
+        "import socket, time; s = socket.socket(socket.AF_UNIX);"
+        "s.connect('/run/vhost-user-rpmb/vm1.sock'); time.sleep(1000)"
+    )
+    pid = unit.run(f"python3 -c {shlex.quote(holder)} > /dev/null 2>&1 & echo $!")
+    unit.until("StatusText", "front-end connected; write counter 1; 4 requests served")
+    unit.run(f"kill {pid}")
+    unit.until("StatusText", WAITING.format(1, 4))
+
+    # Who else may connect.
+    assert unit.client("info")["max_write_blocks"] == 32
+    unit.run("useradd --system libvirt-qemu")
+    assert unit.attempt("info", "libvirt-qemu")[0] == 1
+    unit.run(f"systemctl edit --stdin {unit.unit}.socket <<'EOF'\n{DROP_IN}EOF")
+    # More options.
+    unit.run(
+        f"mkdir /etc/vhost-user-rpmb\ncat > /etc/vhost-user-rpmb/vm1.conf <<'EOF'\n{OPTIONS}EOF"
+    )
+    unit.run(f"systemctl restart {unit.unit}.socket")
+    assert unit.client("info", "libvirt-qemu")["max_write_blocks"] == 64
+    assert unit.attempt("info", "nobody")[0] == 1
+
+    # Files put there later.
+    unit.run(f"systemctl stop {unit.unit}")
+    unit.run(f"cd {unit.folder}; cp rpmb.img.state new; mv new rpmb.img.state")
+    unit.run(f"vhost-rpmb-client verify --flash-path={unit.folder}/rpmb.img")
+    assert unit.attempt("info")[0] == 1
+    assert "Permission denied" in unit.journal("-p", "err")[-1]
+    unit.run(GIVE)
+    assert unit.client("read-counter key")["write_counter"] == 1
+
+
+def test_every_end_keeps_the_counter(guest: Guest) -> None:
+    unit = Unit(guest, "ends")
+    unit.start()
+    unit.program()
+    unit.run(f"systemctl kill --signal=KILL {unit.unit}.service")
+    unit.until("NRestarts", "1")
+    unit.until("StatusText", WAITING.format(1, 0))
+    assert unit.client("write-block 4 data key")["write_counter"] == 2
+    # On request it ends well, its log gone and the image complete.
+    unit.run(f"systemctl restart {unit.unit}.service")
+    assert unit.client("read-counter key")["write_counter"] == 2
+    unit.run(f"systemctl stop {unit.unit}.service")
+    ended = {"ActiveState": "inactive", "Result": "success", "ExecMainStatus": "0"}
+    assert unit.show(*ended) == ended
+    assert unit.run(f"ls {unit.folder}").split() == ["rpmb.img", "rpmb.img.state"]
+    image = guest.get_file(f"{unit.folder}/rpmb.img")
+    assert image[3 * 256 : 5 * 256] == 2 * LETTER
+    assert not unit.journal("-p", "warning")
+    # Without its socket there is no service.
+    assert unit.client("read-counter key")["write_counter"] == 2
+    unit.run(f"systemctl stop {unit.unit}.socket")
+    unit.until("ActiveState", "inactive")
+    assert unit.show("Result") == {"Result": "success"}
+    assert guest.run(f"test -e /run/vhost-user-rpmb/{unit.name}.sock")[0] == 1
+
+
+def test_instances_are_kept_apart(guest: Guest) -> None:
+    units = [Unit(guest, name) for name in ("one", "6f1cbfcb-7f3b-4f07-8d07-3c8c2c0c4f11")]
+    for unit in units:
+        unit.start()
+        assert unit.client("info")["key_programmed"] is False
+    units[0].program()
+    assert units[1].client("info")["key_programmed"] is False
+    for unit in units:
+        owner = int(unit.process("Uid").split()[0])
+        assert 61184 <= owner <= 65519  # systemd's dynamic users
+        pid = unit.show("MainPID")["MainPID"]
+        files = unit.run(
+            f"nsenter --target {pid} --mount find /var/lib/private -type f -printf '%U %P\n'"
+        )
+        state = ("rpmb.img", "rpmb.img.state", "rpmb.img.state-wal")
+        assert sorted(files.splitlines()) == [
+            f"{owner} vhost-user-rpmb/{unit.name}/{name}" for name in state
+        ]
+
+
+def test_a_service_that_cannot_start(guest: Guest) -> None:
+    """Who connects is told at once, nothing is tried again; once mended, the next one is served."""
+    unit = Unit(guest, "broken")
+    unit.start()
+    unit.run(f"mv {unit.folder}/rpmb.img {unit.folder}/elsewhere")
+    status, output = unit.attempt("--timeout=1000 info")
+    assert status == 1
+    assert "closed the connection" in output
+    unit.until("ActiveState", "failed")
+    assert unit.show("Result", "ExecMainStatus", "NRestarts") == {
+        "Result": "exit-code",
+        "ExecMainStatus": "2",
+        "NRestarts": "0",
+    }
+    (line,) = unit.journal("-p", "err")
+    assert line.startswith(
+        f"vhost-user-rpmb: error: the image {unit.folder}/rpmb.img does not exist"
+    )
+    assert unit.show("ActiveState", suffix="socket") == {"ActiveState": "active"}
+    unit.run(f"mv {unit.folder}/elsewhere {unit.folder}/rpmb.img")
+    assert unit.client("info")["write_counter"] is None
+
+
+def test_priorities_in_the_journal(guest: Guest) -> None:
+    unit = Unit(guest, "talks")
+    unit.start()
+    options = f"OPTIONS=--key-path={unit.folder}/rpmb.key --verbose"
+    unit.run(
+        f"cp key {unit.folder}/rpmb.key; mkdir -p /etc/vhost-user-rpmb;"
+        f"echo {options!r} > /etc/vhost-user-rpmb/{unit.name}.conf"
+    )
+    unit.client("info")
+    unit.run(f"systemctl stop {unit.unit}.service")
+    said = unit.journal()
+    (warning,) = unit.journal("-p", "warning")
+    assert warning.startswith("vhost-user-rpmb: warning: the key in ")
+    assert warning in said
+    assert any(line.startswith("vhost-user-rpmb: info: front-end connected") for line in said)
+    assert not unit.journal("-p", "err")
+
+
+def test_confinement(guest: Guest) -> None:
+    """systemd's and the daemon's own; the log would say what of the latter is missing."""
+    unit = Unit(guest, "confined")
+    unit.start()
+    unit.client("info")
+    assert not unit.journal()
+    for capabilities in ("CapBnd", "CapEff", "CapPrm"):
+        assert int(unit.process(capabilities), 16) == 0
+    assert unit.process("NoNewPrivs") == "1"
+    filters = int(unit.process("Seccomp_filters"))
+    rating = unit.run(f"systemd-analyze security {unit.unit}.service | tail -n 1")
+    found = re.search(r"exposure level for \S+: (\d+\.\d)", rating)
+    assert found, rating
+    assert float(found[1]) <= 1.5
+    unit.run(
+        "mkdir -p /etc/vhost-user-rpmb;"
+        f"echo OPTIONS=--sandbox=off > /etc/vhost-user-rpmb/{unit.name}.conf;"
+        f"systemctl restart {unit.unit}.service"
+    )
+    assert int(unit.process("Seccomp_filters")) == filters - 1
+
+
+def test_the_machine_reboots(guest: Guest) -> None:
+    unit = Unit(guest, "stays")
+    unit.enable()
+    unit.program()
+    guest.reboot("systemctl reboot")
+    assert unit.show("ActiveState") == {"ActiveState": "inactive"}
+    assert unit.client("write-block 4 data key")["write_counter"] == 2
+    assert unit.client("read-block 3 1 out key")["verified"]
+    assert guest.get_file("/root/out") == LETTER
+    assert not unit.journal("-p", "warning")
