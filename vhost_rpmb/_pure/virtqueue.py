@@ -31,13 +31,16 @@ _LOCK = threading.Lock()
 
 
 def _full_barrier() -> None:
-    """Order every earlier store before every later load.
+    """Order all loads and stores before against all after it, as the driver sees them.
 
-    The atomic exchange in a lock is a full barrier on x86-64, and on other processors from
-    Python 3.13 on; before that the hundreds of instructions of this call have to do.
+    Taking a lock is an atomic acquire, giving it back an atomic release, and each is a full barrier
+    on x86-64. On processors that order less, what stands before may still move behind the acquire,
+    and what follows ahead of the release; but no acquire overtakes an earlier release, so a second
+    round keeps the two apart.
     """
-    with _LOCK:
-        pass
+    for _ in range(2):
+        with _LOCK:
+            pass
 
 
 class _Index:
