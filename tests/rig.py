@@ -21,8 +21,9 @@ KEY = bytes(range(100, 132))
 NONCE = bytes(range(16))
 ALL_FEATURES = 1 << spec.VIRTIO_F_INDIRECT_DESC | 1 << spec.VIRTIO_F_EVENT_IDX
 # What a daemon of a test is started with: under coverage it writes a file at its end, which the
-# sandbox refuses.
-SANDBOX = ["--sandbox=off"] if "COVERAGE_PROCESS" in str(os.environ.keys()) else []
+# sandbox refuses; and QEMU's user emulation has no sandbox.
+NO_SANDBOX = "COVERAGE_PROCESS" in str(os.environ.keys()) or "VHOST_RPMB_EMULATED" in os.environ
+SANDBOX = ["--sandbox=off"] if NO_SANDBOX else []
 UNIT_BLOCKS = spec.CAPACITY_UNIT // spec.BLOCK_SIZE  # blocks in the smallest image
 
 
@@ -107,7 +108,11 @@ class Rig:
     ) -> None:
         self.engine = engine
         self.store: Store = open_store(str(flash), **(store or {}))  # type: ignore[arg-type]
-        self.device = engine.RpmbDevice(self.store, **options)  # type: ignore[arg-type]
+        try:
+            self.device = engine.RpmbDevice(self.store, **options)  # type: ignore[arg-type]
+        except ValueError:
+            self.store.close()
+            raise
         self.guest = GuestMemory(regions)
         self.ring = Ring(self.guest, size, features=features)
         self.memory = engine.GuestMemory()

@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -35,6 +36,8 @@ APT_CONFIG = """\
 APT::Install-Recommends "false";
 Acquire::Languages "none";
 """
+# For where root is the only user.
+ONE_USER = 'APT::Sandbox::User "root";\n'
 # To be raised when the steps of make_debian change and the values above do not.
 RECIPE_VERSION = 1
 # What a Debian here is made of, but for its packages.
@@ -49,6 +52,19 @@ INHERITED_APT_SETTINGS = (
 )
 
 ISOLATED = ("unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
+# Programs for aarch64 are run by QEMU's user emulation. The kernel is told so in the table of a
+# user namespace, so the machine's table stays as it is (docs/decisions/0016-aarch64.md).
+EMULATED = (*ISOLATED, "--user", "--map-root-user")
+INTERPRETER = (
+    r":emulated:M::\x7fELF\x02\x01\x01\x00\x00\x00\x00\x00\x00\x00\x00\x00\x02\x00\xb7\x00:"
+    r"\xff\xff\xff\xff\xff\xff\xff\x00\xff\xff\xff\xff\xff\xff\xff\xff\xfe\xff\xff\xff:"
+    "/usr/bin/qemu-aarch64:F"
+)
+REGISTER = (
+    'mount -t binfmt_misc none "$0/proc/sys/fs/binfmt_misc" && chroot "$0" '
+    f"sh -c 'printf %s \"$1\" >/proc/sys/fs/binfmt_misc/register' sh '{INTERPRETER}'"
+)
+MOUNT_PROC = 'mount -t proc proc "$0/proc"'
 KEYRINGS = (  # of Debian 12, and of later ones
     Path("/usr/share/keyrings/debian-archive-keyring.gpg"),
     Path("/usr/share/keyrings/debian-archive-keyring.pgp"),
@@ -160,11 +176,16 @@ class Steps:
         yield
         self._say(f"kit {self._name}: {what} ({time.monotonic() - start:.1f} s)")
 
-    def run(self, *command: str | Path, env: dict[str, str] | None = None) -> None:
+    def run(
+        self,
+        *command: str | Path,
+        env: dict[str, str] | None = None,
+        isolated: tuple[str, ...] = ISOLATED,
+    ) -> None:
         """Run a command in namespaces of its own: its mounts and processes end with it."""
         with self._log.open("ab") as log:
             result = subprocess.run(
-                [*ISOLATED, *command],
+                [*isolated, *command],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -174,16 +195,20 @@ class Steps:
             tail = "\n".join(self._log.read_text(errors="replace").splitlines()[-15:])
             raise subprocess.CalledProcessError(result.returncode, command, tail)
 
-    def run_inside(self, system: Path, *command: str | Path) -> None:
-        """Run a command inside the system folder, with /proc there."""
-        script = 'mount -t proc proc "$0/proc" && exec chroot "$0" "$@"'
+    def run_inside(self, system: Path, *command: str | Path, emulated: bool = False) -> None:
+        """Run a command inside the system folder, with /proc there.
+
+        With `emulated`, programs for aarch64 can be run, and root is the only user.
+        """
+        script = [MOUNT_PROC, *([REGISTER] if emulated else []), 'exec chroot "$0" "$@"']
         self.run(
-            *("sh", "-c", script, system, *command),
+            *("sh", "-c", " && ".join(script), system, *command),
             env={
                 "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
                 "DEBIAN_FRONTEND": "noninteractive",
                 "INITRD": "No",  # no initramfs of Debian's own
             },
+            isolated=EMULATED if emulated else ISOLATED,
         )
 
 
@@ -229,18 +254,32 @@ def _check_mirror(mirror: str, proxies: dict[str, str]) -> None:
         raise KitUnavailable(f"no Debian mirror: {url} cannot be read ({reason})") from error
 
 
+def check_emulation() -> None:
+    """Raise KitUnavailable unless the kernel can run programs for aarch64 as it is done here."""
+    release = platform.release()
+    if tuple(int(number) for number in re.findall(r"\d+", release)[:2]) < (6, 7):
+        raise KitUnavailable(
+            "programs for aarch64 need Linux 6.7 or later, whose user namespaces have a binfmt_misc"
+            f" of their own; this is {release}"
+        )
+
+
 def make_debian(
     folder: Path,
     packages: tuple[str, ...],
     steps: Steps,
     foreign: str | None = None,
     release: str = BACKPORTS,
+    emulated: tuple[str, ...] = (),
 ) -> None:
     """Make a Debian with these packages, also ones of a `foreign` architecture.
 
-    They are of `release` where that has them. Raises KitUnavailable, with the log's end, when it
-    fails.
+    They are of `release` where that has them. `emulated` are packages that come last, because
+    installing them runs programs for aarch64; the others include qemu-user then. Raises
+    KitUnavailable, with the log's end, when it fails.
     """
+    if emulated:
+        check_emulation()
     mirror, proxies = _mirror(), _proxies()
     _check_mirror(mirror, proxies)
     keyring = next((path for path in KEYRINGS if path.exists()), None)
@@ -261,7 +300,8 @@ def make_debian(
             )
         with steps.step("its packages"):
             (folder / "etc/dpkg/dpkg.cfg.d/kit").write_text(DPKG_CONFIG)
-            (folder / "etc/apt/apt.conf.d/kit").write_text(APT_CONFIG + _inherited_apt_config())
+            apt_config = APT_CONFIG + (ONE_USER if emulated else "")
+            (folder / "etc/apt/apt.conf.d/kit").write_text(apt_config + _inherited_apt_config())
             (folder / "etc/apt/sources.list").write_text(
                 f"deb {mirror} {SUITE} main\ndeb {mirror} {BACKPORTS} main\n"
             )
@@ -269,6 +309,9 @@ def make_debian(
                 steps.run_inside(folder, "dpkg", "--add-architecture", foreign)
             steps.run_inside(folder, "apt-get", "update")
             steps.run_inside(folder, "apt-get", "-y", "-t", release, "install", *packages)
+            if emulated:
+                install = ("apt-get", "-y", "-t", release, "install", *emulated)
+                steps.run_inside(folder, *install, emulated=True)
             steps.run_inside(folder, "apt-get", "clean")
             shutil.rmtree(folder / "var/lib/apt/lists")
     except subprocess.CalledProcessError as error:
