@@ -47,7 +47,9 @@ def script(blocks: list[Block]) -> str:
     """One script of all blocks; a daemon that a block starts serves what follows it."""
     lines = ["set -eu"]
     for block in blocks:
-        for command in commands(block.text) if block.language == "sh" else []:
+        if block.language != "sh" or "systemctl" in block.text:
+            continue
+        for command in commands(block.text):
             if command.startswith(ELSEWHERE):
                 continue
             if command.startswith("vhost-user-rpmb "):
@@ -92,6 +94,13 @@ def test_machines_are_started_as_in_the_guide(name: str) -> None:
     (by_hand,) = blocks_that_begin("qemu", "qemu-system-x86_64")
     found = [command for _, text in blocks_of(name) for command in commands(text)]
     assert [command for command in found if "qemu" in command] == commands(by_hand)
+
+
+def test_a_machine_under_systemd_is_as_in_the_guide() -> None:
+    """Whose command lines a running systemd follows in tests/e2e/test_systemd.py."""
+    (found,) = (text for _, text in blocks_of_readme() if "systemctl" in text)
+    install, *_, enable = (text for _, text in blocks_of_guide("systemd") if "systemctl" in text)
+    assert commands(found) == commands(install) + commands(enable)
 
 
 def test_every_guide_has_its_test() -> None:
