@@ -3,8 +3,8 @@
 
 Folders ``<name>-<hash>`` below ``${XDG_CACHE_HOME:-~/.cache}/vhost-rpmb/``; the hash is over what a
 folder is made of. Each is made under another name, gets the marker ``.complete`` last and is
-renamed then, so what has the marker is whole. Most are a Debian made by debootstrap, in which
-programs run that the machine does not have.
+renamed then, so what has the marker is whole. What was not used for two weeks is removed. Most are
+a Debian made by debootstrap, in which programs run that the machine does not have.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ KEYRINGS = (  # of Debian 12, and of later ones
     Path("/usr/share/keyrings/debian-archive-keyring.gpg"),
     Path("/usr/share/keyrings/debian-archive-keyring.pgp"),
 )
-MARKER = ".complete"
+MARKER = ".complete"  # its time is that of the latest use
+UNUSED = 14 * 24 * 3600  # seconds
 
 
 class KitUnavailable(Exception):
@@ -104,10 +105,11 @@ def cached(
         _check_machine()
         cache.mkdir(parents=True, exist_ok=True)
         with _locked(cache / "lock", say):
-            _remove_half_made(cache)
+            _remove_useless(cache)
             if not _complete(target):
                 with _made_whole(target) as folder:
                     fill(folder, Steps(name, cache / "kit.log", say))
+    (target / MARKER).touch()
     return target
 
 
@@ -141,9 +143,10 @@ def _locked(path: Path, say: Say) -> Iterator[None]:
         yield
 
 
-def _remove_half_made(cache: Path) -> None:
+def _remove_useless(cache: Path) -> None:
+    """Remove what was left half made, and what nobody has used for long: sources change."""
     for path in cache.glob("*-*/"):
-        if not _complete(path):
+        if not _complete(path) or time.time() - (path / MARKER).stat().st_mtime > UNUSED:
             shutil.rmtree(path)
 
 
