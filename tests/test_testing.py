@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -25,8 +26,11 @@ def test_a_device_runs_once(tmp_path: Path) -> None:
     with RunningDevice(tmp_path, *SANDBOX) as device:
         with pytest.raises(RuntimeError, match="running already"):
             device.start()
+        os.kill(device.pid, 0)
         with device.client() as client:
             assert client.config.capacity == 1
+    with pytest.raises(RuntimeError, match="not running"):
+        os.kill(device.pid, 0)
 
 
 def test_a_device_that_does_not_start(tmp_path: Path) -> None:

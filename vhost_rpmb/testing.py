@@ -32,6 +32,7 @@ class RunningDevice:
     already. ``options`` are further ones of vhost-user-rpmb's command line. Entering the context
     starts the daemon, leaving it stops it; `kill` and `start` in between are a crash and what comes
     after. A VMM attaches to ``socket_path``; `client` is a front-end without a virtual machine.
+    ``command_line`` and ``environment`` are those of the next start.
     """
 
     def __init__(
@@ -40,7 +41,12 @@ class RunningDevice:
         self.folder = Path(folder)
         self.socket_path = self.folder / "rpmb.sock"
         self.flash_path = self.folder / "rpmb.img"
-        self._options = options
+        self.command_line = [
+            *(sys.executable, "-m", "vhost_rpmb"),
+            *(f"--socket-path={self.socket_path}", f"--flash-path={self.flash_path}"),
+            *options,
+        ]
+        self.environment = dict(os.environ)
         self._log = self.folder / "rpmb.log"
         self._process: subprocess.Popen[bytes] | None = None
         if not self.flash_path.exists():
@@ -51,6 +57,13 @@ class RunningDevice:
     def log(self) -> str:
         """What the daemon has said so far, in all its starts."""
         return self._log.read_text(errors="replace") if self._log.exists() else ""
+
+    @property
+    def pid(self) -> int:
+        """The running daemon's process; RuntimeError if there is none."""
+        if self._process is None:
+            raise RuntimeError("the device is not running")
+        return self._process.pid
 
     def start(self) -> None:
         """Start the daemon, wait until it serves; RuntimeError with its words if it does not."""
@@ -69,15 +82,12 @@ class RunningDevice:
     def _launch(self, notify_socket: str) -> subprocess.Popen[bytes]:
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "vhost_rpmb"),
-                    *(f"--socket-path={self.socket_path}", f"--flash-path={self.flash_path}"),
-                    *self._options,
-                ],
-                env=os.environ | {"NOTIFY_SOCKET": notify_socket},
+                self.command_line,
+                env=self.environment | {"NOTIFY_SOCKET": notify_socket},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
+                start_new_session=True,  # Ctrl-C is for the tests; they stop the daemon
             )
         return self._process
 

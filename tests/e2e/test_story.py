@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import time
@@ -149,12 +150,12 @@ def _wrong_commands(vm: VirtualMachine) -> None:
 
 def _silent_device(vm: VirtualMachine, daemon: DaemonProcess) -> None:
     """A request given up on leaves its buffers with the device; the next one waits for them."""
-    daemon.signal(signal.SIGSTOP)
+    os.kill(daemon.pid, signal.SIGSTOP)
     try:
         assert vm.run("timeout 1 mmc rpmb read-counter /dev/rpmb0")[0] == 128 + signal.SIGTERM
         assert vm.run("timeout 1 mmc rpmb read-counter /dev/rpmb0")[0] == 128 + signal.SIGTERM
     finally:
-        daemon.signal(signal.SIGCONT)
+        os.kill(daemon.pid, signal.SIGCONT)
     assert counter(vm) == 2
 
 
