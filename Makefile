@@ -7,7 +7,8 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 BUILD_PACKAGES := gcc libc6-dev libssl-dev python3 python3-dev python3-venv
-TEST_PACKAGES := e2fsprogs fish fiu-utils libvirt-clients libxml2-utils strace systemd zsh
+TEST_PACKAGES := e2fsprogs fish fiu-utils libvirt-clients libvirt-daemon \
+	libvirt-daemon-driver-qemu libxml2-utils strace systemd zsh
 KIT_PACKAGES := debian-archive-keyring debootstrap
 FUZZ_PACKAGES := clang libclang-rt-dev
 

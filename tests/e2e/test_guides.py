@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import shutil
+import socket
+import subprocess
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +18,7 @@ from tests.documents import ROOT, blocks_of_guide, blocks_that_begin, commands
 from tests.e2e.cache import Steps
 from tests.e2e.daemon import DaemonProcess
 from tests.e2e.kit import AMD64, GUEST_FOLDER, GUEST_SOURCES, Kit
-from tests.e2e.vm import Guest, VirtualMachine
+from tests.e2e.vm import BOOT_TIMEOUT, READY, Guest, VirtualMachine
 
 pytestmark = [
     pytest.mark.qemu,
@@ -85,6 +89,79 @@ def test_the_driver_is_built_and_loaded(kit: Kit, daemon: DaemonProcess, tmp_pat
         succeed(vm, f"ln -s /virtio_rpmb.ko {load.removeprefix('insmod ')} && {load}")
         succeed(vm, "test -c /dev/rpmb0")
     daemon.stop()
+
+
+# Of libvirt's QEMU driver: as this user, and with nothing that only a running libvirtd has.
+QEMU_CONF = """\
+user = "root"
+group = "root"
+security_driver = "none"
+stdio_handler = "file"
+"""
+# Debian's build insists on this user, whom the package of libvirtd's units makes.
+LIBVIRT_USER = "libvirt-qemu:x:64055:64055::/:/bin/false\n"
+AS_IF_INSTALLED = (
+    'mount --bind "$0/passwd" /etc/passwd && mount --bind "$0/group" /etc/group && exec "$@"'
+)
+
+
+@AMD64_ONLY
+def test_libvirt(kit: Kit, daemon: DaemonProcess, tmp_path: Path) -> None:
+    """The domain of the guide, without KVM, started by libvirt's own QEMU driver."""
+    daemon.start()
+    console = tmp_path / "console"
+    emulator = tmp_path / "emulator"
+    emulator.write_text(f'#!/bin/sh\nexec {shlex.join(kit.qemu)} "$@"\n')
+    emulator.chmod(0o755)
+    boot = f"<kernel>{kit.kernel}</kernel><initrd>{kit.initramfs}</initrd>"
+    boot += "<cmdline>console=ttyS0 quiet</cmdline>"
+    line = f"<console type='unix'><source mode='bind' path='{console}'/></console>"
+    ((_, domain),) = blocks_of_guide("libvirt")
+    for pattern, value in (
+        ("type='kvm'", "type='qemu'"),
+        ("/usr/bin/qemu-system-x86_64", str(emulator)),
+        ("<boot dev='hd'/>", boot),
+        ("<disk .*</disk>", ""),
+        ("<console type='pty'/>", line),
+        ("/run/vhost-user-rpmb/vm1.sock", str(daemon.socket_path)),
+    ):
+        domain, count = re.subn(pattern, value, domain, flags=re.DOTALL)
+        assert count == 1, pattern
+    (tmp_path / "vm1.xml").write_text(domain)
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc/qemu.conf").write_text(QEMU_CONF)
+    (tmp_path / "passwd").write_text(Path("/etc/passwd").read_text() + LIBVIRT_USER)
+    (tmp_path / "group").write_text(Path("/etc/group").read_text() + "libvirt-qemu:x:64055:\n")
+    libvirt = subprocess.Popen(
+        [
+            *("unshare", "--mount", "sh", "-c", AS_IF_INSTALLED, str(tmp_path)),
+            *("virt-qemu-run", "-r", str(tmp_path), str(tmp_path / "vm1.xml")),
+        ],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        with socket.socket(socket.AF_UNIX) as terminal:
+            terminal.settimeout(BOOT_TIMEOUT)
+            while terminal.connect_ex(str(console)):
+                assert libvirt.poll() is None, libvirt.communicate()[1]
+                time.sleep(0.1)
+            wait(terminal, READY)
+            terminal.send(b"mmc rpmb read-counter /dev/rpmb0\n")
+            wait(terminal, b"RPMB operation failed, retcode 0x0007")
+    finally:
+        libvirt.terminate()  # and the domain with it
+        libvirt.communicate()
+    daemon.stop()
+
+
+def wait(terminal: socket.socket, text: bytes) -> None:
+    """Read a console until it has shown a text."""
+    shown = b""
+    while text not in shown:
+        more = terminal.recv(4096)
+        assert more, shown
+        shown += more
 
 
 def test_nothing_else_is_to_be_typed(daemon: DaemonProcess) -> None:
