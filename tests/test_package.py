@@ -338,7 +338,6 @@ def test_installed_man_page(installation: Installation) -> None:
         assert section in sections
     plain = page.replace("\\-", "-")
     assert "vhost-user-test-device-pci" in plain
-    assert "vhost-user-rpmb-pci" in plain
     for option in ("--help", "--flash-path", "--key-set", "--max-read-blocks", "--once"):
         assert f"\\fB{option}\\fR" in plain
 
