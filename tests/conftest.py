@@ -17,6 +17,11 @@ from tests.rig import SANDBOX, Rig, make_image
 from vhost_rpmb import engine as engines
 
 
+def pytest_configure() -> None:
+    # What a script starts with & ignores SIGINT, and so would everything that the tests start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.fixture(params=engines.ENGINES)
 def engine(request: pytest.FixtureRequest) -> engines.Engine:
     """Each engine in turn: a behaviour test runs on both."""

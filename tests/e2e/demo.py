@@ -38,7 +38,7 @@ def show_command(title: str, command_line: list[str]) -> None:
 
 def main() -> int:
     """Run the demo; return the exit status."""
-    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # ends as with Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as with Ctrl-C
     folder = Path(tempfile.mkdtemp(prefix="vhost-rpmb-demo-"))
     daemon = DaemonProcess(folder)
     qemu = None
