@@ -57,7 +57,7 @@ def main() -> int:
     except subprocess.CalledProcessError as error:
         print(f"aarch64.py: {error}", file=sys.stderr)
         return 1
-    pip = (".venv/bin/python", "-m", "pip", "--no-cache-dir")
+    pip = (".venv/bin/python", "-m", "pip", "--no-cache-dir", "--disable-pip-version-check")
     for command in (
         ("python3", "-m", "venv", "--without-pip", ".venv"),
         (*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir=build/wheels", "."),
