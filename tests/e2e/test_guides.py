@@ -57,7 +57,7 @@ def test_qemu_by_hand(kit: Kit, daemon: DaemonProcess, monkeypatch: pytest.Monke
         assert (
             int(succeed(guest, "sed -n 's/MemTotal: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo")) > 4e5
         )
-        (usage,) = blocks_that_begin("guest", "head -c 32 /dev/urandom > key")
+        (usage,) = blocks_that_begin("guest", "(umask 077; head -c 32 /dev/urandom > key)")
         for command in commands(usage):
             succeed(guest, command)
         assert succeed(guest, "mmc rpmb read-counter /dev/rpmb0") == "Counter value: 0x00000001"
@@ -165,4 +165,4 @@ def wait(terminal: socket.socket, text: bytes) -> None:
 
 
 def test_nothing_else_is_to_be_typed(daemon: DaemonProcess) -> None:
-    assert [text.split()[0] for _, text in blocks_of_guide("guest")] == ["make", "head"]
+    assert [text.split()[0] for _, text in blocks_of_guide("guest")] == ["make", "(umask"]
