@@ -193,6 +193,7 @@ class TestServing:
             client._resources.close()  # without a farewell
         running.stop()
 
+    @pytest.mark.memory
     def test_many_connections(self, running: Process, path: Path) -> None:
         fds = running.fds()
         with RpmbClient.connect(str(path)) as client:

@@ -26,6 +26,7 @@ from tests.documents import (
 )
 from vhost_rpmb import spec
 
+pytestmark = pytest.mark.needs_sources
 MAN_PAGES = ("vhost-user-rpmb", "vhost-rpmb-client")
 RUN_HERE = ("client", "debugging", "device", "qemu", "quick-start")
 RUN_ELSEWHERE = ("guest", "systemd")

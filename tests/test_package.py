@@ -29,7 +29,7 @@ MAN_PAGE = "share/man/man1/vhost-user-rpmb.1"
 FAST = sorted(path.stem for path in (ROOT / "vhost_rpmb/_fast").glob("*.pyx"))
 TIMEOUT = 600  # seconds; the builds fetch what they need
 
-pytestmark = pytest.mark.timeout(2 * TIMEOUT)
+pytestmark = [pytest.mark.timeout(2 * TIMEOUT), pytest.mark.needs_network]
 
 
 def pythons() -> dict[str, str]:

@@ -20,6 +20,7 @@ from vhost_rpmb import spec
 from vhost_rpmb.errors import OperatorError
 from vhost_rpmb.store import open_store
 
+pytestmark = pytest.mark.needs_ptrace
 STATES = int(os.environ.get("VHOST_RPMB_CRASH_STATES", "6000"))
 # Whether every sync of the workload fails in turn, and the states after each that does.
 EVERY_SYNC = "VHOST_RPMB_EVERY_SYNC" in os.environ

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.needs_host
 CASES = int(os.environ.get("VHOST_RPMB_FAULT_CASES", "150"))  # 0: every call with every fault
 
 

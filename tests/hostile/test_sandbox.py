@@ -71,12 +71,14 @@ else:
     return done.stdout.strip()
 
 
+@pytest.mark.needs_sandbox
 @pytest.mark.parametrize("what", FORBIDDEN)
 def test_forbidden(tmp_path: Path, what: str) -> None:
     statement, error = FORBIDDEN[what]
     assert in_sandbox(tmp_path, statement) == errno.errorcode[error]
 
 
+@pytest.mark.needs_sandbox
 @pytest.mark.parametrize("what", ALLOWED)
 def test_allowed(tmp_path: Path, what: str) -> None:
     assert in_sandbox(tmp_path, ALLOWED[what]) == "done"
@@ -87,6 +89,7 @@ def status(pid: int) -> dict[str, str]:
     return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
 
+@pytest.mark.needs_sandbox
 @pytest.mark.parametrize("key_file", [False, True])
 def test_all_of_serving_works_inside(daemon: DaemonFactory, tmp_path: Path, key_file: bool) -> None:
     """Programming, writing, checkpoints, reconnecting, a clean stop, another start."""
@@ -120,6 +123,7 @@ def test_off(daemon: DaemonFactory) -> None:
     assert (found["NoNewPrivs"], found["Seccomp"]) == ("0", "0")
 
 
+@pytest.mark.needs_sigsegv
 def test_no_core_dump(flash: Path, tmp_path: Path) -> None:
     """Not even with a limit that would let it, and not from the sandbox turned off."""
     sock = tmp_path / "sock"

@@ -87,6 +87,7 @@ FLOODS = {
 }
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("kind", FLOODS)
 def test_a_ring_that_is_always_full(programmed: Daemon, kind: str) -> None:
     """The control socket and the stop are served within 100 ms all the same."""
@@ -128,6 +129,7 @@ def test_a_ring_that_is_always_full(programmed: Daemon, kind: str) -> None:
         assert programmed.process.wait(10) == 0
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("kind", FLOODS)
 def test_the_time_of_a_batch(make_rig: RigFactory, kind: str) -> None:
     """The longest batch keeps the processor for less than 100 ms."""
@@ -155,6 +157,7 @@ def test_the_time_of_a_batch(make_rig: RigFactory, kind: str) -> None:
     assert max(times) < SOON
 
 
+@pytest.mark.timing
 def test_one_byte_at_a_time(programmed: Daemon) -> None:
     """A message that never ends costs nothing, and the stop is served."""
     with socket.socket(socket.AF_UNIX) as slow:
@@ -170,6 +173,7 @@ def test_one_byte_at_a_time(programmed: Daemon) -> None:
         assert_stops(programmed)
 
 
+@pytest.mark.memory
 def test_a_flood_of_messages(programmed: Daemon) -> None:
     before = memory_of(programmed)
     with socket.socket(socket.AF_UNIX) as sock:
@@ -198,6 +202,7 @@ def test_a_flood_of_messages(programmed: Daemon) -> None:
     assert_stops(programmed)
 
 
+@pytest.mark.memory
 def test_ten_thousand_connections(programmed: Daemon) -> None:
     """None of them costs a descriptor (there are 64) or memory."""
     before = memory_of(programmed)
@@ -215,6 +220,7 @@ def test_ten_thousand_connections(programmed: Daemon) -> None:
     assert_stops(programmed)
 
 
+@pytest.mark.memory
 def test_hundreds_of_descriptors(programmed: Daemon) -> None:
     """What is not asked for is closed, although there are fewer free than come."""
     before = memory_of(programmed)
