@@ -17,6 +17,7 @@ from bench.daemon import KEY, reads
 from vhost_rpmb import engine, spec
 from vhost_rpmb.client.memory import DEFAULT_REGIONS, GuestMemory
 from vhost_rpmb.client.ring import Ring
+from vhost_rpmb.paths import Paths
 from vhost_rpmb.store import open_store
 
 DEPTH = 64  # requests in a batch
@@ -31,7 +32,7 @@ class Work:
         flash.touch()
         os.truncate(flash, spec.CAPACITY_UNIT)
         with ExitStack() as stack:
-            store = open_store(str(flash))
+            store = open_store(Paths.resolve(str(flash)))
             stack.callback(store.close)
             if store.key is None:
                 store.commit(0, [], KEY)

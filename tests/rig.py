@@ -14,6 +14,7 @@ from vhost_rpmb._pure.frame import Authenticator, Frame
 from vhost_rpmb.client.memory import DEFAULT_REGIONS, GuestMemory
 from vhost_rpmb.client.ring import Ring, Segment, Used
 from vhost_rpmb.engine import Engine
+from vhost_rpmb.paths import Paths
 from vhost_rpmb.store import Store, open_store
 from vhost_rpmb.vhost_user.wire import MemoryRegion
 
@@ -32,6 +33,11 @@ def make_image(path: Path, units: int = 1) -> Path:
     path.touch()
     os.truncate(path, units * spec.CAPACITY_UNIT)
     return path
+
+
+def resolved(flash: Path, options: dict[str, object]) -> Paths:
+    """Resolve the paths of a device; takes state_path and key_path out of the options."""
+    return Paths.resolve(str(flash), options.pop("state_path", None), options.pop("key_path", None))  # type: ignore[arg-type]
 
 
 def request(req_resp: int, **fields: int | bytes) -> bytes:
@@ -107,7 +113,8 @@ class Rig:
         **options: object,
     ) -> None:
         self.engine = engine
-        self.store: Store = open_store(str(flash), **(store or {}))  # type: ignore[arg-type]
+        given = dict(store or {})
+        self.store: Store = open_store(resolved(flash, given), **given)  # type: ignore[arg-type]
         try:
             self.device = engine.RpmbDevice(self.store, **options)  # type: ignore[arg-type]
         except ValueError:

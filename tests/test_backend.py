@@ -19,6 +19,7 @@ from vhost_rpmb.client.ring import Ring, Segment
 from vhost_rpmb.daemon import EventLoop
 from vhost_rpmb.engine import Engine
 from vhost_rpmb.errors import PeerError
+from vhost_rpmb.paths import Paths
 from vhost_rpmb.store import open_store
 from vhost_rpmb.vhost_user import wire
 from vhost_rpmb.vhost_user.backend import PROTOCOL_FEATURES, Backend, Device, LimitedLog
@@ -1252,7 +1253,7 @@ class TestRpmbDevice:
     def rpmb(self, engine: Engine, tmp_path: Path, _no_descriptor_leaks: None) -> Iterator[Peer]:
         image = tmp_path / "flash"
         image.write_bytes(bytes(spec.CAPACITY_UNIT))
-        store = open_store(str(image))
+        store = open_store(Paths.resolve(str(image)))
         peer = Peer(engine, engine.RpmbDevice(store))
         peer.send(Request.SET_PROTOCOL_FEATURES, wire.pack_u64(PROTOCOL_FEATURES))
         features = 1 << spec.VIRTIO_F_VERSION_1 | wire.F_PROTOCOL_FEATURES

@@ -25,6 +25,7 @@ from vhost_rpmb.client.cli import build_parser, main
 from vhost_rpmb.client.errors import ClientError
 from vhost_rpmb.client.files import write_file
 from vhost_rpmb.client.rpmb import RpmbClient
+from vhost_rpmb.paths import Paths
 from vhost_rpmb.store import open_store
 
 PROGRAM = [sys.executable, "-m", "vhost_rpmb.client"]
@@ -483,7 +484,7 @@ class TestCreate:
         assert len(set(key.read_bytes())) > 8
         assert [stat.S_IMODE(path.stat().st_mode) for path in (image, key)] == [0o600, 0o600]
         assert len(key.read_bytes()) == 32
-        open_store(str(image), key_path=str(key), key_set=True).close()
+        open_store(Paths.resolve(str(image), key_path=str(key)), key_set=True).close()
 
     def test_the_usual_size(self, tmp_path: Path) -> None:
         assert run("create", str(tmp_path / "new.img")).returncode == 0
@@ -522,7 +523,7 @@ class TestInfo:
 
     def test_files(self, tmp_path: Path) -> None:
         flash = make_image(tmp_path / "flash.img")
-        open_store(str(flash)).close()
+        open_store(Paths.resolve(str(flash))).close()
         done = run("info", f"--flash-path={flash}")
         assert (done.returncode, done.stderr) == (0, b"")
         assert done.stdout == run("verify", f"--flash-path={flash}").stdout
@@ -636,7 +637,7 @@ class TestJson:
 
     def test_files(self, tmp_path: Path) -> None:
         flash = make_image(tmp_path / "flash.img")
-        store = open_store(str(flash))
+        store = open_store(Paths.resolve(str(flash)))
         store.commit(1, [(3, bytes([1]) * 256)], None)
         store.close()
         told = json.loads(run("--json", "verify", f"--flash-path={flash}").stdout)
@@ -667,7 +668,7 @@ class TestVerify:
         return run("verify", f"--flash-path={folder / 'flash.img'}", *options)
 
     def test_a_sound_device(self, tmp_path: Path) -> None:
-        store = open_store(str(make_image(tmp_path / "flash.img")))
+        store = open_store(Paths.resolve(str(make_image(tmp_path / "flash.img"))))
         store.commit(0, [], KEY)
         store.commit(0x2A, [(7, bytes([1]) * 256)], None)
         store.close()
@@ -685,7 +686,7 @@ class TestVerify:
 
     def test_a_damaged_device(self, tmp_path: Path) -> None:
         flash = make_image(tmp_path / "flash.img")
-        store = open_store(str(flash))
+        store = open_store(Paths.resolve(str(flash)))
         store.commit(1, [(number, bytes([1]) * 256) for number in range(100)], None)
         store.close()
         with flash.open("r+b") as image:
@@ -703,7 +704,7 @@ class TestVerify:
         fails(self.verify(tmp_path), 2, "flash.img does not exist")
         flash = make_image(tmp_path / "flash.img")
         fails(self.verify(tmp_path), 1, "flash.img.state does not exist")
-        with closing(open_store(str(flash))):
+        with closing(open_store(Paths.resolve(str(flash)))):
             fails(self.verify(tmp_path), 1, "in use by another process")
 
 

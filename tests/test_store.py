@@ -16,9 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.rig import KEY, make_image
+from tests.rig import KEY, make_image, resolved
 from vhost_rpmb import spec
 from vhost_rpmb.errors import OperatorError, StateError, UsageError
+from vhost_rpmb.paths import Paths
 from vhost_rpmb.store import MAX_PENDING, Store, open_store, verify
 
 A, B = b"A" * 256, b"B" * 256
@@ -39,7 +40,8 @@ def opened(flash: Path, warnings: list[str]) -> Iterator[Open]:
     stores: list[Store] = []
 
     def open_(path: Path = flash, **options: object) -> Store:
-        stores.append(open_store(str(path), warn=warnings.append, **options))  # type: ignore[arg-type]
+        paths = resolved(path, options)
+        stores.append(open_store(paths, warn=warnings.append, **options))  # type: ignore[arg-type]
         return stores[-1]
 
     yield open_
@@ -87,7 +89,7 @@ def test_data_counter_and_key_survive_a_stop(opened: Open, flash: Path) -> None:
 
 def test_data_counter_and_key_survive_a_kill(opened: Open, flash: Path) -> None:
     def work() -> None:
-        store = open_store(str(flash))
+        store = open_store(Paths.resolve(str(flash)))
         store.commit(0, [], KEY)
         for counter in range(1, 50):
             store.commit(counter, [(counter, bytes([counter]) * 256)], None)
@@ -191,7 +193,7 @@ def test_a_block_that_changed_is_noticed(
 
 def test_a_block_that_waits_in_the_database_heals_the_image(opened: Open, flash: Path) -> None:
     def work() -> None:
-        open_store(str(flash)).commit(1, [(7, A)], None)
+        open_store(Paths.resolve(str(flash))).commit(1, [(7, A)], None)
 
     in_a_killed_process(work)
     with flash.open("r+b") as image:
@@ -448,7 +450,7 @@ def test_a_log_without_its_state_file(opened: Open, flash: Path, tmp_path: Path)
 
 def test_a_state_file_without_its_log(opened: Open, flash: Path, tmp_path: Path) -> None:
     def work() -> None:
-        open_store(str(flash)).commit(1, [(7, A)], None)
+        open_store(Paths.resolve(str(flash))).commit(1, [(7, A)], None)
 
     in_a_killed_process(work)
     flash.with_name(flash.name + ".state-wal").unlink()
@@ -457,7 +459,7 @@ def test_a_state_file_without_its_log(opened: Open, flash: Path, tmp_path: Path)
 
 def test_a_killed_device_can_be_moved_whole(opened: Open, flash: Path, tmp_path: Path) -> None:
     def work() -> None:
-        open_store(str(flash)).commit(1, [(7, A)], None)
+        open_store(Paths.resolve(str(flash))).commit(1, [(7, A)], None)
 
     in_a_killed_process(work)
     moved = tmp_path / "moved"
@@ -576,7 +578,7 @@ def test_creation_is_whole_or_nothing(opened: Open, flash: Path, work: int) -> N
                     os.kill(os.getpid(), 9)
 
         sys.addaudithook(count)
-        open_store(str(flash), initial_counter=3)
+        open_store(Paths.resolve(str(flash)), initial_counter=3)
 
     in_a_killed_process(creation)
     store = opened(initial_counter=3)
@@ -682,7 +684,7 @@ def killed(flash: Path) -> None:
     """Write on in a process that is killed."""
 
     def work() -> None:
-        store = open_store(str(flash))
+        store = open_store(Paths.resolve(str(flash)))
         store.commit(store.counter + 1, [(9, A)], None)
 
     in_a_killed_process(work)
@@ -724,7 +726,7 @@ def test_verify_reports_and_changes_nothing(written: Path, tmp_path: Path) -> No
             image.seek(address * 256)
             image.write(os.urandom(256))
     before = snapshot(tmp_path)
-    report = verify(str(written))
+    report = verify(Paths.resolve(str(written)))
     assert snapshot(tmp_path) == before
     assert (report.counter, report.pending, report.damaged) == (13, [9], [30, 31])
     assert (report.clean, report.programmed, report.disagreement) == (False, False, "")
@@ -733,7 +735,7 @@ def test_verify_reports_and_changes_nothing(written: Path, tmp_path: Path) -> No
 def test_verify_names_an_exchanged_image_and_all_its_damage(written: Path, tmp_path: Path) -> None:
     written.write_bytes(backup(written, 1).read_bytes())
     before = snapshot(tmp_path)
-    report = verify(str(written))
+    report = verify(Paths.resolve(str(written)))
     assert "earlier time" in report.disagreement
     assert report.damaged == list(range(49))
     assert report.clean
@@ -743,31 +745,31 @@ def test_verify_names_an_exchanged_image_and_all_its_damage(written: Path, tmp_p
 def test_verify_checks_the_key_file_if_it_is_named(
     opened: Open, flash: Path, key_path: Path
 ) -> None:
-    report = verify(str(flash))
+    report = verify(Paths.resolve(str(flash)))
     assert (report.programmed, report.key_in_file) == (True, True)
-    assert verify(str(flash), key_path=str(key_path)).programmed
+    assert verify(Paths.resolve(str(flash), key_path=str(key_path))).programmed
     key_path.write_bytes(OTHER_KEY)
     with pytest.raises(StateError, match="another key"):
-        verify(str(flash), key_path=str(key_path))
+        verify(Paths.resolve(str(flash), key_path=str(key_path)))
 
 
 def test_verify_refuses_a_device_in_use_or_without_state(opened: Open, flash: Path) -> None:
     with pytest.raises(StateError, match="does not exist"):
-        verify(str(flash))
+        verify(Paths.resolve(str(flash)))
 
     reader, writer = os.pipe()
     pid = os.fork()
     if not pid:
-        _store = open_store(str(flash))
+        _store = open_store(Paths.resolve(str(flash)))
         os.write(writer, b"1")
         signal.pause()
     try:
         os.read(reader, 1)
         with pytest.raises(StateError, match=r"image .* in use"):
-            verify(str(flash))
+            verify(Paths.resolve(str(flash)))
         other = make_image(flash.with_name("other"))
         with pytest.raises(StateError, match=r"state file .* in use"):
-            verify(str(other), state_path=str(state_of(flash)))
+            verify(Paths.resolve(str(other), state_path=str(state_of(flash))))
     finally:
         os.kill(pid, 9)
         os.waitpid(pid, 0)
@@ -780,7 +782,7 @@ def test_a_commit_without_memory_fails(opened: Open, flash: Path) -> None:
     reader, writer = os.pipe()
 
     def work() -> None:
-        store = open_store(str(flash))
+        store = open_store(Paths.resolve(str(flash)))
         for limit in range(2_000_000, 0, -10_000):  # SQLite's for the process; it only goes down
             store._database._execute(f"PRAGMA hard_heap_limit = {limit}")
             done = store.commit(store.counter + 1, [(n, bytes([n]) * 256) for n in range(99)], None)
@@ -808,7 +810,7 @@ def test_a_state_of_format_1_is_loaded(opened: Open, tmp_path: Path, kind: str) 
             assert content is not None
             (tmp_path / member.name).write_bytes(content.read())
     flash = tmp_path / "flash.img"
-    report = verify(str(flash))
+    report = verify(Paths.resolve(str(flash)))
     assert (report.clean, report.pending) == ((True, []) if kind == "stopped" else (False, [2]))
     store = opened(flash)
     assert (store.counter, store.key, any(store.damaged)) == (3, KEY, False)

@@ -128,7 +128,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--state-path",
         metavar="PATH",
         type=path_argument,
-        help="where the durable state is kept; default: the flash path with .state behind it",
+        help="where the durable state is kept; default: the flash path, symbolic links resolved, "
+        "with .state behind it",
     )
     add(
         "--max-write-blocks",

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from vhost_rpmb import engine, sandbox, service
 from vhost_rpmb.errors import PeerError, UsageError
+from vhost_rpmb.paths import Paths
 from vhost_rpmb.store import Store, open_store
 from vhost_rpmb.vhost_user.backend import Backend, Device, LimitedLog
 
@@ -56,7 +57,7 @@ class Options(NamedTuple):
     key_path: str | None = None
     key_set: bool = False
     initial_counter: int | None = None  # None: not given
-    state_path: str | None = None  # None: the flash path with .state behind it
+    state_path: str | None = None  # None: beside the image, see vhost_rpmb.paths
     max_write_blocks: int = 32
     max_read_blocks: int = 255
     strict: bool = False
@@ -82,10 +83,9 @@ def run(options: Options) -> None:
         stack.callback(loop.close)
         stop = _StopSignals(loop)
         stack.callback(stop.close)
+        paths = Paths.resolve(options.flash_path, options.state_path, options.key_path)
         store = open_store(
-            options.flash_path,
-            state_path=options.state_path,
-            key_path=options.key_path,
+            paths,
             key_set=options.key_set,
             initial_counter=options.initial_counter,
         )
@@ -102,7 +102,7 @@ def run(options: Options) -> None:
         server = _Server(loop, sock, device, chosen, once=once, poll_us=options.poll_us)
         stack.callback(server.close)
         if options.sandbox:
-            sandbox.enter(*_needed(options))
+            sandbox.enter(*_needed(paths, options.socket_path))
         if listening:
             server.listen()
         else:
@@ -114,12 +114,11 @@ def run(options: Options) -> None:
         logger.info("ending")
 
 
-def _needed(options: Options) -> tuple[list[str], list[str]]:
+def _needed(paths: Paths, socket_path: str | None) -> tuple[list[str], list[str]]:
     """The files that serving opens, and the folders in which it makes and removes files."""
-    state_path = options.state_path or options.flash_path + ".state"
-    paths = (state_path, options.key_path, options.socket_path)
-    folders = {os.path.dirname(os.path.realpath(path)) for path in paths if path is not None}
-    return [options.flash_path], sorted(folders)
+    used = (paths.state, paths.key, socket_path)
+    folders = {os.path.dirname(os.path.realpath(path)) for path in used if path is not None}
+    return [paths.flash], sorted(folders)
 
 
 def _serve(

@@ -12,6 +12,7 @@ from contextlib import suppress
 from vhost_rpmb import spec
 from vhost_rpmb.errors import UsageError
 from vhost_rpmb.image import sync_folder, write_all
+from vhost_rpmb.paths import new_of
 
 __all__ = ["fingerprint", "open_regular", "read_key_file", "require_key", "write_key_file"]
 
@@ -48,7 +49,7 @@ def require_key(path: str | None, key_file: bytes | None) -> bytes:
 
 def write_key_file(path: str, key: bytes) -> None:
     """Put a key file in place: whole and durable, or OSError."""
-    new = path + ".new"
+    new = new_of(path)
     with suppress(FileNotFoundError):
         os.unlink(new)
     fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)

@@ -14,6 +14,7 @@ from vhost_rpmb import spec
 from vhost_rpmb.errors import StateError
 from vhost_rpmb.image import ImageFile, digest, sync_folder, write_all
 from vhost_rpmb.keyfile import open_regular
+from vhost_rpmb.paths import journal_of, log_of, new_of
 
 __all__ = [
     "NO_DIGESTS",
@@ -119,7 +120,7 @@ class Database:
     """
 
     def __init__(self, path: str, name: str | None = None) -> None:
-        self._log = path + "-wal"
+        self._log = log_of(path)
         self._name = name or path
         starts = _check_state_file(path, self._name)
         self._owns_log = log = has_log(path)
@@ -364,18 +365,18 @@ def _check_state_file(path: str, name: str) -> int:
 
 def has_log(path: str) -> bool:
     """Whether a write-ahead log lies beside a state file: it was not closed, or is in use."""
-    return os.path.exists(path + "-wal")
+    return os.path.exists(log_of(path))
 
 
 def create_database(path: str, image: ImageFile, counter: int) -> None:
     """Make the state of a new device: whole under its name, or not at all."""
-    if os.path.lexists(path + "-wal"):
+    if os.path.lexists(log_of(path)):
         raise StateError(
             f"{path}-wal is there, but {path}, whose log it is, is missing: bring back the state"
             " file from a backup; starting without it would set the write counter back"
         )
-    new = path + ".new"
-    leftovers = (new, new + "-journal", new + "-wal")
+    new = new_of(path)
+    leftovers = (new, journal_of(new), log_of(new))
     try:
         for leftover in leftovers:
             with suppress(FileNotFoundError):
@@ -431,7 +432,7 @@ def private_copy(path: str) -> Iterator[str]:
         with open(copy, "wb") as target:
             shutil.copyfileobj(file, target)
         with suppress(FileNotFoundError):
-            shutil.copyfile(path + "-wal", copy + "-wal")
+            shutil.copyfile(log_of(path), log_of(copy))
         yield copy
 
 

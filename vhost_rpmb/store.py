@@ -21,6 +21,7 @@ from vhost_rpmb import spec
 from vhost_rpmb.errors import StateError, UsageError
 from vhost_rpmb.image import ImageFile, Stamp, digest, is_zeros, ranges, runs
 from vhost_rpmb.keyfile import fingerprint, read_key_file, require_key, write_key_file
+from vhost_rpmb.paths import Paths
 from vhost_rpmb.state import (
     NO_DIGESTS,
     Database,
@@ -43,28 +44,25 @@ _FAILURES = (sqlite3.Error, OSError, MemoryError)
 
 
 def open_store(
-    flash_path: str,
+    paths: Paths,
     *,
-    state_path: str | None = None,
-    key_path: str | None = None,
     key_set: bool = False,
     initial_counter: int | None = None,
     warn: Callable[[str], None] = logger.warning,
 ) -> Store:
     """Open a device's durable state, make it if there is none, and lock it for this process.
 
-    ``state_path`` defaults to the flash path with ``.state`` behind it; ``key_path`` is where a
-    programmed key is kept, ``key_set`` tells that the key there counts as programmed;
-    ``initial_counter`` (default 0) is where a new device's write counter begins. ``warn`` gets what
-    the operator should know.
+    ``paths.key`` is where a programmed key is kept, ``key_set`` tells that the key there counts as
+    programmed; ``initial_counter`` (default 0) is where a new device's write counter begins.
+    ``warn`` gets what the operator should know.
 
     Raises UsageError for a file that cannot serve its purpose, StateError for files that contradict
     each other or are in use. Nothing that the device holds is changed then.
     """
-    state_path = _state_path(flash_path, state_path)
-    image = ImageFile(flash_path, warn)
+    state_path, key_path = paths.state, paths.key
+    image = ImageFile(paths.flash, warn)
     try:
-        _check_paths(flash_path, state_path, key_path)
+        _check_folders(paths)
         with _named_errors(state_path):
             key_file = read_key_file(key_path, warn)
             if os.path.lexists(state_path):
@@ -118,24 +116,22 @@ class Report(NamedTuple):
 
 
 def verify(
-    flash_path: str,
+    paths: Paths,
     *,
-    state_path: str | None = None,
-    key_path: str | None = None,
     warn: Callable[[str], None] = logger.warning,
 ) -> Report:
     """Check a device that is not running, as a start would, and change nothing.
 
-    ``key_path`` is needed only to check the key file. Raises UsageError and StateError as
+    ``paths.key`` is needed only to check the key file. Raises UsageError and StateError as
     `open_store` does, but reports an image that does not belong to the state.
     """
-    state_path = _state_path(flash_path, state_path)
-    image = ImageFile(flash_path, warn, writable=False)
+    state_path, key_path = paths.state, paths.key
+    image = ImageFile(paths.flash, warn, writable=False)
     try:
         if not os.path.lexists(state_path):
             raise StateError(
                 f"the state file {state_path} does not exist: name the one that belongs to"
-                f" {flash_path} with --state-path"
+                f" {paths.flash} with --state-path"
             )
         with _named_errors(state_path), private_copy(state_path) as copy:
             database = Database(copy, state_path)
@@ -421,10 +417,6 @@ class Store:
             self._image_file.close()
 
 
-def _state_path(flash_path: str, state_path: str | None) -> str:
-    return flash_path + ".state" if state_path is None else state_path
-
-
 @contextmanager
 def _named_errors(state_path: str) -> Iterator[None]:
     """Turn what goes wrong below into a text for the operator."""
@@ -459,17 +451,10 @@ def _check_image(image: ImageFile, row: DeviceRow, state_path: str) -> None:
         )
 
 
-def _check_paths(flash_path: str, state_path: str, key_path: str | None) -> None:
-    """Refuse paths that name the same file, or stand in a folder that is not there."""
-    seen = {os.path.realpath(flash_path): "--flash-path"}
-    for name, path in (("the state path", state_path), ("--key-path", key_path)):
-        if path is None:
-            continue
-        real = os.path.realpath(path)
-        if real in seen:
-            raise UsageError(f"{seen[real]} and {name} are the same file, {path}: name two files")
-        seen[real] = name
-        if not os.path.isdir(os.path.dirname(real)):
+def _check_folders(paths: Paths) -> None:
+    """Refuse a path that stands in a folder that is not there."""
+    for name, path in (("the state path", paths.state), ("--key-path", paths.key)):
+        if path is not None and not os.path.isdir(os.path.dirname(path)):
             raise UsageError(f"the folder of {name}, {path}, does not exist: make it first")
 
 

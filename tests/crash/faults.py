@@ -32,6 +32,7 @@ from typing import NamedTuple
 from tests.rig import make_image
 from vhost_rpmb import spec
 from vhost_rpmb.errors import OperatorError
+from vhost_rpmb.paths import Paths
 from vhost_rpmb.store import Store, open_store
 
 KEY = bytes(range(50, 82))
@@ -115,11 +116,15 @@ class Outcome(NamedTuple):
     calls: list[str]  # that could fail, in order
 
 
+def device_paths(folder: Path) -> Paths:
+    return Paths.resolve(str(folder / "flash.img"), key_path=str(folder / "key"))
+
+
 class Life:
     """The steps of a device, each with its truth checked."""
 
     def __init__(self, folder: Path, fault: Fault, position: int) -> None:
-        self._flash, self._key_path = str(folder / "flash.img"), str(folder / "key")
+        self._paths = device_paths(folder)
         self._injector = Injector(fault, position)
         self._lasts = fault.lasts
         self._store: Store | None = None
@@ -165,7 +170,7 @@ class Life:
 
     def start(self) -> bool:
         try:
-            self._store = open_store(self._flash, key_path=self._key_path, warn=lambda _: None)
+            self._store = open_store(self._paths, warn=lambda _: None)
         except OperatorError as error:
             refusal = str(error)
         else:
@@ -247,9 +252,7 @@ def run_case(folder: Path, fault: Fault, position: int, kill: bool) -> Outcome:
     _, status = os.waitpid(child, 0)
     assert status in (0, signal.SIGKILL), "the child failed"
     for _ in range(2):
-        store = open_store(
-            str(folder / "flash.img"), key_path=str(folder / "key"), warn=lambda _: None
-        )
+        store = open_store(device_paths(folder), warn=lambda _: None)
         try:
             found = Model(store.counter, store.key, bytes(store.image))
             assert found in last.allowed, f"counter {found.counter}, not {last.allowed[0].counter}"

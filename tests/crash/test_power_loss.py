@@ -18,6 +18,7 @@ from tests.crash.workload import KEY, MARKS, steps
 from tests.rig import make_image
 from vhost_rpmb import spec
 from vhost_rpmb.errors import OperatorError
+from vhost_rpmb.paths import Paths
 from vhost_rpmb.store import open_store
 
 pytestmark = pytest.mark.needs_ptrace
@@ -69,9 +70,10 @@ def check(state: State, with_file: bool, done: int, begun: int, expected: list[E
         for file, content in state.items():
             (folder / file).write_bytes(content)
         key_path = str(folder / "key") if with_file else None
+        paths = Paths.resolve(str(folder / "flash.img"), key_path=key_path)
         for _ in range(2):  # the second start finds what the first one left
             try:
-                store = open_store(str(folder / "flash.img"), key_path=key_path)
+                store = open_store(paths)
             except OperatorError as error:
                 raise _Loss(f"refused: {error}") from error
             try:

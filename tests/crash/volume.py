@@ -19,6 +19,7 @@ from tests.rig import KEY, make_image
 from vhost_rpmb import spec
 from vhost_rpmb.client.errors import RpmbResultError
 from vhost_rpmb.client.rpmb import RpmbClient
+from vhost_rpmb.paths import Paths
 from vhost_rpmb.store import verify
 
 BLOCKS = 32  # in each write
@@ -126,7 +127,7 @@ def main(folder: Path, outside: Path) -> None:
 
     subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
     print("read-only:", volume.refused())
-    report = verify(str(volume.flash))
+    report = verify(Paths.resolve(str(volume.flash)))
     assert (report.counter, report.damaged, report.clean) == (counter, [], False)
     subprocess.run(["mount", "-o", "remount,rw", folder], check=True)
     with volume.served() as client:

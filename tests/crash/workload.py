@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from vhost_rpmb import spec
 from vhost_rpmb.errors import OperatorError
+from vhost_rpmb.paths import Paths
 from vhost_rpmb.store import Store, open_store
 
 MARKS = 9
@@ -52,17 +53,18 @@ def mark(text: str) -> None:
     os.write(MARKS, text.encode())
 
 
-def start(flash: str, key_path: str | None) -> Store:
+def start(paths: Paths) -> Store:
     """Open the store; again where a failing disk refused it, as an operator would."""
     for _ in range(TRIES - 1):
         with suppress(OperatorError):
-            return open_store(flash, key_path=key_path)
-    return open_store(flash, key_path=key_path)
+            return open_store(paths)
+    return open_store(paths)
 
 
 def main(flash: str, key_path: str | None) -> None:
     logging.getLogger("vhost_rpmb").setLevel(logging.CRITICAL)
-    store = start(flash, key_path)
+    paths = Paths.resolve(flash, key_path=key_path)
+    store = start(paths)
     counter = 0
     for number, step in enumerate(steps()):
         done, tries = False, 0
@@ -78,7 +80,7 @@ def main(flash: str, key_path: str | None) -> None:
                 done = store.checkpoint()
             else:
                 store.close()
-                store = start(flash, key_path)
+                store = start(paths)
                 done = True
             mark(f"{'done' if done else 'failed'} {number}")
         counter += step.kind == "commit"

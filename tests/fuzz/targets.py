@@ -17,6 +17,7 @@ from typing import TypeVar
 from tests.rig import KEY, make_image
 from vhost_rpmb import spec
 from vhost_rpmb.engine import Engine
+from vhost_rpmb.paths import Paths
 from vhost_rpmb.store import Store, open_store
 
 T = TypeVar("T")
@@ -100,7 +101,7 @@ class Disk:
             flash.unlink()
             Path(f"{flash}.state").unlink()
             self._written[keyed].clear()
-        self._stores[keyed] = open_store(str(make_image(flash)))
+        self._stores[keyed] = open_store(Paths.resolve(str(make_image(flash))))
         return self._stores[keyed]
 
     def close(self) -> None:

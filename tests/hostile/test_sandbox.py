@@ -49,10 +49,11 @@ def in_sandbox(tmp_path: Path, statement: str) -> str:
     script = f"""
 import errno, mmap, os, signal, socket
 from vhost_rpmb import daemon, sandbox
-options = daemon.Options({str(inside / "flash")!r}, state_path={str(inside / "state/s")!r})
+from vhost_rpmb.paths import Paths
+paths = Paths.resolve({str(inside / "flash")!r}, {str(inside / "state/s")!r})
 reader, writer = os.pipe()
 sandbox.hide_memory()
-sandbox.enter(*daemon._needed(options))
+sandbox.enter(*daemon._needed(paths, None))
 try:
     {statement.format(inside=str(inside), outside=str(outside))}
 except OSError as error:

@@ -151,7 +151,12 @@ def build_parser() -> argparse.ArgumentParser:
     def files(added: Parser, *, required: bool) -> None:
         for name, needed, text in (
             ("flash", required, "the raw backing image" + ("; required" if required else "")),
-            ("state", False, "where the state is; default: the flash path with .state behind it"),
+            (
+                "state",
+                False,
+                "where the state is; default: the flash path, symbolic links resolved, with .state "
+                "behind it",
+            ),
             ("key", False, "the key file, to check that it holds the device's key"),
         ):
             added.add_argument(

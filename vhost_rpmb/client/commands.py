@@ -232,11 +232,10 @@ def verify(arguments: argparse.Namespace) -> Result:
 
 def _report(arguments: argparse.Namespace) -> Result:
     from vhost_rpmb import store
+    from vhost_rpmb.paths import Paths
 
     report = store.verify(
-        arguments.flash_path,
-        state_path=arguments.state_path,
-        key_path=arguments.key_path,
+        Paths.resolve(arguments.flash_path, arguments.state_path, arguments.key_path),
         warn=lambda text: say(f"warning: {text}"),
     )
     error = None
