@@ -75,5 +75,5 @@ def test_a_link_to_nothing_is_not_followed(tmp_path: Path) -> None:
     ],
 )
 def test_paths_that_collide_are_refused(flash: str, state: str, key: str | None) -> None:
-    with pytest.raises(UsageError, match="are the same file, .*: name two files"):
+    with pytest.raises(UsageError, match=r"are the same file, .*: name two files"):
         Paths.resolve(flash, state, key)

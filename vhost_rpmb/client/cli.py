@@ -154,8 +154,7 @@ def build_parser() -> argparse.ArgumentParser:
             (
                 "state",
                 False,
-                "where the state is; default: the flash path, symbolic links resolved, with .state "
-                "behind it",
+                "the state; default: the flash path, links resolved, with .state behind it",
             ),
             ("key", False, "the key file, to check that it holds the device's key"),
         ):
