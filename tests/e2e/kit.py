@@ -177,7 +177,7 @@ def _make_guest(architecture: Architecture, system: Path, folder: Path, steps: S
             kdir = Path("/") / headers.relative_to(system)
             try:
                 variables = (f"KDIR={kdir}", *architecture.make_variables)
-                steps.run_inside(system, "make", "-C", inside, *variables, "W=1")
+                steps.run_inside(system, "make", "-C", inside, *variables, "W=1e")
                 strip = f"{architecture.compiler_prefix}strip"
                 steps.run_inside(system, strip, "--strip-debug", inside / "virtio_rpmb.ko")
             except subprocess.CalledProcessError as error:

@@ -110,6 +110,7 @@ def test_guest_driver(kit: Kit, daemon: DaemonProcess) -> None:
         program_key(vm)
         _one_command_an_ioctl(vm)
         _failures_fill_the_answer(vm)
+        _result_in_more_blocks(vm)
         _wrong_commands(vm)
         _silent_device(vm, daemon)
         _device_goes_away(vm)
@@ -135,6 +136,23 @@ def _failures_fill_the_answer(vm: VirtualMachine) -> None:
     assert (status, output) == (1, "RPMB operation failed, retcode 0x0004")
 
 
+def _result_in_more_blocks(vm: VirtualMachine) -> None:
+    """tee-supplicant asks for the result of a write in as many blocks as the write had.
+
+    Its buffer is one frame, of which it fills in the type: the other blocks are other memory.
+    """
+    stale = bytearray(result_request())
+    stale[506:508] = (8).to_bytes(2)  # block_count
+    vm.put_file("results", bytes(stale) * 3)
+    vm.put_file("more", write_frames(KEY, counter=2, address=2, data=LETTER)[:512] + stale * 3)
+    succeed(vm, "rpmb-send /dev/rpmb0 1 < more > answer")
+    assert check_write_answer(KEY, vm.get_file("answer")) == (OK, 3)
+    succeed(vm, "rpmb-send /dev/rpmb0 3 < results > answer")
+    answers = vm.get_file("answer")
+    assert answers == answers[:512] * 3
+    assert check_write_answer(KEY, answers[:512]) == (OK, 3)
+
+
 def _wrong_commands(vm: VirtualMachine) -> None:
     for command, error in (
         ("rpmb-send /dev/rpmb0 257 < result", "Value too large"),
@@ -156,7 +174,7 @@ def _silent_device(vm: VirtualMachine, daemon: DaemonProcess) -> None:
         assert vm.run("timeout 1 mmc rpmb read-counter /dev/rpmb0")[0] == 128 + signal.SIGTERM
     finally:
         os.kill(daemon.pid, signal.SIGCONT)
-    assert counter(vm) == 2
+    assert counter(vm) == 3
 
 
 def _device_goes_away(vm: VirtualMachine) -> None:
@@ -164,6 +182,6 @@ def _device_goes_away(vm: VirtualMachine) -> None:
     driver = "/sys/bus/virtio/drivers/virtio_rpmb"
     succeed(vm, f"exec 3<>/dev/rpmb0; echo virtio0 > {driver}/unbind; test ! -e /dev/rpmb0")
     succeed(vm, f"echo virtio0 > {driver}/bind; test -c /dev/rpmb0")
-    assert counter(vm) == 2
+    assert counter(vm) == 3
     succeed(vm, "rmmod virtio_rpmb && test ! -e /dev/rpmb0 && insmod /virtio_rpmb.ko")
-    assert counter(vm) == 2
+    assert counter(vm) == 3

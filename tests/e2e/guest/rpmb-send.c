@@ -4,8 +4,8 @@
  *
  *   rpmb-send [-s] DEVICE COUNT < REQUEST > RESPONSE
  *
- * REQUEST is a row of 512-byte frames. Neighbouring DATA_WRITE frames become one CMD25, every other
- * frame a CMD25 of its own. A CMD18 for COUNT frames follows, unless COUNT is 0, and what it read
+ * REQUEST is a row of 512-byte frames. Neighbouring DATA_WRITE frames become one CMD25, neighbouring
+ * RESULT_READ frames too, every other frame a CMD25 of its own. A CMD18 for COUNT frames follows, unless COUNT is 0, and what it read
  * is the RESPONSE. All commands go in one MMC_IOC_MULTI_CMD or, with -s, in an MMC_IOC_CMD each.
  *
  * Exit status: 0; 1 when an ioctl fails (its error is on stderr); 2 for wrong usage.
@@ -19,11 +19,20 @@
 #include <sys/ioctl.h>
 #include <linux/mmc/ioctl.h>
 
-enum { FRAME = 512, REQ_RESP = 510, DATA_WRITE = 3, MAX_FRAMES = 512, MAX_COMMANDS = 256 };
+enum { FRAME = 512, REQ_RESP = 510, DATA_WRITE = 3, RESULT_READ = 5 };
+enum { MAX_FRAMES = 512, MAX_COMMANDS = 256 };
 
 static unsigned int type_of(const unsigned char *frame)
 {
 	return frame[REQ_RESP] << 8 | frame[REQ_RESP + 1];
+}
+
+/* Whether a frame joins the command of the frame before it. */
+static int joins(const unsigned char *frame)
+{
+	unsigned int type = type_of(frame);
+
+	return (type == DATA_WRITE || type == RESULT_READ) && type_of(frame - FRAME) == type;
 }
 
 static struct mmc_ioc_cmd command(unsigned int opcode, int write_flag, void *data)
@@ -71,8 +80,7 @@ int main(int argc, char **argv)
 	for (frame = request; frame < request + length; frame += FRAME) {
 		struct mmc_ioc_cmd *last = &multi->cmds[multi->num_of_cmds - 1];
 
-		if (frame > request && type_of(frame) == DATA_WRITE &&
-		    type_of(frame - FRAME) == DATA_WRITE) {
+		if (frame > request && joins(frame)) {
 			last->blocks++;
 			continue;
 		}

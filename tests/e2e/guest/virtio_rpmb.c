@@ -12,7 +12,7 @@
  *
  * An eMMC is told the number of blocks in CMD23, beside the frame; a virtio device reads it from
  * the frame. Frames that leave block_count 0 therefore get it here. DATA_WRITE frames are never
- * touched: their MAC covers the field, so whoever made the MAC has filled it.
+ * touched: their MAC covers the field, so it is filled already.
  */
 #include <linux/capability.h>
 #include <linux/completion.h>
@@ -46,10 +46,15 @@
 /* Bit 7 of a result says that the write counter has expired; the rest is the result proper. */
 #define RPMB_RESULT_MASK		0x7f
 
-/* Frames in one direction of one chain: a largest request (255 blocks) and a RESULT_READ. */
+/*
+ * Frames in one direction of one chain: the largest write, 255 blocks, and a RESULT_READ. A read
+ * has at most 255 blocks too, or what an eMMC node takes where the device sets no limit.
+ */
 #define RPMB_MAX_FRAMES			256
+#define RPMB_MAX_READ			(MMC_IOC_MAX_BYTES / sizeof(struct rpmb_frame))
 
 #define RPMB_MAX_CAPACITY		128	/* in units of 128 KiB */
+#define RPMB_UNIT_BLOCKS		512	/* in such a unit */
 #define RPMB_TIMEOUT			(30 * HZ)
 
 struct rpmb_frame {
@@ -84,7 +89,8 @@ struct rpmb_device {
 	struct mutex lock;		/* one chain at a time; guards what follows */
 	struct virtqueue *vq;
 	struct rpmb_frame *request;	/* device-readable, RPMB_MAX_FRAMES */
-	struct rpmb_frame *response;	/* device-writable, RPMB_MAX_FRAMES */
+	struct rpmb_frame *response;	/* device-writable, max_room */
+	unsigned int max_room;		/* in frames */
 	bool in_flight;			/* the virtio device has the buffers */
 	bool gone;			/* removed; set without the lock */
 
@@ -191,8 +197,9 @@ static int rpmb_submit(struct rpmb_device *rpmb, unsigned int frames, unsigned i
 static int rpmb_write_command(struct rpmb_device *rpmb, struct rpmb_chain *chain,
 			      const struct mmc_ioc_cmd *cmd)
 {
+	const struct rpmb_frame __user *frames = u64_to_user_ptr(cmd->data_ptr);
+	unsigned int i, count = cmd->blocks;
 	struct rpmb_frame *frame;
-	unsigned int i;
 	u16 type;
 
 	/* As on an eMMC, a new request takes the place of one whose answer nobody fetched. */
@@ -200,26 +207,37 @@ static int rpmb_write_command(struct rpmb_device *rpmb, struct rpmb_chain *chain
 		chain->frames--;
 	chain->asks = false;
 
-	if (cmd->blocks > RPMB_MAX_FRAMES - chain->frames)
+	if (chain->frames == RPMB_MAX_FRAMES)
 		return -EOVERFLOW;
 	frame = &rpmb->request[chain->frames];
-	if (copy_from_user(frame, u64_to_user_ptr(cmd->data_ptr), cmd->blocks * sizeof(*frame)))
+	if (copy_from_user(frame, frames, sizeof(*frame)))
 		return -EFAULT;
-
 	type = be16_to_cpu(frame->req_resp);
-	for (i = 1; i < cmd->blocks; i++)
-		if (type != RPMB_DATA_WRITE || frame[i].req_resp != frame->req_resp)
-			return -EINVAL;
 
 	switch (type) {
+	case RPMB_RESULT_READ:
+		/*
+		 * tee-supplicant sends this in as many blocks as the write before it had, and fills
+		 * in nothing but the type of the first one.
+		 */
+		count = 1;
+		frame->block_count = cpu_to_be16(1);
+		break;
 	case RPMB_PROGRAM_KEY:
 	case RPMB_GET_WRITE_COUNTER:
-	case RPMB_RESULT_READ:
 		if (!frame->block_count)
 			frame->block_count = cpu_to_be16(1);
 		break;
 	}
-	chain->frames += cmd->blocks;
+
+	if (count > RPMB_MAX_FRAMES - chain->frames)
+		return -EOVERFLOW;
+	if (copy_from_user(frame + 1, frames + 1, (count - 1) * sizeof(*frame)))
+		return -EFAULT;
+	for (i = 1; i < count; i++)
+		if (type != RPMB_DATA_WRITE || frame[i].req_resp != frame->req_resp)
+			return -EINVAL;
+	chain->frames += count;
 	chain->asks = type != RPMB_PROGRAM_KEY && type != RPMB_DATA_WRITE;
 	return 0;
 }
@@ -230,14 +248,16 @@ static int rpmb_read_command(struct rpmb_device *rpmb, struct rpmb_chain *chain,
 {
 	struct rpmb_frame *last;
 	int answered;
+	bool read;
 
 	if (!chain->asks)
 		return -EINVAL;
-	if (cmd->blocks > RPMB_MAX_FRAMES)
+	if (cmd->blocks > rpmb->max_room)
 		return -EOVERFLOW;
 
 	last = &rpmb->request[chain->frames - 1];
-	if (be16_to_cpu(last->req_resp) == RPMB_DATA_READ && !last->block_count)
+	read = be16_to_cpu(last->req_resp) == RPMB_DATA_READ;
+	if (read && !last->block_count)
 		last->block_count = cpu_to_be16(cmd->blocks);
 
 	answered = rpmb_submit(rpmb, chain->frames, cmd->blocks);
@@ -249,11 +269,12 @@ static int rpmb_read_command(struct rpmb_device *rpmb, struct rpmb_chain *chain,
 
 	/*
 	 * A virtio device reports a failure in one frame, an eMMC in every block it was asked for,
-	 * and tools look at the last one.
+	 * and tools look at the last one. A counter or a result is one frame too, but a read that
+	 * succeeds has all its blocks.
 	 */
 	if (answered < cmd->blocks) {
 		last = &rpmb->response[answered - 1];
-		if (!(be16_to_cpu(last->result) & RPMB_RESULT_MASK))
+		if (read && !(be16_to_cpu(last->result) & RPMB_RESULT_MASK))
 			return -EIO;
 		for (; answered < cmd->blocks; answered++)
 			rpmb->response[answered] = *last;
@@ -412,7 +433,11 @@ static int rpmb_probe(struct virtio_device *vdev)
 		return err;
 	}
 	rpmb->request = kcalloc(RPMB_MAX_FRAMES, sizeof(*rpmb->request), GFP_KERNEL);
-	rpmb->response = kcalloc(RPMB_MAX_FRAMES, sizeof(*rpmb->response), GFP_KERNEL);
+	rpmb->max_room = RPMB_MAX_FRAMES;
+	if (!config.max_rd_cnt)
+		rpmb->max_room = min3(RPMB_MAX_READ, config.capacity * (size_t)RPMB_UNIT_BLOCKS,
+				      virtio_max_dma_size(vdev) / sizeof(*rpmb->response));
+	rpmb->response = kcalloc(rpmb->max_room, sizeof(*rpmb->response), GFP_KERNEL);
 	if (!rpmb->request || !rpmb->response) {
 		err = -ENOMEM;
 		goto put;
@@ -436,7 +461,8 @@ static int rpmb_probe(struct virtio_device *vdev)
 		goto reset;
 
 	dev_info(&vdev->dev, "%s: %u KiB, at most %u blocks a write, %u blocks a read\n",
-		 rpmb->name, config.capacity * 128u, config.max_wr_cnt, config.max_rd_cnt);
+		 rpmb->name, config.capacity * 128u, config.max_wr_cnt,
+		 config.max_rd_cnt ?: rpmb->max_room);
 	return 0;
 
 reset:
