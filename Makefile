@@ -120,12 +120,14 @@ test-long: $(STAMP) ## Run the campaigns of power loss, kills and failing storag
 	VHOST_RPMB_FAULT_CASES=0 .venv/bin/pytest -o timeout=7200 tests/crash $(PYTEST_ARGS)
 
 .PHONY: lint
-lint: $(STAMP) ## Check style, types, the compiled modules' stubs and the systemd units
+lint: $(STAMP) ## Check style, types, spelling, the compiled modules' stubs, workflows, systemd units
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	PATH="$$PWD/.venv/bin:$$PATH" cython-lint vhost_rpmb
 	.venv/bin/mypy
 	.venv/bin/stubtest --concise vhost_rpmb._fast
+	.venv/bin/codespell
+	PATH="$$PWD/.venv/bin:$$PATH" jactionlint
 	@tools/system-packages systemd
 	tools/check-units
 

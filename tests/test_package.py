@@ -216,11 +216,17 @@ def test_source_archive_is_complete(archives: Archives) -> None:
         "LICENSE",
         "README.md",
         "CHANGELOG.md",
+        "CONTRIBUTING.md",
+        "SECURITY.md",
         "Makefile",
         "pyproject.toml",
         "setup.py",
         ".ci/run",
+        ".github/ISSUE_TEMPLATE/bug.yml",
+        ".github/workflows/ci.yml",
         ".github/workflows/release.yml",
+        ".pre-commit-config.yaml",
+        ".readthedocs.yaml",
     } <= names
     assert not [
         name for name in names if name.endswith((".so", ".c", ".pyc")) and name not in sources
