@@ -714,6 +714,8 @@ class TestVerify:
         (["verfy"], "did you mean verify instead of verfy?"),
         (["verify", "--flsh-path=f"], "did you mean --flash-path instead of --flsh-path?"),
         (["--socket=s", "read-counter"], "did you mean --socket-path instead of --socket?"),
+        (["--socket=s", "verify", "--flash-path=f"], "did you mean --socket-path instead of"),
+        (["create", "i", "--randm-key=k"], "did you mean --random-key instead of --randm-key?"),
     ],
 )
 def test_an_error_suggests_the_nearest_word(
@@ -721,3 +723,20 @@ def test_an_error_suggests_the_nearest_word(
 ) -> None:
     assert main(arguments) == 2
     assert hint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["create", "image", "--key=k"],  # --key-path is an option of others
+        ["create", "image", "--flash-path=f"],
+        ["create", "image", "--jsn"],  # --json stands before the command
+        ["--siz=1M", "create", "image"],  # --size stands behind it
+        ["--json", "--key=k"],
+    ],
+)
+def test_an_error_suggests_no_option_of_another_command(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    assert "did you mean" not in capsys.readouterr().err

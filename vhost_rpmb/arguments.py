@@ -27,7 +27,7 @@ class Parser(argparse.ArgumentParser):
             formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=98),
             **options,
         )
-        self._given: Sequence[str] = ()
+        self._given: Sequence[str] | None = None
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Remember what is parsed, for the message of an error."""
@@ -41,18 +41,34 @@ class Parser(argparse.ArgumentParser):
     def _nearest(self, message: str) -> str:
         import difflib  # only here: it is not for a start as usual
 
-        right = {word for parser in parsers(self) for word in parser._option_string_actions}
-        wrong = [word.partition("=")[0] for word in self._given if word.startswith("--")]
-        wrong = [word for word in wrong if word not in right]
         if choice := _WRONG_CHOICE.search(message):
             wrong = [choice[1]]
-            right = {
-                str(word) for action in self._actions if action.choices for word in action.choices
-            }
-        for word in wrong:
-            if found := difflib.get_close_matches(word, sorted(right), 1):
-                return f"; did you mean {found[0]} instead of {word}?"
+            choices = [action.choices for action in self._actions if action.choices]
+            candidates = [(wrong, {str(word) for row in choices for word in row})]
+        else:
+            candidates = list(self._options_in_use())
+        for wrong, right in candidates:
+            for word in wrong:
+                if found := difflib.get_close_matches(word, sorted(right), 1):
+                    return f"; did you mean {found[0]} instead of {word}?"
         return ""
+
+    def _options_in_use(self) -> Iterator[tuple[list[str], set[str]]]:
+        """Give the unknown options, and those known there: behind the command, then before it.
+
+        A command that is in use has been given the words behind its name.
+        """
+        given = [
+            (parser, parser._given)
+            for parser in parsers(self)
+            if isinstance(parser, Parser) and parser._given is not None
+        ]
+        behind = 0
+        for parser, words in reversed(given):
+            right = set(parser._option_string_actions)
+            own = [word.partition("=")[0] for word in words[: len(words) - behind]]
+            yield [word for word in own if word.startswith("--") and word not in right], right
+            behind = len(words)
 
 
 def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
