@@ -102,7 +102,7 @@ def run(options: Options) -> None:
         server = _Server(loop, sock, device, chosen, once=once, poll_us=options.poll_us)
         stack.callback(server.close)
         if options.sandbox:
-            sandbox.enter(*_needed(paths, options.socket_path))
+            sandbox.enter(_needed(paths, options.socket_path, store.key is not None))
         if listening:
             server.listen()
         else:
@@ -114,11 +114,23 @@ def run(options: Options) -> None:
         logger.info("ending")
 
 
-def _needed(paths: Paths, socket_path: str | None) -> tuple[list[str], list[str]]:
-    """The files that serving opens, and the folders in which it makes and removes files."""
-    used = (paths.state, paths.key, socket_path)
-    folders = {os.path.dirname(os.path.realpath(path)) for path in used if path is not None}
-    return [paths.flash], sorted(folders)
+def _needed(paths: Paths, socket_path: str | None, programmed: bool) -> dict[str, int]:
+    """The folders in which serving and a clean end make, write or remove files, and the rights.
+
+    The image, the state and its log stay open. SQLite removes the log at the end; if that cannot be
+    noted in the state, an empty log is made in its place. A key file is written once.
+    """
+    uses = [(paths.state, sandbox.MAKE | sandbox.OPEN_FOLDER | sandbox.REMOVE)]
+    if paths.key is not None and not programmed:
+        rights = sandbox.MAKE | sandbox.OPEN_FOLDER | sandbox.REMOVE | sandbox.WRITE
+        uses.append((paths.key, rights))
+    if socket_path is not None:
+        uses.append((os.path.realpath(socket_path), sandbox.REMOVE))
+    folders: dict[str, int] = {}
+    for path, rights in uses:
+        folder = os.path.dirname(path)
+        folders[folder] = folders.get(folder, 0) | rights
+    return folders
 
 
 def _serve(

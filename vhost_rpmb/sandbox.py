@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import logging
 import os
 import resource
-from collections.abc import Iterable
+import stat
+from collections.abc import Mapping
 
-__all__ = ["enter", "hide_memory"]
+__all__ = ["MAKE", "OPEN_FOLDER", "REMOVE", "WRITE", "enter", "hide_memory"]
 
 logger = logging.getLogger(__name__)
 
@@ -32,14 +34,12 @@ _LANDLOCK_ADD_RULE = 445
 _LANDLOCK_RESTRICT_SELF = 446
 _LANDLOCK_CREATE_RULESET_VERSION = 1
 _LANDLOCK_RULE_PATH_BENEATH = 1
-_WRITE_FILE = 1 << 1
-_READ_FILE = 1 << 2
-_READ_DIR = 1 << 3
-_REMOVE_FILE = 1 << 5
-_MAKE_REG = 1 << 8
-_TRUNCATE = 1 << 14
-_FILE_RIGHTS = _READ_FILE | _WRITE_FILE | _TRUNCATE
-_FOLDER_RIGHTS = _FILE_RIGHTS | _READ_DIR | _REMOVE_FILE | _MAKE_REG
+# Rights in a folder and everything below it. Nothing is opened for reading, and nothing truncated
+# by its name: what serving reads and truncates is open already.
+WRITE = 1 << 1  # open files for writing
+OPEN_FOLDER = 1 << 3  # open the folder, as syncing it takes; seccomp allows no listing
+REMOVE = 1 << 5  # remove files that are not folders
+MAKE = 1 << 8  # make regular files, and with REMOVE rename them
 # Rights that a ruleset handles, by version of the interface: files, network, scopes.
 _HANDLED_FILES = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 5: (1 << 16) - 1}
 _HANDLED_NETWORK = {4: 0b11}  # bind and connect of TCP
@@ -51,6 +51,14 @@ _FAIL = 0x00050000 | errno.EPERM
 _EQUAL = 4
 _MASKED_EQUAL = 7
 _PROT_EXEC = 4
+_INT = 0xFFFF_FFFF  # the part of a register that is an int
+_SPECIAL_BITS = stat.S_ISUID | stat.S_ISGID | stat.S_ISVTX
+_PRIVATE_FILE = 0o600  # mknod: without a type a regular file
+# All else can make the kernel send signals (F_SETOWN, F_SETSIG, F_NOTIFY, O_ASYNC by F_SETFL).
+_FCNTL_COMMANDS = (
+    fcntl.F_DUPFD_CLOEXEC, fcntl.F_GETFD, fcntl.F_SETFD, fcntl.F_GETFL,
+    fcntl.F_GETLK, fcntl.F_SETLK,
+)  # fmt: skip
 _FIONCLEX, _FIOCLEX, _FIONBIO = 0x5450, 0x5451, 0x5421
 
 _ALLOWED = (
@@ -58,14 +66,14 @@ _ALLOWED = (
     "epoll_wait", "epoll_pwait", "write", "read", "recvmsg", "sendmsg", "sched_yield",
     "clock_gettime", "fdatasync", "pwrite64", "pread64",
     # Connections and descriptors.
-    "accept4", "accept", "close", "dup", "epoll_create1", "epoll_ctl", "eventfd2", "fcntl",
+    "accept4", "accept", "close", "dup", "epoll_create1", "epoll_ctl", "eventfd2",
     "getpeername", "getsockname", "getsockopt", "pipe2", "poll", "ppoll", "recvfrom", "select",
     "pselect6", "sendto", "setsockopt", "shutdown",
     # Files: which ones, is for Landlock to say.
-    "access", "faccessat", "faccessat2", "fallocate", "fchmod", "fchown", "flock", "fstat",
-    "fstatfs", "fsync", "ftruncate", "getcwd", "lseek", "lstat", "newfstatat", "open", "openat",
-    "preadv", "preadv2", "pwritev", "pwritev2", "readlink", "readlinkat", "readv", "rename",
-    "renameat", "renameat2", "stat", "statx", "umask", "unlink", "unlinkat", "writev",
+    "access", "faccessat", "faccessat2", "fallocate", "flock", "fstat", "fstatfs", "fsync",
+    "ftruncate", "getcwd", "lseek", "lstat", "newfstatat", "preadv", "preadv2", "pwritev",
+    "pwritev2", "readlink", "readlinkat", "readv", "rename", "renameat", "renameat2", "stat",
+    "statx", "umask", "unlink", "unlinkat", "writev",
     # Memory and time.
     "brk", "clock_nanosleep", "futex", "getrandom", "gettimeofday", "madvise", "mremap", "munmap",
     "nanosleep", "restart_syscall", "setitimer", "time",
@@ -81,12 +89,13 @@ def hide_memory() -> None:
     _check(_libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0))
 
 
-def enter(files: Iterable[str], folders: Iterable[str]) -> None:
+def enter(folders: Mapping[str, int]) -> None:
     """Give up everything that serving does not need; there is no way back.
 
-    ``files`` can be opened again, and in ``folders`` files can be made, opened and removed; other
-    files, new sockets, other programs and new executable memory are out of reach. Where the kernel
-    or libseccomp lacks a part, the log says so and the rest is done.
+    ``folders``: the rights (MAKE, OPEN_FOLDER, REMOVE, WRITE) that remain in each, and in all below
+    it. Every other file, new sockets, other programs and new executable memory are out of reach;
+    what is open stays usable. Where the kernel or libseccomp lacks a part, the log says so and the
+    rest is done.
     """
     _check(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
     try:
@@ -95,7 +104,7 @@ def enter(files: Iterable[str], folders: Iterable[str]) -> None:
         logger.warning("sandbox: no seccomp filter, install libseccomp 2: %s", error)
         library = None
     try:
-        _restrict_files(files, folders)
+        _restrict_files(folders)
     except OSError as error:
         logger.warning(
             "sandbox: no Landlock ruleset, every file stays in reach: %s", error.strerror
@@ -130,7 +139,7 @@ class _PathBeneath(ctypes.Structure):
     _fields_ = (("allowed", ctypes.c_uint64), ("parent", ctypes.c_int32))
 
 
-def _restrict_files(files: Iterable[str], folders: Iterable[str]) -> None:
+def _restrict_files(folders: Mapping[str, int]) -> None:
     def call(number: int, *values: object) -> int:
         return _check(_libc.syscall(ctypes.c_long(number), *values))
 
@@ -147,20 +156,15 @@ def _restrict_files(files: Iterable[str], folders: Iterable[str]) -> None:
     size = ctypes.c_size_t(ctypes.sizeof(attributes) if version >= 6 else 16 if version >= 4 else 8)
     ruleset = call(_LANDLOCK_CREATE_RULESET, ctypes.byref(attributes), size, 0)
     try:
-        for paths, rights in ((files, _FILE_RIGHTS), (folders, _FOLDER_RIGHTS)):
-            for path in paths:
-                parent = os.open(path, os.O_PATH | os.O_CLOEXEC)
-                try:
-                    rule = _PathBeneath(rights & attributes.files, parent)
-                    call(
-                        _LANDLOCK_ADD_RULE,
-                        ruleset,
-                        _LANDLOCK_RULE_PATH_BENEATH,
-                        ctypes.byref(rule),
-                        0,
-                    )
-                finally:
-                    os.close(parent)
+        for path, rights in folders.items():
+            parent = os.open(path, os.O_PATH | os.O_CLOEXEC)
+            try:
+                rule = _PathBeneath(rights, parent)
+                call(
+                    _LANDLOCK_ADD_RULE, ruleset, _LANDLOCK_RULE_PATH_BENEATH, ctypes.byref(rule), 0
+                )
+            finally:
+                os.close(parent)
         call(_LANDLOCK_RESTRICT_SELF, ruleset, 0)
     finally:
         os.close(ruleset)
@@ -197,6 +201,13 @@ def _filter_calls(library: ctypes.CDLL) -> None:
             allow(name)
         for name in ("mmap", "mprotect"):
             allow(name, _Comparison(2, _MASKED_EQUAL, _PROT_EXEC, 0))
+        # Without O_CREAT the mode means nothing, and the C library passes 0.
+        allow("open", _Comparison(2, _MASKED_EQUAL, _SPECIAL_BITS, 0))
+        allow("openat", _Comparison(3, _MASKED_EQUAL, _SPECIAL_BITS, 0))
+        allow("mknod", _Comparison(1, _MASKED_EQUAL, _INT, _PRIVATE_FILE))
+        allow("mknodat", _Comparison(2, _MASKED_EQUAL, _INT, _PRIVATE_FILE))
+        for command in _FCNTL_COMMANDS:
+            allow("fcntl", _Comparison(1, _MASKED_EQUAL, _INT, command))
         for request in (_FIONCLEX, _FIOCLEX, _FIONBIO):
             allow("ioctl", _Comparison(1, _EQUAL, request))
         allow("tgkill", _Comparison(0, _EQUAL, os.getpid()))  # a signal to itself, as abort() does

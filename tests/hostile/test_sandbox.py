@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,46 +17,88 @@ from tests.conftest import DaemonFactory, environment
 from tests.rig import KEY
 from vhost_rpmb.client.rpmb import RpmbClient
 
-# Each is tried in a process that has given up what the daemon gives up, by the same function.
+# Each is tried in a process that has given up what the daemon gives up, by the same function. Below
+# each of the folders state, keys and run are files of others; the key is not programmed yet.
 FORBIDDEN = {
     "opening another file": ("open('/etc/passwd')", errno.EACCES),
-    "making a file elsewhere": ("open({outside!r} + '/new', 'w')", errno.EACCES),
-    "removing a file elsewhere": ("os.unlink({outside!r} + '/file')", errno.EACCES),
+    "making a file elsewhere": ("open(outside + '/new', 'w')", errno.EACCES),
+    "removing a file elsewhere": ("os.unlink(outside + '/file')", errno.EACCES),
     "listing another folder": ("os.listdir('/')", errno.EACCES),
+    "listing its own folder": ("os.listdir(inside + '/state')", errno.EPERM),
+    "reading beside the state": ("open(inside + '/state/other/file')", errno.EACCES),
+    "writing beside the state": ("open(inside + '/state/other/file', 'r+b')", errno.EACCES),
+    "truncating beside the state": ("os.truncate(inside + '/state/other/file', 0)", errno.EPERM),
+    "a file with content beside the state": ("open(inside + '/state/new', 'w')", errno.EACCES),
+    "reading beside the key": ("open(inside + '/keys/other/file')", errno.EACCES),
+    "reading beside the socket": ("open(inside + '/run/other/file')", errno.EACCES),
+    "writing beside the socket": ("open(inside + '/run/other/file', 'r+b')", errno.EACCES),
+    "a file beside the socket": ("open(inside + '/run/other/new', 'w')", errno.EACCES),
+    "an empty file beside the socket": ("os.mknod(inside + '/run/new', 0o600)", errno.EACCES),
+    "renaming beside the socket": (
+        "os.rename(inside + '/run/other/file', inside + '/run/other/new')",
+        errno.EACCES,
+    ),
+    "opening the socket's folder": ("os.open(inside + '/run', os.O_RDONLY)", errno.EACCES),
+    "a set-user-ID file": (
+        "os.open(inside + '/keys/new', os.O_WRONLY | os.O_CREAT, 0o4755)",
+        errno.EPERM,
+    ),
+    "a set-group-ID file": ("os.mknod(inside + '/state/new', 0o2600)", errno.EPERM),
+    "a device": ("os.mknod(inside + '/state/new', 0o600 | stat.S_IFCHR, 0x103)", errno.EPERM),
+    "the mode of an open file": ("os.fchmod(flash.fileno(), 0o4755)", errno.EPERM),
+    "the mode of a file": ("os.chmod(inside + '/flash', 0o4755)", errno.EPERM),
+    "the owner of an open file": ("os.fchown(flash.fileno(), 1, 1)", errno.EPERM),
     "a network socket": ("socket.socket(socket.AF_INET)", errno.EPERM),
     "a UNIX socket": ("socket.socket(socket.AF_UNIX)", errno.EPERM),
     "another program": ("os.execv('/bin/true', ['true'])", errno.EPERM),
     "another process": ("os.fork()", errno.EPERM),
     "a signal to another process": ("os.kill(os.getppid(), 0)", errno.EPERM),
+    "signals from a descriptor": ("fcntl.fcntl(reader, fcntl.F_SETOWN, os.getppid())", errno.EPERM),
     "executable memory": ("mmap.mmap(-1, 4096, prot=mmap.PROT_EXEC)", errno.EPERM),
     "another identity": ("os.setuid(1)", errno.EPERM),
     "another root": ("os.chroot('/')", errno.EPERM),
 }
 ALLOWED = {
-    "the image again": "open({inside!r} + '/flash', 'r+b')",
-    "a file beside the state": "os.unlink(open({inside!r} + '/state/new', 'w').name)",
-    "a pipe that came over the socket": "os.open(f'/proc/self/fd/{{reader}}', os.O_RDONLY)",
+    "an empty file beside the state": "os.mknod(inside + '/state/new', 0o600)",
+    "removing a file beside the state": "os.unlink(inside + '/state/file')",
+    "syncing the state's folder": "os.fsync(os.open(inside + '/state', os.O_RDONLY))",
+    "a new key file": (
+        "os.rename(open(inside + '/keys/key.new', 'wb').name, inside + '/keys/key')"
+    ),
+    "removing the socket": "os.unlink(inside + '/run/socket')",
+    "a pipe that came over the socket": "os.open(f'/proc/self/fd/{reader}', os.O_RDONLY)",
     "a signal to itself": "signal.raise_signal(signal.SIGCHLD)",
 }
 
 
-def in_sandbox(tmp_path: Path, statement: str) -> str:
-    """Try a statement in the sandbox; return the name of the error, or 'done'."""
+def in_sandbox(
+    tmp_path: Path, statement: str, *, programmed: bool = False, landlock: bool = True
+) -> str:
+    """Try a statement in the sandbox; return the name of the error, or 'done'.
+
+    Without ``landlock``, in the sandbox as it is on a kernel that does not have that.
+    """
     inside, outside = tmp_path / "inside", tmp_path / "outside"
-    for folder in (inside / "state", outside):
-        folder.mkdir(parents=True)
-    for file in (inside / "flash", outside / "file"):
+    for folder in ("state", "keys", "run"):
+        (inside / folder / "other").mkdir(parents=True)
+        (inside / folder / "other/file").touch()
+    outside.mkdir()
+    for file in (inside / "flash", inside / "state/file", inside / "run/socket", outside / "file"):
         file.touch()
     script = f"""
-import errno, mmap, os, signal, socket
+import ctypes, errno, fcntl, mmap, os, signal, socket, stat
 from vhost_rpmb import daemon, sandbox
 from vhost_rpmb.paths import Paths
-paths = Paths.resolve({str(inside / "flash")!r}, {str(inside / "state/s")!r})
+inside, outside = {str(inside)!r}, {str(outside)!r}
+paths = Paths.resolve(inside + "/flash", inside + "/state/s", inside + "/keys/key")
+flash = open(paths.flash, "r+b")
 reader, writer = os.pipe()
+if not {landlock}:
+    sandbox._restrict_files = lambda folders: None
 sandbox.hide_memory()
-sandbox.enter(*daemon._needed(paths, None))
+sandbox.enter(daemon._needed(paths, inside + "/run/socket", {programmed}))
 try:
-    {statement.format(inside=str(inside), outside=str(outside))}
+    {statement}
 except OSError as error:
     print(errno.errorcode[error.errno])
 else:
@@ -83,6 +126,88 @@ def test_forbidden(tmp_path: Path, what: str) -> None:
 @pytest.mark.parametrize("what", ALLOWED)
 def test_allowed(tmp_path: Path, what: str) -> None:
     assert in_sandbox(tmp_path, ALLOWED[what]) == "done"
+
+
+@pytest.mark.needs_sandbox
+@pytest.mark.parametrize("what", ["a new key file", "removing a file"])
+def test_key_folder_is_out_of_reach_once_a_key_is_programmed(tmp_path: Path, what: str) -> None:
+    statement = ALLOWED.get(what, "os.unlink(inside + '/keys/other/file')")
+    assert in_sandbox(tmp_path, statement) == "done"
+    shutil.rmtree(tmp_path / "inside")
+    shutil.rmtree(tmp_path / "outside")
+    assert in_sandbox(tmp_path, statement, programmed=True) == "EACCES"
+
+
+@pytest.mark.needs_sandbox
+def test_no_program_with_set_id_bits_can_be_left(tmp_path: Path) -> None:
+    """By no call that makes a file or changes its mode: raw, without the C library's checks."""
+    attempts = """
+    libc = ctypes.CDLL(None, use_errno=True)
+    for path in (inside + "/keys/program", inside + "/state/program", inside + "/flash"):
+        name = path.encode()
+        for mode in (0o4755, 0o2755, 0o1755, 0o7777, 0xFFFF_0000 | 0o104755):
+            for call in (
+                lambda: libc.creat(name, mode),
+                lambda: libc.open(name, os.O_RDWR | os.O_CREAT, mode),
+                lambda: libc.openat(-100, name, os.O_RDWR | os.O_CREAT, mode),
+                lambda: libc.mknod(name, stat.S_IFREG | mode, 0),
+                lambda: libc.mknodat(-100, name, stat.S_IFREG | mode, 0),
+                lambda: libc.mkdir(name, mode),
+                lambda: libc.chmod(name, mode),
+                lambda: libc.fchmodat(-100, name, mode, 0),
+                lambda: libc.fchmod(flash.fileno(), mode),
+            ):
+                call()
+"""
+    assert in_sandbox(tmp_path, attempts.strip()) == "done"
+    for path in tmp_path.rglob("*"):
+        assert not path.stat().st_mode & 0o7000, path
+
+
+@pytest.mark.needs_sandbox
+def test_no_descriptor_sends_signals_without_landlock(tmp_path: Path) -> None:
+    """F_SETOWN, F_SETSIG and O_ASYNC would kill processes of the same user."""
+    attack = """
+    libc = ctypes.CDLL(None, use_errno=True)
+    for command, value in (
+        (fcntl.F_SETOWN, {pid}),
+        (fcntl.F_SETSIG, signal.SIGKILL),
+        (fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK),
+        (fcntl.F_SETFL | 1 << 32, os.O_ASYNC | os.O_NONBLOCK),
+    ):
+        libc.syscall({fcntl}, reader, ctypes.c_long(command), ctypes.c_long(value))
+    libc.ioctl(reader, 0x5452, ctypes.byref(ctypes.c_int(1)))  # FIOASYNC
+    libc.ioctl(reader, 0x8901, ctypes.byref(ctypes.c_int({pid})))  # FIOSETOWN
+    os.write(writer, b"x")
+"""
+    fcntl_number = {"x86_64": 72, "aarch64": 25}[os.uname().machine]
+    with subprocess.Popen(["sleep", "1000"]) as victim:
+        try:
+            statement = attack.format(pid=victim.pid, fcntl=fcntl_number).strip()
+            assert in_sandbox(tmp_path, statement, landlock=False) == "done"
+            assert victim.poll() is None
+        finally:
+            victim.kill()
+
+
+@pytest.mark.needs_sandbox
+def test_empty_log_replaces_the_one_that_sqlite_removes(flash: Path) -> None:
+    """If the state cannot be marked as closed, SQLite removes its log all the same."""
+    script = f"""
+from vhost_rpmb import daemon, sandbox
+from vhost_rpmb.paths import Paths
+from vhost_rpmb.store import open_store
+paths = Paths.resolve({str(flash)!r})
+store = open_store(paths)
+sandbox.enter(daemon._needed(paths, None, True))
+store._database._close_connection()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment(), capture_output=True, text=True
+    )
+    assert not done.stderr, done.stderr
+    log = Path(f"{flash}.state-wal")
+    assert (log.stat().st_size, log.stat().st_mode & 0o7777) == (0, 0o600)
 
 
 def status(pid: int) -> dict[str, str]:
