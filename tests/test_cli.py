@@ -41,6 +41,7 @@ OPTIONS = [
     "--debug",
     "--socket-path",
     "--fd",
+    "--socket-group",
     "--flash-path",
     "--key-path",
     "--key-set",
@@ -222,6 +223,7 @@ def test_defaults() -> None:
     assert parse() == Options(
         flash_path="image",
         socket_path="sock",
+        socket_group=None,
         fd=None,
         key_path=None,
         key_set=False,
@@ -243,6 +245,8 @@ def test_defaults() -> None:
     [
         ("--flash-path", "other image", "flash_path", "other image"),
         ("--socket-path", "other", "socket_path", "other"),
+        ("--socket-group", "root", "socket_group", 0),
+        ("--socket-group", "4294967294", "socket_group", 4294967294),
         ("--key-path", "key", "key_path", "key"),
         ("--state-path", "state", "state_path", "state"),
         ("--initial-counter", "0", "initial_counter", 0),

@@ -413,7 +413,7 @@ class TestSocketPath:
         try:
             monkeypatch.setattr(socket, "socket", Observed)
             with ExitStack() as stack:
-                daemon._listen(str(path), stack)
+                daemon._listen(str(path), None, stack)
             assert os.umask(0) == 0
         finally:
             os.umask(umask)

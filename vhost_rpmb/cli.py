@@ -41,6 +41,7 @@ DEBUG_VERBOSITY = 3
 MAX_FD = 0x7FFF_FFFF
 MAX_BLOCKS = 255  # max_wr_cnt and max_rd_cnt have 8 bits
 MAX_POLL_US = 10_000  # a signal may wait that long
+MAX_GID = 0xFFFF_FFFE  # the next one means "unchanged"
 MAX_DIGITS = 10  # of any number that an option takes
 
 # vhost-user "Backend program conventions". QEMU's vhost-user.json has no type for this device;
@@ -59,6 +60,20 @@ def _number(low: int, high: int) -> Callable[[str], int]:
         return int(text)
 
     return parse
+
+
+def _group(text: str) -> int:
+    """Return the ID of the group that has this name or, where none has it, this number."""
+    import grp  # only here: most starts name no group
+
+    try:
+        return grp.getgrnam(text).gr_gid
+    except KeyError:
+        if text.isascii() and text.isdigit() and len(text) <= MAX_DIGITS and int(text) <= MAX_GID:
+            return int(text)
+    raise argparse.ArgumentTypeError(
+        f"expected a group's name or number, found {text!r}: make it with groupadd or name another"
+    )
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -90,6 +105,13 @@ def build_parser() -> argparse.ArgumentParser:
         type=_number(0, MAX_FD),
         help="accept on an already listening UNIX socket inherited as FDNUM (one that is connected "
         "already is served, and its end ends the daemon); not with --socket-path",
+    )
+    add(
+        "--socket-group",
+        metavar="GROUP",
+        type=_group,
+        help="let this group, a name or a number, connect to the socket of --socket-path too: its "
+        "mode is 0660 then; default: only the daemon's user, mode 0600",
     )
     add(
         "--flash-path",
@@ -201,6 +223,11 @@ def parse_options(arguments: Sequence[str], environment: Mapping[str, str]) -> "
             "--key-set needs --key-path=PATH, the file that holds the 32-byte key "
             f"(see {PROG} --help)"
         )
+    if namespace.socket_group is not None and namespace.socket_path is None:
+        raise UsageError(
+            "--socket-group needs --socket-path=PATH, the socket that the daemon makes: set the "
+            f"group of an inherited socket where it is made (see {PROG} --help)"
+        )
     engine = _engine(namespace.debug, environment)
 
     from vhost_rpmb.daemon import Options
@@ -208,6 +235,7 @@ def parse_options(arguments: Sequence[str], environment: Mapping[str, str]) -> "
     return Options(
         flash_path=namespace.flash_path,
         socket_path=namespace.socket_path,
+        socket_group=namespace.socket_group,
         fd=namespace.fd,
         key_path=namespace.key_path,
         key_set=namespace.key_set,

@@ -48,11 +48,12 @@ logger = logging.getLogger(__name__)
 class Options(NamedTuple):
     """What the daemon is started with; validated by the command line, not checked again.
 
-    Exactly one of `socket_path` and `fd` is given.
+    Exactly one of `socket_path` and `fd` is given; `socket_group` only with the former.
     """
 
     flash_path: str
     socket_path: str | None = None
+    socket_group: int | None = None  # a group that may connect too
     fd: int | None = None
     key_path: str | None = None
     key_set: bool = False
@@ -354,7 +355,8 @@ class _Server:
 def _open_socket(options: Options, stack: ExitStack) -> tuple[socket.socket, bool]:
     """The socket that the options name, and whether it listens (or is connected already)."""
     if options.socket_path is not None:
-        sock, listening = _listen(options.socket_path, stack), True
+        sock = _listen(options.socket_path, options.socket_group, stack)
+        listening = True
     else:
         assert options.fd is not None
         sock, listening = _adopt(options.fd)
@@ -363,10 +365,11 @@ def _open_socket(options: Options, stack: ExitStack) -> tuple[socket.socket, boo
     return sock, listening
 
 
-def _listen(path: str, stack: ExitStack) -> socket.socket:
-    """Create a UNIX stream socket at `path`, mode 0600 from the first moment, and listen.
+def _listen(path: str, group: int | None, stack: ExitStack) -> socket.socket:
+    """Create a UNIX stream socket at `path` and listen.
 
-    `stack` closes and removes it. Raises UsageError where something else is in the way.
+    Its mode is 0600 from the first moment or, with `group`, 0660. `stack` closes and removes it.
+    Raises UsageError where something else is in the way.
     """
     length = len(os.fsencode(path))
     if length > _MAX_PATH:
@@ -376,10 +379,12 @@ def _listen(path: str, stack: ExitStack) -> socket.socket:
         )
     _clear_path(path)
     sock = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
-    umask = os.umask(0o177)
+    umask = os.umask(0o177 if group is None else 0o117)
     try:
         sock.bind(path)
         stack.callback(_remove_socket, path, os.lstat(path))
+        if group is not None:
+            _give_to_group(path, group)  # before it listens: nobody can have connected
         sock.listen(_BACKLOG)
     except OSError as error:
         raise UsageError(f"--socket-path={path}: cannot listen there: {error.strerror}") from error
@@ -387,6 +392,16 @@ def _listen(path: str, stack: ExitStack) -> socket.socket:
         os.umask(umask)
     logger.info("listening on %s", path)
     return sock
+
+
+def _give_to_group(path: str, group: int) -> None:
+    try:
+        os.chown(path, -1, group, follow_symlinks=False)
+    except OSError as error:
+        raise UsageError(
+            f"--socket-group={group}: expected a group that this user may give {path} to, found: "
+            f"{error.strerror}: name a group of this user's, or start as root"
+        ) from error
 
 
 def _clear_path(path: str) -> None:
