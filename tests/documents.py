@@ -47,6 +47,13 @@ def blocks_of_readme() -> list[Block]:
     return [Block("sh", re.sub("^    ", "", text, flags=re.MULTILINE)) for text in found]
 
 
+def demo_of_readme() -> list[str]:
+    """The lines of the demo that the README shows."""
+    text = (ROOT / "README.md").read_text()
+    (shown,) = re.findall(r"^```text\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return shown.splitlines()
+
+
 def commands(block: str) -> list[str]:
     """The commands of a block, each on one line, without comments."""
     lines = (line.partition("    # ")[0] for line in block.replace("\\\n", "").splitlines())

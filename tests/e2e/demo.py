@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The main job, shown: ``python -m tests.e2e.demo`` prints the story's transcript.
+"""The demo: ``python -m tests.e2e.demo`` prints the transcript of the story.
 
-A real Linux guest on QEMU uses the device with the unmodified mmc tool. Where no guest kit can be
-made the same story runs through this package's client. Exit status: 0 when every step showed what
-it must.
+A real Linux guest on QEMU uses the device with the unmodified mmc tool. Without a guest kit the
+same story runs through this package's client. Exit status: 0 when every step had its expected
+result.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def main() -> int:
         print("\ndemo: interrupted", file=sys.stderr)
         return 130
 
-    say(f"\n== Everything showed what it must ({time.monotonic() - start:.0f} s)")
+    say(f"\n== All steps had their expected results ({time.monotonic() - start:.0f} s)")
     show_command("The daemon was started with", daemon.command_line)
     if qemu is not None:
         show_command("and QEMU, which gives a shell in the guest when started by hand, with", qemu)

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the device is for, told as a row of commands, each with what it has to show.
+"""The main use of the device as a sequence of commands, each with its expected output.
 
-The demo prints it and the end-to-end test runs it. It is told on a stage: in a guest with the
-unmodified mmc tool, or where there is no guest with the client of this package, which has the same
-verbs.
+The demo prints it and the end-to-end test runs it, on one of two stages: a guest with the
+unmodified mmc tool, or, without a guest, the client of this package, which has the same verbs.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ from tests.e2e.vm import VirtualMachine
 
 KEY = bytes(range(0x41, 0x61))
 OTHER_KEY = bytes(reversed(KEY))
-LETTER = b"Only who has the key can change this.".ljust(BLOCK_SIZE, b".")
-RECORDED = b"A write that somebody recorded.".ljust(BLOCK_SIZE, b".")
+LETTER = b"Only a holder of the key can change this.".ljust(BLOCK_SIZE, b".")
+RECORDED = b"A recorded write.".ljust(BLOCK_SIZE, b".")
 
 # RPMB frame from its data on, the part that the MAC covers (JEDEC JESD84-B51 section 6.6.22):
 # data, nonce, write counter, address, block count, result, request or response type
@@ -39,20 +38,20 @@ COUNT_FAILURE = 3
 
 
 class StoryError(AssertionError):
-    """A step did not show what it must."""
+    """A step did not show the expected result."""
 
 
 class Stage(Protocol):
-    """Where the story is told: a daemon on one image, and somebody who uses its device."""
+    """A daemon on one image, and a user of its device."""
 
     cast: str  # what `start` starts
     prompt: str
 
     def start(self) -> None:
-        """Start the daemon and what uses the device; its files are gone, the image is not."""
+        """Start the daemon and the user of the device; files are new, the image stays."""
 
     def stop(self) -> None:
-        """End both."""
+        """Stop both."""
 
     def rpmb(self, verb: str, *arguments: str) -> str:
         """The shell command for one of mmc-utils' RPMB verbs."""
@@ -173,7 +172,7 @@ def check_write_answer(key: bytes, answer: bytes) -> tuple[int, int]:
     """Result and write counter in the answer to a write; its MAC is checked."""
     mac, covered = answer[196:228], answer[228:]
     if len(answer) != 512 or mac != hmac.digest(key, covered, hashlib.sha256):
-        raise StoryError(f"an answer of {len(answer)} bytes whose MAC is not the key's")
+        raise StoryError(f"expected an answer with the key's MAC, found {answer.hex()}")
     _, _, counter, _, _, result, response = AUTHENTICATED.unpack(covered)
     if response != DATA_WRITE_RESPONSE:
         raise StoryError(f"response type 0x{response:04x} to a write")
@@ -181,7 +180,7 @@ def check_write_answer(key: bytes, answer: bytes) -> tuple[int, int]:
 
 
 class _Teller:
-    """Runs commands on a stage, shows them and checks what they show."""
+    """Runs commands on a stage, prints them and checks their output."""
 
     def __init__(self, stage: Stage, say: Callable[[str], None]) -> None:
         self._stage = stage
@@ -233,9 +232,9 @@ class _Teller:
 
 
 def tell(stage: Stage, say: Callable[[str], None]) -> None:
-    """Tell the story from a new image on; `say` gets the transcript.
+    """Run all steps, from a new image on; `say` gets the transcript.
 
-    Raises StoryError as soon as a step does not show what it must. Leaves the stage stopped.
+    Raises StoryError at the first step with an unexpected result. Leaves the stage stopped.
     """
     teller = _Teller(stage, say)
     try:
@@ -253,11 +252,11 @@ def _recorded_write() -> bytes:
 def _tell_first_life(stage: Stage, teller: _Teller) -> None:
     rpmb = stage.rpmb
 
-    teller.chapter("A new device, started for the first time")
+    teller.chapter("First start of a new device")
     stage.start()
     teller.refused(rpmb("read-counter"), "0x0007", "no key is programmed yet")
 
-    teller.chapter("The key is programmed, once and for all")
+    teller.chapter("The key is programmed, once")
     teller.file("key", KEY, "32 bytes")
     teller.works(rpmb("write-key", "key"))
     teller.works(rpmb("read-counter"), "0x00000000", "a new write counter")
@@ -267,22 +266,22 @@ def _tell_first_life(stage: Stage, teller: _Teller) -> None:
     teller.works(rpmb("write-block", "2", "letter", "key"))
     teller.works(rpmb("read-block", "2", "1", "copy", "key"))
     teller.works(
-        "cmp letter copy && cut -c 1-60 copy", "Only who", "the block, verified by the key"
+        "cmp letter copy && cut -c 1-60 copy", "Only a holder", "the block, verified with the key"
     )
-    teller.works(rpmb("read-counter"), "0x00000001", "every write is counted")
+    teller.works(rpmb("read-counter"), "0x00000001", "each write is counted")
 
-    teller.chapter("Somebody records a write on its way")
+    teller.chapter("A write is recorded in transit")
     teller.file(
         "recorded", _recorded_write(), "an authenticated write to block 3, made for counter 1"
     )
     teller.write_is_answered("recorded", OK, 2, "it was accepted")
-    teller.write_is_answered("recorded", COUNT_FAILURE, 2, "sent once more it is refused")
+    teller.write_is_answered("recorded", COUNT_FAILURE, 2, "refused when it is sent again")
 
 
 def _tell_second_life(stage: Stage, teller: _Teller) -> None:
     rpmb = stage.rpmb
 
-    teller.chapter(f"{stage.cast} are ended, and started again on the same image")
+    teller.chapter(f"{stage.cast} are stopped, and started again on the same image")
     stage.start()
     teller.file("key", KEY, "the same key")
     teller.file("letter", LETTER, "the same block")
@@ -292,18 +291,26 @@ def _tell_second_life(stage: Stage, teller: _Teller) -> None:
     teller.chapter("Data, key and write counter are still there")
     teller.works(rpmb("read-counter"), "0x00000002")
     teller.works(rpmb("read-block", "2", "1", "copy", "key"))
-    teller.works("cmp letter copy && cut -c 1-60 copy", "Only who", "the same block, the same key")
+    teller.works(
+        "cmp letter copy && cut -c 1-60 copy", "Only a holder", "the same block, the same key"
+    )
     teller.refused(
-        rpmb("read-block", "2", "1", "forged", "other-key"), "MAC", "another key does not fit"
+        rpmb("read-block", "2", "1", "forged", "other-key"),
+        "MAC",
+        "verification with another key fails",
     )
 
     teller.chapter("The key cannot be replaced")
     teller.refused(rpmb("write-key", "other-key"), "0x0005", "programming again is refused")
-    teller.refused(rpmb("write-block", "2", "letter", "other-key"), "0x0002|MAC", "so is a write")
+    teller.refused(
+        rpmb("write-block", "2", "letter", "other-key"),
+        "0x0002|MAC",
+        "and so is a write with another key",
+    )
 
     teller.chapter("The recorded write cannot be replayed")
-    teller.write_is_answered("recorded", COUNT_FAILURE, 2, "refused, the counter has moved on")
+    teller.write_is_answered("recorded", COUNT_FAILURE, 2, "refused, its counter is outdated")
 
-    teller.chapter("Who has the key goes on writing")
+    teller.chapter("The holder of the key continues to write")
     teller.works(rpmb("write-block", "4", "letter", "key"))
-    teller.works(rpmb("read-counter"), "0x00000003", "counted on from where it was")
+    teller.works(rpmb("read-counter"), "0x00000003", "the count continues")

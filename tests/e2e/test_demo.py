@@ -47,5 +47,5 @@ def test_demo_without_a_kit_says_so(tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     assert "NO GUEST: " in result.stdout
-    assert "Everything showed what it must" in result.stdout
+    assert "All steps had their expected results" in result.stdout
     assert "--flash-path=" in result.stdout

@@ -10,8 +10,9 @@ import time
 
 import pytest
 
+from tests.documents import demo_of_readme
 from tests.e2e.daemon import BLOCK_SIZE, DaemonProcess
-from tests.e2e.kit import Kit
+from tests.e2e.kit import AMD64, Kit
 from tests.e2e.story import (
     COUNT_FAILURE,
     KEY,
@@ -52,7 +53,13 @@ def program_key(vm: VirtualMachine) -> None:
 
 
 def test_story(kit: Kit, daemon: DaemonProcess) -> None:
-    tell(GuestStage(kit, daemon), print)
+    transcript: list[str] = []
+    tell(GuestStage(kit, daemon), transcript.append)
+    print(*transcript, sep="\n")
+    if kit.architecture is AMD64:  # the one of the demo
+        lines = iter("\n".join(transcript).splitlines())
+        for shown in demo_of_readme():
+            assert shown in lines, f"the README shows a line that is not next in the demo: {shown}"
 
 
 def test_daemon_killed_while_the_guest_writes(kit: Kit, daemon: DaemonProcess) -> None:
