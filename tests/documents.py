@@ -50,8 +50,9 @@ def blocks_of_readme() -> list[Block]:
 def demo_of_readme() -> list[str]:
     """The lines of the demo that the README shows."""
     text = (ROOT / "README.md").read_text()
-    (shown,) = re.findall(r"^```text\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    return shown.splitlines()
+    shown = re.search(r"^```text\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert shown is not None
+    return shown[1].splitlines()
 
 
 def commands(block: str) -> list[str]:
