@@ -29,13 +29,16 @@ SANITIZER_ENV := PYTHONMALLOC=malloc UBSAN_OPTIONS=halt_on_error=1:print_stacktr
 # defines the markers.
 NOT_SANITIZED := qemu or needs_network or needs_ptrace or needs_sigsegv or timing or memory
 
+# Left out of coverage: tests that install a build of their own, and those that tracing makes too slow.
+NOT_TRACED := qemu or needs_network or needs_ptrace or timing
+
 # What is compiled or stands in the package's metadata: a change rebuilds. The Python files do not
 # belong here, .venv uses them where they are (an editable install). The stamp's name carries the
 # list of files and the kind of build, so that a file removed or another kind rebuilds too.
 BUILD_INPUTS := pyproject.toml setup.py vhost_rpmb/__init__.py \
 	$(sort $(shell find vhost_rpmb -name '*.pyx' -o -name '*.pxd' -o -name '*.h'))
-STAMP := .venv/installed-$(shell echo '$(BUILD_INPUTS) $(VHOST_RPMB_BUILD_CHECKED)' \
-	| cksum | cut -d ' ' -f 1)
+STAMP := .venv/installed-$(shell echo \
+	'$(BUILD_INPUTS) $(VHOST_RPMB_BUILD_CHECKED) $(VHOST_RPMB_BUILD_TRACED)' | cksum | cut -d ' ' -f 1)
 # Compiled modules that somebody removed.
 MISSING := $(strip $(foreach source,$(wildcard vhost_rpmb/_fast/*.pyx),\
 	$(if $(wildcard $(basename $(source)).*.so),,$(source))))
@@ -77,6 +80,17 @@ define copy_tree
 	@tar --create --exclude-vcs --exclude='*.so' --exclude=__pycache__ --exclude='./.*_cache' \
 		--exclude=./.venv --exclude=./build --exclude=./dist . | tar --extract -C $(1)
 endef
+
+# The reports of coverage need Cython and the C files that it made.
+.PHONY: coverage
+coverage: ## Measure the lines of Python and of the compiled engine that the tests execute
+	@tools/system-packages $(BUILD_PACKAGES) $(TEST_PACKAGES)
+	$(call copy_tree,build/coverage)
+	sed -i 's/^\[tool\.coverage\.run\]$$/&\nplugins = ["Cython.Coverage"]/' build/coverage/pyproject.toml
+	VHOST_RPMB_BUILD_TRACED=1 $(MAKE) -C build/coverage setup
+	build/coverage/.venv/bin/python -m pip install --quiet --disable-pip-version-check Cython
+	cd build/coverage && .venv/bin/python -m pytest --cov \
+		--cov-report=term-missing:skip-covered -m 'not ($(NOT_TRACED))' $(PYTEST_ARGS)
 
 .PHONY: test-sanitized
 test-sanitized: ## Run all tests but those that boot a guest under the sanitizers

@@ -4,7 +4,8 @@
 ``VHOST_RPMB_BUILD_CHECKED=1`` in the environment builds them with the checks of Cython and with
 the sanitizers for addresses and undefined behaviour, whose libraries have to be loaded before
 Python (see the Makefile). A directive at the head of a .pyx file would win over that: it must not
-turn a check off.
+turn a check off. ``VHOST_RPMB_BUILD_TRACED=1`` builds them with a call for each line, by which
+coverage learns what was executed (``make coverage``).
 """
 
 import os
@@ -32,12 +33,17 @@ compile_args = "-Wall -Wextra -Wconversion -Wsign-conversion -isystem "
 compile_args += sysconfig.get_path("include")
 link_args = ""
 if os.environ.get("VHOST_RPMB_BUILD_CHECKED") == "1":
-    build_dir = "build/checked"
+    build_dir: str | None = "build/checked"
     # No overflowcheck: that a length fits is checked in a form in which unsigned numbers may wrap.
     # No nonecheck: Cython cannot compile it into code that runs without the GIL.
     directives = {"boundscheck": True}
     link_args = "-fsanitize=address,undefined -fno-sanitize-recover=all"
     compile_args += f" -O1 -g -UNDEBUG -fno-omit-frame-pointer {link_args}"
+elif os.environ.get("VHOST_RPMB_BUILD_TRACED") == "1":
+    build_dir = None  # the reports need the C files beside the sources
+    directives = {"linetrace": True}
+    # -w: the code of the calls is not free of what is warned of.
+    compile_args += " -O1 -w -DCYTHON_TRACE=1 -DCYTHON_TRACE_NOGIL=1"
 else:
     build_dir = "build/plain"
     directives = {}
