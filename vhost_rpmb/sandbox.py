@@ -135,6 +135,7 @@ class _RulesetAttributes(ctypes.Structure):
 class _PathBeneath(ctypes.Structure):
     """struct landlock_path_beneath_attr."""
 
+    _layout_ = "ms"  # Python 3.14 wants it said; for these fields it is the layout of gcc too
     _pack_ = 1
     _fields_ = (("allowed", ctypes.c_uint64), ("parent", ctypes.c_int32))
 
