@@ -157,12 +157,19 @@ def test_the_database_does_not_grow_when_one_block_is_written_over_and_over(
     assert ("could not be written into" in caplog.text) == image_fails
 
 
-def test_an_image_with_content_is_adopted(opened: Open, flash: Path) -> None:
+@pytest.mark.parametrize("counter", [0, 7])
+def test_an_image_with_content_is_adopted_with_an_explicit_counter(
+    opened: Open, flash: Path, counter: int
+) -> None:
     flash.write_bytes(bytes(256) + A + bytes(510 * 256))
-    store = opened()
+    store = opened(initial_counter=counter)
+    assert store.counter == counter
+    assert store.image[256:512] == A
     assert not any(store.damaged)
     store.close()
-    assert not any(opened().damaged)
+    store = opened()
+    assert store.counter == counter
+    assert not any(store.damaged)
 
 
 @pytest.mark.parametrize(
@@ -448,6 +455,103 @@ def test_a_log_without_its_state_file(opened: Open, flash: Path, tmp_path: Path)
     check_refused(opened, StateError, "state-wal is there", tmp_path)
 
 
+# A lost or hidden state file: starting without it would be a rollback.
+
+
+def key_set_options(tmp_path: Path) -> dict[str, object]:
+    path = tmp_path / "given.key"
+    path.write_bytes(KEY)
+    path.chmod(0o600)
+    return {"key_path": str(path), "key_set": True}
+
+
+LOST = "expected the state file of device [0-9a-f]{16} at .*flash.img.state, found none"
+
+
+@pytest.mark.parametrize("initial_counter", [None, 0, 5])
+@pytest.mark.parametrize("key_set", [False, True])
+@pytest.mark.parametrize("written", [False, True])
+def test_a_stamped_image_without_its_state(
+    opened: Open,
+    flash: Path,
+    tmp_path: Path,
+    written: bool,
+    key_set: bool,
+    initial_counter: int | None,
+) -> None:
+    options = key_set_options(tmp_path) if key_set else {}
+    store = opened(**dict(options))
+    if written:
+        assert store.commit(0, [], None if key_set else KEY)
+        assert store.commit(1, [(3, A)], None)
+    store.close()
+    kept = state_of(flash).rename(tmp_path / "kept")
+    options["initial_counter"] = initial_counter
+    check_refused(opened, StateError, LOST, tmp_path, **options)
+    check_refused(
+        opened,
+        StateError,
+        "found none",
+        tmp_path,
+        **options,
+        state_path=str(tmp_path / "other.state"),
+    )
+    kept.rename(state_of(flash))
+    assert opened(**options).counter == int(written)
+
+
+def test_a_stamped_image_that_was_made_blank(opened: Open, flash: Path, tmp_path: Path) -> None:
+    """The same file is no new image: it keeps the stamp."""
+    store = opened()
+    store.commit(1, [(3, A)], None)
+    store.close()
+    flash.write_bytes(bytes(128 * KIB))
+    state_of(flash).unlink()
+    check_refused(opened, StateError, LOST, tmp_path)
+    flash.unlink()
+    assert opened(make_image(flash)).counter == 0
+
+
+@pytest.mark.parametrize("stamp", [b"", b"x", b"0123456789abcdef 1 more", b"\xff\n \xff"])
+def test_a_stamp_of_any_content_is_a_stamp(
+    opened: Open, flash: Path, tmp_path: Path, stamp: bytes
+) -> None:
+    os.setxattr(flash, "user.vhost-rpmb", stamp)
+    check_refused(opened, StateError, "expected the state file of", tmp_path)
+
+
+@pytest.mark.parametrize("key_set", [False, True])
+@pytest.mark.parametrize("place", [0, 128 * KIB - 1])
+def test_an_image_with_content_but_neither_stamp_nor_state(
+    opened: Open, flash: Path, tmp_path: Path, place: int, key_set: bool
+) -> None:
+    with flash.open("r+b") as image:
+        image.seek(place)
+        image.write(b"\1")
+    options = key_set_options(tmp_path) if key_set else {}
+    text = "expected a state file at .*flash.img.state or a blank image, found data.*--initial-c"
+    check_refused(opened, StateError, text, tmp_path, **options)
+    assert opened(**options, initial_counter=3).counter == 3
+
+
+def test_content_behind_the_last_address_counts(opened: Open, tmp_path: Path) -> None:
+    flash = make_image(tmp_path / "large", 256)
+    with flash.open("r+b") as image:
+        image.seek(-1, os.SEEK_END)
+        image.write(b"\1")
+    with pytest.raises(StateError, match="found data"):
+        opened(flash)
+
+
+def test_a_copy_without_its_stamp_and_state(opened: Open, flash: Path, tmp_path: Path) -> None:
+    store = opened()
+    store.commit(1, [(3, A)], None)
+    store.close()
+    copy = tmp_path / "copy.img"
+    shutil.copyfile(flash, copy)
+    check_refused(opened, StateError, "found data", tmp_path, path=copy)
+
+
 def test_a_state_file_without_its_log(opened: Open, flash: Path, tmp_path: Path) -> None:
     def work() -> None:
         open_store(Paths.resolve(str(flash))).commit(1, [(7, A)], None)
@@ -563,9 +667,14 @@ def test_a_crashed_creation_is_made_again(opened: Open, flash: Path) -> None:
     assert not new.exists()
 
 
-@pytest.mark.parametrize("work", range(12))
-def test_creation_is_whole_or_nothing(opened: Open, flash: Path, work: int) -> None:
-    """Killed at any system call of the creation: then the state is there, or it is not."""
+@pytest.mark.parametrize("content", [bytes(256), A])
+@pytest.mark.parametrize("work", range(16))
+def test_creation_is_atomic_and_can_be_repeated(
+    opened: Open, flash: Path, work: int, content: bytes
+) -> None:
+    """Killed at any system call of the creation, the same command works at the next start."""
+    with flash.open("r+b") as image:
+        image.write(content)
 
     def creation() -> None:
         calls = 0
@@ -581,8 +690,11 @@ def test_creation_is_whole_or_nothing(opened: Open, flash: Path, work: int) -> N
         open_store(Paths.resolve(str(flash)), initial_counter=3)
 
     in_a_killed_process(creation)
+    if "user.vhost-rpmb" in os.listxattr(flash):
+        assert state_of(flash).exists()
     store = opened(initial_counter=3)
     assert (store.counter, store.key) == (3, None)
+    assert store.image[:256] == content
 
 
 # Files that do not belong together
@@ -676,7 +788,8 @@ def test_a_few_rotten_blocks_are_no_exchange(opened: Open, written: Path) -> Non
 
 
 def test_a_wrong_state_path_can_be_put_right(opened: Open, written: Path, tmp_path: Path) -> None:
-    opened(written, state_path=str(tmp_path / "mistake")).close()
+    wrong = str(tmp_path / "mistake")
+    check_refused(opened, StateError, "found none", tmp_path, path=written, state_path=wrong)
     assert opened(written).counter == 12
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -19,6 +20,8 @@ MAX_IMAGE_SIZE = 32 * 1024 * 1024  # bytes; what lies above 16 MiB has no addres
 
 _CHUNK_BLOCKS = 256  # read at a time
 _ZEROS = bytes(_CHUNK_BLOCKS * spec.BLOCK_SIZE)
+# No such attribute; none on this kind of file or file system; refused by a filter of system calls.
+_NO_STAMP = (errno.ENODATA, errno.ENOTSUP, errno.ENOSYS, errno.EPERM)
 _STAMP = "user.vhost-rpmb"  # an extended attribute: the content of the file has no room for it
 
 
@@ -122,13 +125,36 @@ class ImageFile:
         """Make what was written durable; after an OSError all of it has to be written again."""
         os.fdatasync(self._fd)
 
-    def stamp(self) -> Stamp | None:
-        """Read the stamp; None where there is none, or no file system that keeps one."""
+    def is_blank(self) -> bool:
+        """Whether the whole file, also what has no address, is zeros.
+
+        Raises StateError where it cannot be read.
+        """
+        size = len(_ZEROS)
         try:
-            device, starts = os.getxattr(self._fd, _STAMP).decode().split()
-            return Stamp(device, int(starts))
-        except (OSError, ValueError):
-            return None
+            chunks = (os.pread(self._fd, size, start) for start in range(0, self.file_size, size))
+            return all(is_zeros(chunk) for chunk in chunks)
+        except OSError as error:
+            raise StateError(
+                f"the image {self.path} cannot be read ({error.strerror}): a new device needs an"
+                " image that can"
+            ) from error
+
+    def stamp(self) -> Stamp | None:
+        """Read the stamp; None where there is none, or no file system that keeps one.
+
+        A stamp of unknown content counts as one of an unknown device. Raises OSError where the
+        stamp cannot be read.
+        """
+        try:
+            words = os.getxattr(self._fd, _STAMP).decode("ascii", "replace").split()
+        except OSError as error:
+            if error.errno in _NO_STAMP:
+                return None
+            raise
+        if len(words) == 2 and words[0].isalnum() and words[1].isdecimal():
+            return Stamp(words[0], int(words[1]))
+        return Stamp("unknown", 0)
 
     def set_stamp(self, stamp: Stamp) -> bool:
         """Stamp the file durably; return whether that worked."""

@@ -53,8 +53,8 @@ def open_store(
     """Open a device's durable state, make it if there is none, and lock it for this process.
 
     ``paths.key`` is where a programmed key is kept, ``key_set`` tells that the key there counts as
-    programmed; ``initial_counter`` (default 0) is where a new device's write counter begins.
-    ``warn`` gets what the operator should know.
+    programmed; ``initial_counter`` (default 0) is where a new device's write counter begins, and
+    has to be given for an image that holds data. ``warn`` gets what the operator should know.
 
     Raises UsageError for a file that cannot serve its purpose, StateError for files that contradict
     each other or are in use. Nothing that the device holds is changed then.
@@ -70,6 +70,7 @@ def open_store(
             else:
                 if key_set:
                     require_key(key_path, key_file)
+                _check_new(image, state_path, initial_counter)
                 create_database(state_path, image, initial_counter or 0)
             database = Database(state_path)
             try:
@@ -440,6 +441,28 @@ def _check_log(state_path: str) -> None:
     if has_log(state_path):
         with private_copy(state_path) as copy:
             Database(copy, state_path).close()
+
+
+def _check_new(image: ImageFile, state_path: str, initial_counter: int | None) -> None:
+    """Refuse to make a new device where the state of an old one may be lost or hidden.
+
+    The stamp is set only after the state is durable, and data is written only after that: a crash
+    while a device is made leaves an image that passes here, or a state file.
+    """
+    stamp = image.stamp()
+    if stamp is not None:
+        raise StateError(
+            f"the image {image.path}: expected the state file of device {stamp.device} at"
+            f" {state_path}, found none: bring back the state file with its -wal file, or name it"
+            " with --state-path; a new device needs a new image"
+        )
+    if initial_counter is None and not image.is_blank():
+        raise StateError(
+            f"the image {image.path}: expected a state file at {state_path} or a blank image, found"
+            " data without a state file: bring back the state file, or name it with --state-path;"
+            " to make a new device of this data, give its first write counter with"
+            " --initial-counter=N"
+        )
 
 
 def _check_image(image: ImageFile, row: DeviceRow, state_path: str) -> None:

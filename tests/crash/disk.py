@@ -8,6 +8,7 @@ What is assumed of the disk, and what is not:
   there, in any order; a sector that a file grew by and that was not written reads as zeros.
 - A sync that fails leaves it open which of the sectors it was to write are there, and the system
   takes them for written: no later sync makes them durable, unless they are written once more.
+- An extended attribute is there as it was at the last sync of its file, or in any later version.
 - Directory operations (create, link, rename, unlink) and changes of a file's length are journaled:
   they come in order, and any number of the latest may be missing until the directory, or for
   lengths the file, is synced.
@@ -28,7 +29,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 SECTOR = 512
-_CALLS = "openat,close,pwrite64,write,ftruncate,fsync,fdatasync,rename,link,unlink,dup,dup2,dup3"
+_CALLS = (
+    "openat,close,pwrite64,write,ftruncate,fsync,fdatasync,rename,link,unlink,dup,dup2,dup3,"
+    "fsetxattr"
+)
 _LINE = re.compile(r"^\d+ +(\w+)\((.*)\) += (-?\d+)")
 
 
@@ -75,6 +79,7 @@ class File:
     dirty: dict[int, list[bytes]] = field(default_factory=dict)  # sector -> its versions
     lengths: list[int] = field(default_factory=list)
     clean: set[int] = field(default_factory=set)  # dirty sectors that no sync writes any more
+    stamps: list[bytes | None] = field(default_factory=lambda: [None])  # durable one first
 
     def write(self, offset: int, data: bytes) -> None:
         end = offset + len(data)
@@ -104,6 +109,7 @@ class File:
         self.durable = bytes(durable)
         self.dirty = {sector: self.dirty[sector] for sector in self.clean}
         self.lengths.clear()
+        del self.stamps[:-1]
 
     def fail_sync(self) -> None:
         self.clean.update(self.dirty)
@@ -119,7 +125,14 @@ class File:
         return bytes(content)
 
 
-State = dict[str, bytes]
+class Content(NamedTuple):
+    """A file after a power cut: its bytes, and its extended attribute if it has one."""
+
+    data: bytes
+    stamp: bytes | None
+
+
+State = dict[str, Content]
 
 
 class Disk:
@@ -160,7 +173,7 @@ class Disk:
     def _openat(self, call: Call) -> bool:
         path = text(call.arguments[1])
         if path == self._folder:
-            self._fds[call.result] = ("", None)
+            self._fds[call.result] = ("/", None)
             return False
         name = self._name(call.arguments[1])
         if name is None:
@@ -223,13 +236,20 @@ class Disk:
             else:
                 file.sync()
             return True
-        if name == "" and call.result >= 0:
+        if name == "/" and call.result >= 0:
             self._durable_names = dict(self._names)
             self._directory.clear()
             return True
         return False
 
     _fdatasync = _fsync
+
+    def _fsetxattr(self, call: Call) -> bool:
+        file = self._file(call)
+        if file is None:
+            return False
+        file.stamps.append(text(call.arguments[2]))
+        return True
 
     def _rename(self, call: Call) -> bool:
         old, new = self._name(call.arguments[0]), self._name(call.arguments[1])
@@ -260,6 +280,7 @@ class Disk:
         directories = [self._durable_names, *self._directory]
         files = {id(file): file for names in directories for file in names.values()}.values()
         lengths = [(file, [len(file.durable), *file.lengths]) for file in files if file.lengths]
+        stamps = [(file, file.stamps) for file in files]
         sectors = [
             (file, sector, [None, *versions])
             for file in files
@@ -268,6 +289,7 @@ class Disk:
         choices: list[Sequence[Any]] = [
             directories,
             *(choice for _, choice in lengths),
+            *(choice for _, choice in stamps),
             *(versions for _, _, versions in sectors),
         ]
         picks: Iterable[Sequence[Any]]
@@ -277,12 +299,18 @@ class Disk:
             picks = self._sample(choices, source, most)
         for names, *rest in picks:
             size = {id(file): rest[index] for index, (file, _) in enumerate(lengths)}
+            stamp = {id(file): rest[len(lengths) + index] for index, (file, _) in enumerate(stamps)}
             present: dict[int, dict[int, bytes]] = {}
-            for (file, sector, _), version in zip(sectors, rest[len(lengths) :], strict=True):
+            for (file, sector, _), version in zip(
+                sectors, rest[len(lengths) + len(stamps) :], strict=True
+            ):
                 if version is not None:
                     present.setdefault(id(file), {})[sector] = version
             yield {
-                name: file.build(size.get(id(file), len(file.durable)), present.get(id(file), {}))
+                name: Content(
+                    file.build(size.get(id(file), len(file.durable)), present.get(id(file), {})),
+                    stamp[id(file)],
+                )
                 for name, file in names.items()
             }
 

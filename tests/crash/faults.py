@@ -31,7 +31,7 @@ from typing import NamedTuple
 
 from tests.rig import make_image
 from vhost_rpmb import spec
-from vhost_rpmb.errors import OperatorError
+from vhost_rpmb.errors import OperatorError, StateError
 from vhost_rpmb.paths import Paths
 from vhost_rpmb.store import Store, open_store
 
@@ -259,6 +259,13 @@ def run_case(folder: Path, fault: Fault, position: int, kill: bool) -> Outcome:
             assert not any(store.damaged), "a block is damaged"
         finally:
             store.close()
+    Path(device_paths(folder).state).unlink()
+    refusal = ""
+    try:
+        open_store(device_paths(folder), warn=lambda _: None).close()
+    except StateError as error:
+        refusal = str(error)
+    assert "expected the state file of device" in refusal, "a lost state file was made anew"
     return last
 
 

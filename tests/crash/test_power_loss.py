@@ -17,7 +17,7 @@ from tests.crash.disk import Call, Disk, State, run_recorded
 from tests.crash.workload import KEY, MARKS, steps
 from tests.rig import make_image
 from vhost_rpmb import spec
-from vhost_rpmb.errors import OperatorError
+from vhost_rpmb.errors import OperatorError, StateError
 from vhost_rpmb.paths import Paths
 from vhost_rpmb.store import open_store
 
@@ -26,7 +26,20 @@ STATES = int(os.environ.get("VHOST_RPMB_CRASH_STATES", "6000"))
 # Whether every sync of the workload fails in turn, and the states after each that does.
 EVERY_SYNC = "VHOST_RPMB_EVERY_SYNC" in os.environ
 SYNC_STATES = 100
-MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
+STAMP = "user.vhost-rpmb"
+
+
+def keeps_stamps(folder: str) -> bool:
+    """Whether a folder's files may have extended attributes (tmpfs: Linux 6.6 or later)."""
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder) as file:
+            os.setxattr(file.fileno(), STAMP, b"x")
+    except OSError:
+        return False
+    return True
+
+
+MEMORY = "/dev/shm" if keeps_stamps("/dev/shm") else None
 
 Expected = tuple[int, bytes | None, bytes]  # counter, key, image
 
@@ -68,7 +81,9 @@ def check(state: State, with_file: bool, done: int, begun: int, expected: list[E
     with tempfile.TemporaryDirectory(dir=MEMORY) as name:
         folder = Path(name)
         for file, content in state.items():
-            (folder / file).write_bytes(content)
+            (folder / file).write_bytes(content.data)
+            if content.stamp is not None:
+                os.setxattr(folder / file, STAMP, content.stamp)
         key_path = str(folder / "key") if with_file else None
         paths = Paths.resolve(str(folder / "flash.img"), key_path=key_path)
         for _ in range(2):  # the second start finds what the first one left
@@ -84,6 +99,9 @@ def check(state: State, with_file: bool, done: int, begun: int, expected: list[E
                     raise _Loss(f"write counter {found[0]} after {done} of {begun} steps")
             finally:
                 store.close()
+        Path(paths.state).unlink()
+        with pytest.raises(StateError, match="expected the state file of device"):
+            open_store(paths)
 
 
 def play(
@@ -128,11 +146,11 @@ def test_no_state_that_power_loss_can_leave_loses_anything(
     assert checked > 0.9 * STATES / 2
 
 
-@pytest.mark.parametrize("ignored", [".state-wal", "flash.img", "key.new"])
+@pytest.mark.parametrize("ignored", [".state-wal", "flash.img", "key.new", "/"])
 def test_a_missing_sync_would_be_found(
     recording: tuple[Path, bool, list[Call]], caplog: pytest.LogCaptureFixture, ignored: str
 ) -> None:
-    """The check bites: without the sync before the answer, or the one of the image, it fails."""
+    """The check bites: without the sync of the log, image, key file or folder, it fails."""
     caplog.set_level(logging.CRITICAL)
     if ignored == "key.new" and not recording[1]:
         return
