@@ -138,7 +138,8 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         type=_number(0, MAX_WRITE_COUNTER),
         help=f"start value of the write counter of a new device, 0 to {MAX_WRITE_COUNTER}; "
-        "default 0; a stored counter always wins",
+        "default 0; a stored counter always wins; required to make a new device of an image that "
+        "holds data",
     )
     add(
         "--print-capabilities",
