@@ -33,6 +33,18 @@ def test_a_device_runs_once(tmp_path: Path) -> None:
         os.kill(device.pid, 0)
 
 
+@pytest.mark.parametrize("name", ["vhost_rpmb/__init__.py", "logging.py", "ctypes.py"])
+def test_nothing_is_imported_from_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    module = tmp_path / "here" / name
+    module.parent.mkdir(parents=True)
+    module.write_text("raise SystemExit('imported from the current folder')")
+    monkeypatch.chdir(tmp_path / "here")
+    with RunningDevice(tmp_path, *SANDBOX) as device, device.client() as client:
+        assert client.config.capacity == 1
+
+
 def test_a_device_that_does_not_start(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="expected a number 1 to 255, found '0'"):
         RunningDevice(tmp_path, "--max-read-blocks=0").start()

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m vhost_rpmb`` is the same as ``vhost-user-rpmb``."""
+"""``python -P -m vhost_rpmb`` is the same as ``vhost-user-rpmb``.
+
+Without ``-P`` Python imports from the current folder first, before any code here could prevent it.
+"""
 
 import sys
 

@@ -42,7 +42,7 @@ class RunningDevice:
         self.socket_path = self.folder / "rpmb.sock"
         self.flash_path = self.folder / "rpmb.img"
         self.command_line = [
-            *(sys.executable, "-m", "vhost_rpmb"),
+            *(sys.executable, "-P", "-m", "vhost_rpmb"),  # no imports from the current folder
             *(f"--socket-path={self.socket_path}", f"--flash-path={self.flash_path}"),
             *options,
         ]
