@@ -253,7 +253,7 @@ def test_defaults() -> None:
         ("--initial-counter", "4294967295", "initial_counter", 4294967295),
         ("--max-write-blocks", "1", "max_write_blocks", 1),
         ("--max-write-blocks", "255", "max_write_blocks", 255),
-        ("--max-read-blocks", "1", "max_read_blocks", 1),
+        ("--max-read-blocks", "0", "max_read_blocks", 0),
         ("--max-read-blocks", "255", "max_read_blocks", 255),
         ("--poll-us", "0", "poll_us", 0),
         ("--poll-us", "10000", "poll_us", 10000),
@@ -344,7 +344,7 @@ def test_wrong_option(arguments: list[str], fragments: list[str]) -> None:
         ("--fd", 0, 2147483647),
         ("--initial-counter", 0, 4294967295),
         ("--max-write-blocks", 1, 255),
-        ("--max-read-blocks", 1, 255),
+        ("--max-read-blocks", 0, 255),
         ("--poll-us", 0, 10000),
     ],
 )

@@ -73,10 +73,24 @@ def test_config_has_the_chosen_limits(make_rig: MakeRig) -> None:
     assert rig.device.config[1:] == bytes((7, 9))
 
 
-@pytest.mark.parametrize("limit", [0, 256])
-@pytest.mark.parametrize("name", ["max_write_blocks", "max_read_blocks"])
-def test_a_limit_outside_1_to_255_is_refused(make_rig: MakeRig, name: str, limit: int) -> None:
-    with pytest.raises(ValueError, match="1 to 255"):
+def test_config_announces_no_limit_of_a_read_as_0(make_rig: MakeRig) -> None:
+    rig = make_rig(max_read_blocks=0)
+    assert rig.device.config == bytes((1, 32, 0))
+
+
+@pytest.mark.parametrize(
+    ("name", "limit", "allowed"),
+    [
+        ("max_write_blocks", 0, "1 to 255"),
+        ("max_write_blocks", 256, "1 to 255"),
+        ("max_read_blocks", -1, "0 to 255"),
+        ("max_read_blocks", 256, "0 to 255"),
+    ],
+)
+def test_a_limit_out_of_range_is_refused(
+    make_rig: MakeRig, name: str, limit: int, allowed: str
+) -> None:
+    with pytest.raises(ValueError, match=allowed):
         make_rig(**{name: limit})
 
 
@@ -400,6 +414,43 @@ def test_a_bad_count_takes_the_whole_run_whichever_check_named_the_result(rig: R
     assert (answer.result, answer.address) == (NO_KEY, 5)
 
 
+# Two frames each of which is refused at one of the checks, and the options of the device for it.
+REFUSED_RUNS: dict[str, tuple[bytes, int, dict[str, object]]] = {
+    "no room in the limit": (write_data(0, 5, A, B), GENERAL, {"max_write_blocks": 1}),
+    "count above the frames": (write_data(0, 5, A, B, block_count=3), GENERAL, {}),
+    "count far above": (write_data(0, 5, A, B, block_count=0xFFFF), GENERAL, {}),
+    "count 0": (write_data(0, 5, A, B, block_count=0), GENERAL, {}),
+    "frames disagree": (write_data(0, 5, A, block_count=2) + write_data(0, 6, B), GENERAL, {}),
+    "expired": (write_data(LAST, 5, A, B), WRITE | EXPIRED, {"store": {"initial_counter": LAST}}),
+    "address": (write_data(0, UNIT_BLOCKS - 1, A, B), ADDR, {}),
+    "MAC": (write_data(0, 5, A, B, key=bytes(32)), AUTH, {}),
+    "counter": (write_data(7, 5, A, B), COUNT, {}),
+}
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("keyed", [False, True], ids=["no key", "key"])
+@pytest.mark.parametrize("refused", REFUSED_RUNS)
+def test_a_refused_write_takes_its_frames_and_leaves_the_answer_to_result_read(
+    make_rig: MakeRig, refused: str, keyed: bool, strict: bool
+) -> None:
+    data, result, options = REFUSED_RUNS[refused]
+    rig = make_rig(**options, strict=strict)
+    expired = rig.store.counter == LAST and EXPIRED
+    if keyed:
+        rig.program()
+        result = EXPIRED if strict and refused == "expired" else result
+    else:
+        result = NO_KEY | expired
+    answers = rig.chain(data + read_result() + read_counter(), 4)
+    assert [(answer.req_resp, answer.result) for answer in answers] == [
+        (spec.VIRTIO_RPMB_RESP_DATA_WRITE, result),
+        (spec.VIRTIO_RPMB_RESP_GET_COUNTER, (OK if keyed else NO_KEY) | expired),
+    ]
+    assert answers[0].address == split(data)[0].address
+    assert bytes(rig.store.image) == bytes(len(rig.store.image))
+
+
 def test_what_follows_a_bad_run_is_executed(keyed: Rig) -> None:
     data = write_data(0, 5, A, block_count=0) + read_data(0) + write_data(0, 5, B) + read_result()
     read, result = keyed.chain(data, 2)
@@ -487,6 +538,30 @@ def test_read_of_more_blocks_than_allowed_fails(make_rig: MakeRig) -> None:
 def test_read_of_255_blocks_is_allowed_by_default(keyed: Rig) -> None:
     assert keyed.read(0, 255) == [bytes(256)] * 255
     check_read_fails(keyed, read_data(0, 256), GENERAL, 256)
+
+
+@pytest.mark.parametrize(("limit", "blocks"), [(255, 255), (0, 255), (0, 256)])
+def test_read_of_an_object_of_65280_bytes(make_rig: MakeRig, limit: int, blocks: int) -> None:
+    """OP-TEE asks for 256 blocks where the object begins within a block."""
+    rig = make_rig(max_read_blocks=limit, max_write_blocks=255)
+    rig.program()
+    stored = [bytes([number % 251]) * 256 for number in range(blocks)]
+    rig.write(0, 3, *stored[:255])
+    rig.write(1, 258, *stored[255:] or [A])
+    answers = rig.chain(read_data(3, blocks), blocks)
+    assert [answer.data for answer in answers] == stored
+    assert {answer.block_count for answer in answers} == {blocks}
+    assert answers[-1].key_mac == mac_of(*answers)
+
+
+def test_read_without_a_limit_is_bounded_by_the_room(make_rig: MakeRig, tmp_path: Path) -> None:
+    rig = make_rig(make_image(tmp_path / "large", 16), max_read_blocks=0)
+    rig.program()
+    assert rig.read(0, 2048) == [bytes(256)] * 2048
+    assert len(rig.chain(read_data(0, 0), 2048)) == 2048
+    check_read_fails(rig, read_data(0, 2049), GENERAL, 2049)
+    check_read_fails(rig, read_data(0, 300), GENERAL, 299)
+    assert len(rig.chain(read_data(0, 0), 3000)) == 2048
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ chains = st.tuples(
 options = st.fixed_dictionaries(
     {
         "max_write_blocks": st.sampled_from([1, 2, 4, 255]),
-        "max_read_blocks": st.sampled_from([1, 3, 255]),
+        "max_read_blocks": st.sampled_from([0, 1, 3, 255]),
         "strict": st.booleans(),
         "features": st.sampled_from([ALL_FEATURES, 0]),
         "store": st.fixed_dictionaries(

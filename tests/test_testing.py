@@ -47,7 +47,7 @@ def test_nothing_is_imported_from_the_current_folder(
 
 def test_a_device_that_does_not_start(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="expected a number 1 to 255, found '0'"):
-        RunningDevice(tmp_path, "--max-read-blocks=0").start()
+        RunningDevice(tmp_path, "--max-write-blocks=0").start()
 
 
 def test_a_device_that_ended_by_itself(tmp_path: Path) -> None:

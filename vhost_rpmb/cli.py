@@ -164,9 +164,10 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--max-read-blocks",
         metavar="N",
-        type=_number(1, MAX_BLOCKS),
+        type=_number(0, MAX_BLOCKS),
         default=MAX_BLOCKS,
-        help=f"blocks of 256 bytes that one read may have, 1 to {MAX_BLOCKS}; default %(default)s",
+        help=f"blocks of 256 bytes that one read may have, 1 to {MAX_BLOCKS}, or 0 for no limit "
+        "but the room for the answer, up to 2048; default %(default)s",
     )
     add(
         "--poll-us",

@@ -21,6 +21,7 @@ REGIONS = (
 OTHER_KEY = bytes(32)
 COUNTERS = (0, 0, 0, 7, 0xFFFF_FFFD, 0xFFFF_FFFE, 0xFFFF_FFFF)
 LIMITS = (32, 255, 1, 2, 3, 4)
+READ_LIMITS = (*LIMITS, 0)
 KINDS = (3, 3, 3, 3, 4, 4, 4, 2, 5, 5, 1, 0, 6, 0x100, 0x300, 0xFFFF)
 ADDRESSES = (0, 1, 2, 3, 5, 255, UNIT_BLOCKS - 2, UNIT_BLOCKS - 1, UNIT_BLOCKS, 0xFFFF)
 COUNTS = (1, 1, 1, 1, 2, 3, 4, 32, 33, 0, 254, 255, 256, 0xFFFF)
@@ -53,7 +54,7 @@ class Frames(Target):
         rig.device = self.engine.RpmbDevice(
             self._disk,
             max_write_blocks=source.pick(LIMITS),
-            max_read_blocks=source.pick(LIMITS),
+            max_read_blocks=source.pick(READ_LIMITS),
             strict=source.pick((False, True)),
         )
         rig.ring.reset()

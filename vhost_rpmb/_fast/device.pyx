@@ -93,8 +93,9 @@ cdef struct Staged:
 cdef class RpmbDevice:
     """A virtio RPMB device with one requestq.
 
-    ``max_write_blocks`` and ``max_read_blocks`` (1 to 255, blocks of 256 bytes) bound one request;
-    ``strict`` answers by the letter of the virtio text where eMMC software differs from it.
+    ``max_write_blocks`` (1 to 255 blocks of 256 bytes) and ``max_read_blocks`` (0 to 255, 0: no
+    limit but the longest answer) bound one request; ``strict`` answers by the letter of the virtio
+    text where eMMC software differs from it.
     """
 
     device_id = VIRTIO_ID_RPMB
@@ -112,6 +113,7 @@ cdef class RpmbDevice:
     cdef uint32_t _blocks
     cdef uint32_t _max_write_blocks
     cdef uint32_t _max_read_blocks
+    cdef uint32_t _announced_read_blocks
     cdef bint _strict
     # What holds between batches.
     cdef uint32_t _counter
@@ -143,9 +145,10 @@ cdef class RpmbDevice:
     cdef Segments _segments
 
     def __init__(self, store, *, max_write_blocks=32, max_read_blocks=255, strict=False):
-        for limit in (max_write_blocks, max_read_blocks):
-            if not 1 <= limit <= 255:
-                raise ValueError(f"a limit is 1 to 255 blocks, not {limit}")
+        if not 1 <= max_write_blocks <= 255:
+            raise ValueError(f"the limit of a write is 1 to 255 blocks, not {max_write_blocks}")
+        if not 0 <= max_read_blocks <= 255:
+            raise ValueError(f"the limit of a read is 0 to 255 blocks, not {max_read_blocks}")
         size = len(store.image)
         if not size or size % CAPACITY_UNIT or size > MAX_CAPACITY:
             raise ValueError(f"an image has 1 to 128 units of 128 KiB, not {size} bytes")
@@ -154,7 +157,8 @@ cdef class RpmbDevice:
         self._damaged = store.damaged
         self._blocks = size // BLOCK_SIZE
         self._max_write_blocks = max_write_blocks
-        self._max_read_blocks = max_read_blocks
+        self._max_read_blocks = max_read_blocks or MAX_RESPONSE_FRAMES
+        self._announced_read_blocks = max_read_blocks
         self._strict = bool(strict)
         self._counter = store.counter
         if store.key is not None:
@@ -177,7 +181,7 @@ cdef class RpmbDevice:
     def config(self):
         """The configuration space: capacity in 128 KiB units, max_wr_cnt, max_rd_cnt."""
         units = self._blocks * BLOCK_SIZE // CAPACITY_UNIT
-        return bytes((units, self._max_write_blocks, self._max_read_blocks))
+        return bytes((units, self._max_write_blocks, self._announced_read_blocks))
 
     def reset(self):
         """Forget the result register (VHOST_USER_RESET_DEVICE); what must last, lasts."""

@@ -111,8 +111,9 @@ class _View:
 class RpmbDevice:
     """A virtio RPMB device with one requestq.
 
-    ``max_write_blocks`` and ``max_read_blocks`` (1 to 255, blocks of 256 bytes) bound one request;
-    ``strict`` answers by the letter of the virtio text where eMMC software differs from it.
+    ``max_write_blocks`` (1 to 255 blocks of 256 bytes) and ``max_read_blocks`` (0 to 255, 0: no
+    limit but the longest answer) bound one request; ``strict`` answers by the letter of the virtio
+    text where eMMC software differs from it.
     """
 
     device_id = spec.VIRTIO_ID_RPMB
@@ -132,15 +133,17 @@ class RpmbDevice:
         max_read_blocks: int = 255,
         strict: bool = False,
     ) -> None:
-        for limit in (max_write_blocks, max_read_blocks):
-            if not 1 <= limit <= 255:
-                raise ValueError(f"a limit is 1 to 255 blocks, not {limit}")
+        if not 1 <= max_write_blocks <= 255:
+            raise ValueError(f"the limit of a write is 1 to 255 blocks, not {max_write_blocks}")
+        if not 0 <= max_read_blocks <= 255:
+            raise ValueError(f"the limit of a read is 0 to 255 blocks, not {max_read_blocks}")
         size = len(store.image)
         if not size or size % spec.CAPACITY_UNIT or size > spec.MAX_CAPACITY:
             raise ValueError(f"an image has 1 to 128 units of 128 KiB, not {size} bytes")
         self._store = store
         self._max_write_blocks = max_write_blocks
-        self._max_read_blocks = max_read_blocks
+        self._max_read_blocks = max_read_blocks or MAX_RESPONSE_FRAMES
+        self._announced_read_blocks = max_read_blocks
         self._strict = strict
         self._capacity_blocks = size // spec.BLOCK_SIZE
         self._authenticator = Authenticator(store.key) if store.key is not None else None
@@ -150,7 +153,7 @@ class RpmbDevice:
     def config(self) -> bytes:
         """The configuration space: capacity in 128 KiB units, max_wr_cnt, max_rd_cnt."""
         units = len(self._store.image) // spec.CAPACITY_UNIT
-        return bytes((units, self._max_write_blocks, self._max_read_blocks))
+        return bytes((units, self._max_write_blocks, self._announced_read_blocks))
 
     def reset(self) -> None:
         """Forget the result register (VHOST_USER_RESET_DEVICE); what must last, lasts."""
