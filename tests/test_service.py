@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -21,6 +22,8 @@ from vhost_rpmb import cli
 from vhost_rpmb.client.rpmb import RpmbClient
 from vhost_rpmb.engine import Engine
 from vhost_rpmb.service import Notifier
+from vhost_rpmb.vhost_user import wire
+from vhost_rpmb.vhost_user.wire import Request
 
 SHARE = Path(__file__).parent.parent / "share"
 TIMEOUT = 20.0  # seconds
@@ -196,7 +199,7 @@ def test_warnings_for_the_journal_have_their_priority(
         status = os.fstat(file.fileno())
         process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "vhost_rpmb", "-v", f"--flash-path={flash}", *SANDBOX),
+                *(sys.executable, "-m", "vhost_rpmb", "-vv", f"--flash-path={flash}", *SANDBOX),
                 *("--initial-counter=5", f"--fd={theirs.fileno()}"),
             ],
             env=os.environ
@@ -208,10 +211,12 @@ def test_warnings_for_the_journal_have_their_priority(
             pass_fds=[theirs.fileno()],
         )
         theirs.close()
+        ours.send(struct.pack("=III", Request.GET_FEATURES, wire.VERSION, 0))
         ours.send(bytes(12))  # protocol version 0
         assert process.wait(TIMEOUT) == 0
     lines = stream.read_text().splitlines()
     assert any(re.match(r"<6>vhost-user-rpmb: info: front-end connected", line) for line in lines)
+    assert any(re.match(r"<7>vhost-user-rpmb: debug: GET_FEATURES", line) for line in lines)
     assert any(re.match(r"<4>vhost-user-rpmb: warning: .*protocol", line) for line in lines)
     assert all(re.match(r"<[3467]>vhost-user-rpmb: ", line) for line in lines)
 

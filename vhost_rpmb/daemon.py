@@ -466,7 +466,10 @@ def _adopt(fd: int) -> tuple[socket.socket, bool]:
 
 
 class _Formatter(logging.Formatter):
-    """Lines as other programs write them: program, severity, text; the journal gets a priority."""
+    """Lines as other programs write them: program, severity, text; the journal gets a priority.
+
+    The journal has the time as well; elsewhere debug lines begin with it.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -474,6 +477,10 @@ class _Formatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         prefix = self._prefixes.get(record.levelno, "")
+        if record.levelno <= logging.DEBUG and not prefix:
+            # UTC, because the sandbox may have no file of time zones.
+            second = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+            prefix = f"{second}.{int(record.msecs):03}Z "
         return f"{prefix}vhost-user-rpmb: {record.levelname.lower()}: {super().format(record)}"
 
 

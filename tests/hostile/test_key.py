@@ -16,6 +16,7 @@ from tests.rig import program_key, read_counter, read_data, read_result, request
 from vhost_rpmb.client.rpmb import RpmbClient
 
 MAC, NONCE = "MAC [0-9a-f]{64}", "nonce [0-9a-f]{32}"  # as the log has them
+TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z"
 PIECE = 8  # bytes of a key that count as the key
 
 
@@ -93,6 +94,9 @@ def use(running: Daemon, key: bytes, other: bytes) -> Iterator[bytes]:
                 write_data(0, 9999, bytes(256), key=key) + read_result(),
                 read_data(0, 4) + read_data(9999, 1),
                 request(99, key_mac=key) + request(0x100, key_mac=key),
+                # By mistake where a MAC belongs, before it is programmed, and the one to come.
+                request(3, key_mac=key) + request(3, key_mac=other) + read_result(),
+                request(3, key_mac=key, block_count=0) + read_result(),
                 program_key(key)[:-1],
                 program_key(key)[1:] + b"\0",
             ):
@@ -108,12 +112,32 @@ def test_each_frame_is_told_in_words(daemon: DaemonFactory, engine: object) -> N
     said = running.stop()
     for line in (
         "request PROGRAM_KEY: address 0, block count 1, write counter 0: OK",
-        f"request DATA_WRITE: address 1, block count 1, write counter 0, {MAC}: OK",
-        f"request DATA_WRITE: address 1, block count 1, write counter 9, {MAC}: COUNT_FAILURE",
+        "request DATA_WRITE: address 1, block count 1, write counter 0: OK",
+        "request DATA_WRITE: address 1, block count 1, write counter 9: COUNT_FAILURE",
+        "request DATA_WRITE: address 0, block count 1, write counter 0: AUTH_FAILURE",
         f"answer DATA_WRITE: address 1, block count 0, write counter 1, {MAC}: OK, 1 frame",
         "request 0x0063: address 0, block count 1, write counter 0: GENERAL_FAILURE",
         f"answer 0x0000: .*, {MAC}: GENERAL_FAILURE, 1 frame",
         f"request DATA_READ: address 0, block count 2, write counter 0, {NONCE}: OK",
         f"answer DATA_READ: address 0, block count 2, write counter 0, {NONCE}: OK, 2 frames",
+        "request: expected whole frames of 512 bytes, 1 to 512 .*, found 511 bytes: GENERAL_.*",
     ):
-        assert re.search(f"debug: {line}$", said, re.MULTILINE), line
+        assert re.search(f"^{TIME} vhost-user-rpmb: debug: {line}$", said, re.MULTILINE), line
+    assert not re.search("^[^0-9].* debug:", said, re.MULTILINE), "a debug line without its time"
+
+
+def test_answers_without_room_are_told(daemon: DaemonFactory) -> None:
+    running = daemon("--debug")
+    with RpmbClient.connect(str(running.socket_path)) as client:
+        client.program_key(os.urandom(32))
+        assert len(client.exchange(read_counter() * 2 + read_data(0), 1100)) == 1024
+        assert client.exchange(bytes(1000), 511) == b""
+    said = running.stop()
+    pattern = (
+        "request DATA_READ: .*: GENERAL_FAILURE\n"
+        f"{TIME} vhost-user-rpmb: debug: answer left out: expected room for 1 frame, found room "
+        "for 0 frames\n(?s:.*)found 1000 bytes: GENERAL_FAILURE\n"
+        f"{TIME} vhost-user-rpmb: debug: answer left out: expected room for 1 frame"
+    )
+    assert re.search(pattern, said), said
+    assert said.count("answer left out") == 2

@@ -66,10 +66,14 @@ class _Result(NamedTuple):
 
 
 class _Work(NamedTuple):
-    """One chain of a batch, copied: its frames (None: not whole frames) and its room in frames."""
+    """One chain of a batch, copied: its frames (None: not whole frames) and its room in frames.
+
+    ``length``: of its request, in bytes.
+    """
 
     head: int
     writable: list[tuple[int, int]]
+    length: int
     frames: list[bytes] | None
     room: int
     broken: bool
@@ -205,7 +209,7 @@ class RpmbDevice:
                     for start in range(0, length, spec.FRAME_SIZE)
                 ]
             frames += room + len(request or ())
-            batch.append(_Work(chain.head, chain.writable, request, room, chain.broken))
+            batch.append(_Work(chain.head, chain.writable, length, request, room, chain.broken))
         return batch, True
 
     def _execute(self, batch: list[_Work], writable: bool) -> tuple[_View, list[bytes]]:
@@ -227,6 +231,7 @@ class _ChainRun:
         self._room = work.room
         self._writable = writable
         self._answers: list[bytes] = []
+        self._left_out = 0  # frames of the answer at hand, if there was no room for it
         self._result = spec.VIRTIO_RPMB_RES_OK  # of the request at hand
         self._log = logger.isEnabledFor(_FRAMES)
 
@@ -236,6 +241,15 @@ class _ChainRun:
             return b""
         if frames is None:
             self._answer(Frame(result=spec.VIRTIO_RPMB_RES_GENERAL_FAILURE))
+            if self._log:
+                logger.debug(
+                    "request: expected whole frames of %d bytes, 1 to %d of them, found %d bytes: "
+                    "GENERAL_FAILURE",
+                    spec.FRAME_SIZE,
+                    MAX_REQUEST_BYTES // spec.FRAME_SIZE,
+                    self._work.length,
+                )
+                self._log_answer(0)
             return b"".join(self._answers)
         index = 0
         while index < len(frames):
@@ -245,14 +259,26 @@ class _ChainRun:
             index += handler(self, frame, frames[index:])
             if self._log:
                 logger.debug("%s", _describe_request(frame, self._result))
-                for answer in self._answers[answered : answered + 1]:
-                    logger.debug("%s", _describe_answer(answer, len(self._answers) - answered))
+                self._log_answer(answered)
         return b"".join(self._answers)
+
+    def _log_answer(self, answered: int) -> None:
+        """Tell of the answer behind the first ``answered`` frames, or that it was left out."""
+        for answer in self._answers[answered : answered + 1]:
+            logger.debug("%s", _describe_answer(answer, len(self._answers) - answered))
+        if self._left_out:
+            logger.debug(
+                "answer left out: expected room for %s, found room for %s",
+                _count_frames(self._left_out),
+                _count_frames(self._room),
+            )
+            self._left_out = 0
 
     def _answer(self, *frames: Frame) -> None:
         """Append one response, with a MAC if a key is programmed, if there is room for it."""
         self._result = frames[0].result
         if len(frames) > self._room:
+            self._left_out = len(frames)
             return
         self._room -= len(frames)
         expired = self._expired() and spec.VIRTIO_RPMB_RES_WRITE_COUNTER_EXPIRED
@@ -428,16 +454,17 @@ def _name_result(result: int) -> str:
 def _describe_request(frame: Frame, result: int) -> str:
     """Tell of a request and its result; never its key or data.
 
-    Of nonce and MAC only what the type gives a meaning: a frame at fault may have a key anywhere.
+    The nonce only where the type gives it a meaning: a frame at fault may have a key anywhere. The
+    MAC never: it may be the key, and that of a device or a time to come. The result says whether it
+    was right.
     """
-    write = frame.req_resp == spec.VIRTIO_RPMB_REQ_DATA_WRITE
     nonce = frame.req_resp in (
         spec.VIRTIO_RPMB_REQ_GET_WRITE_COUNTER,
         spec.VIRTIO_RPMB_REQ_DATA_READ,
     )
     return (
         f"request {_name('VIRTIO_RPMB_REQ_', frame.req_resp)}: "
-        f"{_fields(frame, nonce=nonce, mac=write)}: {_name_result(result)}"
+        f"{_fields(frame, nonce=nonce, mac=False)}: {_name_result(result)}"
     )
 
 
@@ -447,8 +474,12 @@ def _describe_answer(raw: bytes, count: int) -> str:
     return (
         f"answer {_name('VIRTIO_RPMB_RESP_', frame.req_resp)}: "
         f"{_fields(frame, nonce=any(frame.nonce), mac=count == 1)}: "
-        f"{_name_result(frame.result)}, {count} {'frame' if count == 1 else 'frames'}"
+        f"{_name_result(frame.result)}, {_count_frames(count)}"
     )
+
+
+def _count_frames(count: int) -> str:
+    return f"{count} {'frame' if count == 1 else 'frames'}"
 
 
 def _fields(frame: Frame, *, nonce: bool, mac: bool) -> str:
