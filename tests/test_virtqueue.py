@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -273,6 +274,40 @@ def test_a_chain_longer_than_2_to_the_32_is_broken(make_rig: MakeRig) -> None:
     table = [(START, 4 << 20, NEXT, index + 1) for index in range(1024)] + [(START, 512, 0, 0)]
     used, faults = run_table(rig, table)
     assert (used, list(faults)) == ([Used(0, 0)], [rules.CHAIN_RULES[rules.CHAIN_BYTES]])
+
+
+@pytest.mark.parametrize(
+    ("buffers", "extra", "table", "used"),
+    [
+        (256, [], PLACE, 512),  # 4096 borders
+        (256, [(START + (8 << 20) + PAGE - 1, 2)], PLACE, 0),
+        (255, [(START + (8 << 20) + PAGE - 1, 2)] * 16, PLACE, 512),
+        (255, [(START + (8 << 20) + PAGE - 1, 2)] * 17, PLACE, 0),
+        (256, [], START + (8 << 20) + PAGE - 64, 0),  # the table itself crosses one or two
+        (1, [(START + (8 << 20) + 17 * PAGE - 1, 2)], PLACE, 0),  # and then nothing is there
+    ],
+)
+def test_a_chain_of_too_many_pieces_is_broken(
+    make_rig: MakeRig, buffers: int, extra: list[tuple[int, int]], table: int, used: int
+) -> None:
+    many = START + (8 << 20)
+    regions = [
+        MemoryRegion(many + number * PAGE, PAGE, 0x7E00_0000_0000 + number * 2 * PAGE, 0)
+        for number in range(17)
+    ]
+    rig = make_rig(size=512, regions=[MemoryRegion(START, 4 << 20, 0x7F00_0000_0000, 0), *regions])
+    segments = [*extra, *[(many, 17 * PAGE)] * buffers]
+    entries = [(*segment, WRITE | NEXT, index + 1) for index, segment in enumerate(segments)]
+    entries[-1] = (*segments[-1], WRITE, 0)
+    raw = b"".join(struct.pack("<QIHH", *entry) for entry in entries)
+    rig.guest.write(table, raw)
+    assert run_table(rig, [(table, len(raw), INDIRECT, 0)])[0] == [Used(0, used)]
+    rule = rules.CHAIN_BUFFER if buffers == 1 else rules.CHAIN_CROSSINGS
+    expected = {} if used else {rules.CHAIN_RULES[rule]: 1}
+    run_again, faults = run_table(rig, [(table, len(raw), INDIRECT, 0)])
+    assert (run_again, faults) == ([Used(0, used)], expected)
+    rig.program()
+    assert rig.chain(read_counter())[0].result == 0
 
 
 def test_an_indirect_table_that_was_not_negotiated_breaks_the_chain(make_rig: MakeRig) -> None:

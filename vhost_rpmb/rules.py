@@ -6,6 +6,10 @@ The order is the numbering of the compiled engine (``_fast/virtqueue.pxd``).
 
 from __future__ import annotations
 
+# How often the buffers of one chain may continue in the next memory region. A real guest has few
+# regions that adjoin; without a bound each descriptor could be as much work as there are regions.
+MAX_CROSSINGS = 4096
+
 # A broken chain costs the guest that chain.
 CHAIN_RULES = (
     "a descriptor chain has more descriptors than the queue (or loops)",
@@ -19,6 +23,7 @@ CHAIN_RULES = (
     "an indirect table lies outside every memory region",
     "a descriptor has length zero",
     "a descriptor chain is longer than 2^32 bytes",
+    f"the buffers of a descriptor chain cross borders of memory regions over {MAX_CROSSINGS} times",
 )
 (
     CHAIN_TOO_LONG,
@@ -32,6 +37,7 @@ CHAIN_RULES = (
     CHAIN_INDIRECT_TABLE,
     CHAIN_EMPTY_DESCRIPTOR,
     CHAIN_BYTES,
+    CHAIN_CROSSINGS,
 ) = range(len(CHAIN_RULES))
 
 # A broken ring stops the queue until the driver resets it.

@@ -18,6 +18,7 @@ cdef enum:
     CHAIN_INDIRECT_TABLE
     CHAIN_EMPTY_DESCRIPTOR
     CHAIN_BYTES
+    CHAIN_CROSSINGS
     CHAIN_RULES
 
     RING_OK = 0
@@ -30,6 +31,8 @@ cdef enum:
     RING_MEMORY_LOST
 
     CHAIN_GOOD = -1
+
+    MAX_CROSSINGS = 4096
 
 
 cdef struct Segment:
@@ -63,6 +66,7 @@ cdef class Virtqueue:
     cdef uint16_t next_used
     cdef uint32_t unpushed
     cdef size_t walked
+    cdef size_t crossings
     cdef uint64_t[CHAIN_RULES] faults
     cdef bint faulty
     cdef bint watched  # somebody watches the available ring, so no kick is needed

@@ -289,6 +289,7 @@ cdef class Virtqueue:
         cdef uint64_t total = 0
         cdef uint64_t wanted
         cdef int rule
+        self.crossings = 0
         while True:
             self.walked += 1
             if indirect:
@@ -306,8 +307,9 @@ cdef class Virtqueue:
                     return CHAIN_INDIRECT_LENGTH
                 if entry.length // VIRTQ_DESC_SIZE > self.size:
                     return CHAIN_INDIRECT_SIZE
-                if self._add_buffer(NULL, entry.address, entry.length, 0) != CHAIN_GOOD:
-                    return CHAIN_INDIRECT_TABLE
+                rule = self._add_buffer(NULL, entry.address, entry.length, 0)
+                if rule != CHAIN_GOOD:
+                    return CHAIN_INDIRECT_TABLE if rule == CHAIN_BUFFER else rule
                 indirect = True
                 table = entry.address
                 index = 0
@@ -342,13 +344,14 @@ cdef class Virtqueue:
     cdef int _add_buffer(
         self, Segments *segments, uint64_t address, uint64_t length, uint64_t wanted
     ) except -2 nogil:
-        """Check that a buffer lies in the regions; append the pieces of its first ``wanted`` bytes.
+        """Check that a buffer lies in the regions, without too many borders in the chain so far.
 
-        Return CHAIN_GOOD or CHAIN_BUFFER.
+        Append the pieces of its first ``wanted`` bytes. Return CHAIN_GOOD, CHAIN_BUFFER or
+        CHAIN_CROSSINGS.
         """
         cdef uint64_t left = 0
         cdef unsigned char *host
-        while length:
+        while True:
             host = self.memory.find(address, &left)
             if host == NULL:
                 return CHAIN_BUFFER
@@ -356,9 +359,14 @@ cdef class Virtqueue:
             if wanted:
                 _append(segments, host, min(left, wanted))
                 wanted -= min(left, wanted)
-            address += left
             length -= left
-        return CHAIN_GOOD
+            if not length:
+                return CHAIN_GOOD
+            address += left
+            self.walked += 1
+            self.crossings += 1
+            if self.crossings > MAX_CROSSINGS:
+                return CHAIN_CROSSINGS
 
     cdef void push(self, uint16_t head, uint32_t length) noexcept nogil:
         """Return a chain, ``length`` bytes of which were written; visible after close()."""

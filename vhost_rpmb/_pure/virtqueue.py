@@ -275,6 +275,7 @@ class Virtqueue:
         table = b""
         index, entries = head, self._size
         count = total = 0
+        self._crossings = 0
         while True:
             self._walked += 1
             if indirect:
@@ -292,10 +293,8 @@ class Virtqueue:
                     raise _BrokenChainError(rules.CHAIN_INDIRECT_LENGTH)
                 if length // spec.VIRTQ_DESC_SIZE > self._size:
                     raise _BrokenChainError(rules.CHAIN_INDIRECT_SIZE)
-                try:
-                    table = self._memory.read(address, length)
-                except GuestMemoryError:
-                    raise _BrokenChainError(rules.CHAIN_INDIRECT_TABLE) from None
+                self._check_buffer(address, length, rules.CHAIN_INDIRECT_TABLE)
+                table = self._memory.read(address, length)
                 indirect = True
                 index, entries = 0, length // spec.VIRTQ_DESC_SIZE
                 continue
@@ -313,13 +312,28 @@ class Virtqueue:
                 raise _BrokenChainError(rules.CHAIN_ORDER)
             else:
                 readable.append((address, length))
-            if not self._memory._covers(address, length):
-                raise _BrokenChainError(rules.CHAIN_BUFFER)
+            self._check_buffer(address, length, rules.CHAIN_BUFFER)
             if not flags & spec.VIRTQ_DESC_F_NEXT:
                 return Chain(head, readable, writable)
             if following >= entries:
                 raise _BrokenChainError(rules.CHAIN_NEXT)
             index = following
+
+    def _check_buffer(self, address: int, length: int, outside: int) -> None:
+        """Check that a buffer lies in the regions, without too many borders in the chain so far.
+
+        ``outside``: the rule that the chain breaks if the buffer does not.
+        """
+        try:
+            for _, _, count in self._memory._spans(address, length):
+                length -= count
+                if length:
+                    self._walked += 1
+                    self._crossings += 1
+                    if self._crossings > rules.MAX_CROSSINGS:
+                        raise _BrokenChainError(rules.CHAIN_CROSSINGS)
+        except GuestMemoryError:
+            raise _BrokenChainError(outside) from None
 
     def _push(self, head: int, length: int) -> None:
         """Return a chain, ``length`` bytes of which were written; visible after _close()."""
