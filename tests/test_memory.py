@@ -144,6 +144,36 @@ def test_509_regions_are_found(memory: Any, fd: int) -> None:
             memory.read(number * 2 * PAGE + PAGE, 1)
 
 
+def test_the_regions_have_64_tib_at_most(memory: Any) -> None:
+    fd = os.memfd_create("sparse")
+    os.ftruncate(fd, 40 << 40)
+    memory.add_region(0, 40 << 40, 0, 0, fd)
+    with pytest.raises(ValueError, match="more than 64 TiB"):
+        memory.add_region(40 << 40, (24 << 40) + PAGE, 40 << 40, 0, fd)
+    memory.add_region(40 << 40, PAGE, 40 << 40, 0, fd)
+    os.close(fd)
+
+
+@pytest.mark.parametrize("offset", [0, PAGE - 1])
+def test_mappings_made_anew_have_the_same_memory(memory: Any, offset: int) -> None:
+    """Of a file touched in more places than page tables are kept for, in two regions."""
+    step = 2 << 20
+    fd = os.memfd_create("sparse")
+    os.ftruncate(fd, 4000 * step)
+    memory.add_region(0, 2000 * step, 0, offset, fd)
+    memory.add_region(2000 * step, 1000 * step, 2000 * step, 2000 * step + offset, fd)
+    before = mappings("memfd:sparse")
+    for number in range(3000):
+        memory.write(number * step, number.to_bytes(4))
+    for number in (*range(0, 3000, 7), 2999):
+        assert os.pread(fd, 4, number * step + offset) == number.to_bytes(4)
+        assert memory.read(number * step, 4) == number.to_bytes(4)
+    os.pwrite(fd, b"mark", offset)
+    assert memory.read(0, 4) == b"mark"
+    assert mappings("memfd:sparse") == before
+    os.close(fd)
+
+
 @pytest.mark.parametrize("key", [(0x10000, PAGE, 1), (0x10000, 1, 0), (0x10001, PAGE, 0)])
 def test_a_region_is_removed_by_all_three_values(
     memory: Any, fd: int, key: tuple[int, int, int]
@@ -155,9 +185,9 @@ def test_a_region_is_removed_by_all_three_values(
     assert memory.regions == ()
 
 
-def mappings() -> int:
+def mappings(name: str = "memfd:leak") -> int:
     with open("/proc/self/maps") as maps:
-        return sum("memfd:leak" in line for line in maps)
+        return sum(name in line for line in maps)
 
 
 def test_nothing_stays_mapped_or_open(engine: Engine) -> None:

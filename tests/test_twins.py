@@ -99,6 +99,17 @@ def test_the_limits_are_the_same() -> None:
 
 
 @pytest.mark.needs_sources
+def test_the_limits_of_memory_and_chains_are_the_same() -> None:
+    for name, limits in {
+        "memory": {"MAX_TOUCHED_AREAS": _pure.memory.MAX_TOUCHED_AREAS},
+        "virtqueue": {"MAX_CROSSINGS": rules.MAX_CROSSINGS},
+    }.items():
+        lines = (PACKAGE / "_fast" / f"{name}.pxd").read_text()
+        numbers = dict(re.findall(r"^    (MAX_\w+) = (\d+)$", lines, re.MULTILINE))
+        assert {limit: int(value) for limit, value in numbers.items()} == limits
+
+
+@pytest.mark.needs_sources
 def test_the_rules_are_numbered_the_same() -> None:
     lines = (PACKAGE / "_fast" / "virtqueue.pxd").read_text()
     names = re.findall(r"^    ((?:CHAIN|RING)_\w+)(?: = 0)?$", lines, re.MULTILINE)

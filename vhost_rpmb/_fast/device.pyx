@@ -16,6 +16,7 @@ from libc.string cimport memcmp, memcpy, memset
 from cpython.bytes cimport PyBytes_FromStringAndSize
 
 from vhost_rpmb._fast.frame cimport Authenticator, new_authenticator
+from vhost_rpmb._fast.memory cimport GuestMemory
 from vhost_rpmb._fast.spec cimport *
 from vhost_rpmb._fast.virtqueue cimport Chain, Segments, Virtqueue
 
@@ -211,7 +212,7 @@ cdef class RpmbDevice:
             if self._saw_key:
                 OPENSSL_cleanse(self._requests, self._requests_capacity)
         for index in range(self._work_count):
-            self._scatter(&self._work[index])
+            self._scatter(queue.memory, &self._work[index])
             queue.push(self._work[index].head, self._work[index].answered * FRAME_SIZE)
         self.served += self._work_count
         return queue.close(drained)
@@ -260,7 +261,7 @@ cdef class RpmbDevice:
             )
             work.frames = 0
             if work.whole:
-                self._gather(chain.readable)
+                self._gather(queue.memory, chain.readable)
                 work.frames = <uint32_t>(chain.readable // FRAME_SIZE)
             frames += work.room + work.frames
             self._work_count += 1
@@ -279,13 +280,14 @@ cdef class RpmbDevice:
             self._work_capacity = capacity
         return &self._work[self._work_count]
 
-    cdef int _gather(self, uint64_t length) except -1:
+    cdef int _gather(self, GuestMemory memory, uint64_t length) except -1:
         """Copy the readable segments, ``length`` bytes in all, behind the requests."""
         cdef size_t index
         self._requests = _grow(
             self._requests, &self._requests_capacity, self._requests_size + length
         )
         for index in range(self._readable.count):
+            memory.touch(self._readable.items[index].host, self._readable.items[index].length)
             memcpy(
                 self._requests + self._requests_size,
                 self._readable.items[index].host,
@@ -294,7 +296,7 @@ cdef class RpmbDevice:
             self._requests_size += self._readable.items[index].length
         return 0
 
-    cdef void _scatter(self, Work *work) noexcept:
+    cdef void _scatter(self, GuestMemory memory, Work *work) noexcept:
         """Write the answer of a chain into its device-writable buffers."""
         cdef const unsigned char *answer = self._responses + work.response
         cdef uint64_t length = <uint64_t>work.answered * FRAME_SIZE
@@ -302,6 +304,7 @@ cdef class RpmbDevice:
         cdef size_t index = work.segment
         while length:
             part = min(length, self._segments.items[index].length)
+            memory.touch(self._segments.items[index].host, part)
             memcpy(self._segments.items[index].host, answer, part)
             answer += part
             length -= part

@@ -1,5 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-from libc.stdint cimport uint64_t
+from libc.stdint cimport uint32_t, uint64_t
+
+cdef enum:
+    # The limit of vhost_rpmb._pure.memory, and how many of the latest areas are told from new ones.
+    MAX_TOUCHED_AREAS = 1024
+    AREA_BITS = 21
+    KNOWN_AREAS = 256
 
 
 cdef struct Region:
@@ -17,8 +23,22 @@ cdef class GuestMemory:
     cdef size_t _max_regions
     cdef int _lost  # set by the SIGBUS handler
     cdef uint64_t generation  # counts the changes of the table
+    cdef size_t _touched  # areas since the mappings were made, some of them more than once
+    cdef uint32_t[KNOWN_AREAS] _areas  # by number: the latest one touched with these last bits
 
     cdef bint lost(self) noexcept nogil
+    cdef inline void touch(self, const unsigned char *host, uint64_t length) noexcept nogil:
+        """Count what an access costs in page tables, and free those of all regions in time."""
+        cdef uint64_t area = <uint64_t>host >> AREA_BITS
+        cdef uint64_t last = (<uint64_t>host + length - 1) >> AREA_BITS
+        while area <= last:
+            if self._areas[area % KNOWN_AREAS] != <uint32_t>area:
+                self._areas[area % KNOWN_AREAS] = <uint32_t>area
+                self._touched += 1
+            area += 1
+        if self._touched >= MAX_TOUCHED_AREAS:
+            self.renew()
+    cdef void renew(self) noexcept nogil
     cdef size_t _position(self, uint64_t guest_address) noexcept nogil
     cdef unsigned char *find(self, uint64_t guest_address, uint64_t *left) noexcept nogil
     cdef bint copy_out(

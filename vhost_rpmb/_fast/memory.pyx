@@ -10,7 +10,7 @@ cimport cython
 from libc.errno cimport errno as c_errno
 from libc.stdint cimport uint64_t
 from libc.stdlib cimport calloc, free
-from libc.string cimport memcpy, memmove
+from libc.string cimport memcpy, memmove, memset
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 
@@ -100,6 +100,24 @@ cdef extern from *:
         errno = ENOMEM;
         return -1;
     }
+    /* Map a region anew, in place: frees its page tables. A size of 0 has mremap() map the same
+       pages a second time; moving that there takes the place of the first mapping. Nothing is freed
+       where there are no addresses for it, or for huge pages, which have no tables of that size. */
+    #define RENEWED_AT_ONCE ((size_t)1 << 36)  /* _pure/memory.py says why */
+    static void renew_mapping(char *place, size_t length, int *lost) {
+        while (length) {
+            size_t part = length < RENEWED_AT_ONCE ? length : RENEWED_AT_ONCE;
+            void *second = mremap(place, 0, part, MREMAP_MAYMOVE);
+            if (second != MAP_FAILED
+                && mremap(second, part, part, MREMAP_MAYMOVE | MREMAP_FIXED, place) == MAP_FAILED
+                && mmap(place, part, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED,
+                        -1, 0) != MAP_FAILED)
+                *lost = 1;  /* the place may have been empty already */
+            place += part;
+            length -= part;
+        }
+    }
     static void guard_remove(void *start) {
         size_t index;
         for (index = 0; index < GUARDS; index++)
@@ -109,11 +127,14 @@ cdef extern from *:
     """
     void compiler_barrier() noexcept nogil
     int guard_add(void *, size_t, int *) noexcept nogil
+    void renew_mapping(char *, size_t, int *) noexcept nogil
     void guard_remove(void *) noexcept nogil
 
 _ADDRESS_END = 1 << 64
 _FILE_END = 1 << 63
 _PAGE_SIZE = mmap.ALLOCATIONGRANULARITY
+
+MAX_MAPPED = 1 << 46  # _pure/memory.py says why
 
 
 class GuestMemoryError(Exception):
@@ -187,6 +208,8 @@ cdef class GuestMemory:
             and self._table[index].guest_address - region.guest_address < region.size
         ):
             raise ValueError("the memory region overlaps another one")
+        if sum([other[1] for other in self.regions]) + size > MAX_MAPPED:
+            raise ValueError("the memory regions have more than 64 TiB")
         status = os.fstat(fd)
         if stat.S_ISREG(status.st_mode) and mmap_offset + size > status.st_size:
             raise ValueError("the memory region reaches past the end of its file")
@@ -258,6 +281,7 @@ cdef class GuestMemory:
                     raise GuestMemoryError(f"{guest_address:#x} is outside every memory region")
                 left = min(left, length - done)
                 if sure:
+                    self.touch(host, left)
                     memcpy(host, PyBytes_AS_STRING(data) + done, left)
                 done += left
 
@@ -305,6 +329,7 @@ cdef class GuestMemory:
             if host == NULL:
                 return False
             left = min(left, length)
+            self.touch(host, left)
             memcpy(target, host, left)
             target += left
             guest_address += left
@@ -335,8 +360,21 @@ cdef class GuestMemory:
                     or <uint64_t>host % alignment
                 ):
                     return NULL
+                self.touch(host, length)
                 return host
         return NULL
+
+    cdef void renew(self) noexcept nogil:
+        """Free the page tables of all regions: enough areas were touched since the last time."""
+        cdef size_t index
+        self._touched = 0
+        memset(self._areas, 0, sizeof(self._areas))
+        if self._lost:
+            return
+        for index in range(self._count):
+            renew_mapping(
+                <char *>self._table[index].mapping, self._table[index].mapping_length, &self._lost
+            )
 
     cdef void _drop(self, size_t index) noexcept:
         """Unmap one region and close the gap in the table."""

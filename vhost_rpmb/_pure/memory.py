@@ -19,6 +19,17 @@ _ADDRESS_END = 1 << 64
 _FILE_END = 1 << 63
 _BY_GUEST_ADDRESS = attrgetter("guest_address")
 
+# Each access costs the process the page tables of the address, 4 KiB for 2 MiB of addresses and as
+# much again for 1 GiB, and they stay until the mapping goes. A guest could make them grow to 1/512
+# of a sparse file. So the mappings are made anew, in place, after so many areas of 2 MiB.
+MAX_TOUCHED_AREAS = 1024
+_AREA_BITS = 21
+# A mapping is made anew in parts of that size, each of which needs as many free addresses for a
+# moment. Where the regions take half of a 47-bit address space at most, 510 gaps between them
+# cannot all be smaller.
+_RENEWED_AT_ONCE = 1 << 36
+MAX_MAPPED = 1 << 46
+
 
 class GuestMemoryError(Exception):
     """An address range is not wholly inside the shared memory regions."""
@@ -90,16 +101,53 @@ class _SignalAction(ctypes.Structure):
 _SA_SIGINFO = 4
 _MAP_FIXED = 0x10
 _MAP_NORESERVE = 0x4000
+_MREMAP_MAYMOVE = 1
+_MREMAP_FIXED = 2
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _map_memory = ctypes.CFUNCTYPE(
     ctypes.c_size_t,
     *(ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long),
 )(("mmap", _libc))
+_remap_memory = ctypes.CFUNCTYPE(
+    ctypes.c_size_t,
+    *(ctypes.c_size_t, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_size_t),
+)(("mremap", _libc))
 _MAP_FAILED = ctypes.c_size_t(-1).value
 
 _mapped: WeakSet[_Region] = WeakSet()
 _previous: list[_SignalAction] = []  # the handler before ours, until it is back
+
+
+def _lose(start: int, length: int) -> bool:
+    """Put private memory of zeros where a region, or a part of one, is mapped."""
+    place = _map_memory(
+        start,
+        length,
+        mmap.PROT_READ | mmap.PROT_WRITE,
+        mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED | _MAP_NORESERVE,
+        -1,
+        0,
+    )
+    return bool(place != _MAP_FAILED)
+
+
+def _renew(region: _Region) -> None:
+    """Map a region anew, in place: frees its page tables.
+
+    A size of 0 has mremap() map the same pages a second time; moving that there takes the place of
+    the first mapping. Nothing is freed where there are no addresses for it, or for huge pages,
+    which have no tables of that size.
+    """
+    for offset in range(0, region.length, _RENEWED_AT_ONCE):
+        place = region.start + offset
+        length = min(region.length - offset, _RENEWED_AT_ONCE)
+        second = _remap_memory(place, 0, length, _MREMAP_MAYMOVE, 0)
+        if second == _MAP_FAILED:
+            continue
+        flags = _MREMAP_MAYMOVE | _MREMAP_FIXED
+        if _remap_memory(second, length, length, flags, place) == _MAP_FAILED:
+            region.lost = _lose(place, length)  # the place may be empty by now
 
 
 def _handle_bus_error(number: int, info: ctypes._Pointer[_SignalInfo], _context: int) -> None:
@@ -107,16 +155,8 @@ def _handle_bus_error(number: int, info: ctypes._Pointer[_SignalInfo], _context:
     if fault.code > 0:  # from the kernel, for an access
         for region in list(_mapped):
             if 0 <= fault.address - region.start < region.length:
-                place = _map_memory(
-                    region.start,
-                    region.length,
-                    mmap.PROT_READ | mmap.PROT_WRITE,
-                    mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED | _MAP_NORESERVE,
-                    -1,
-                    0,
-                )
-                if place != _MAP_FAILED:
-                    region.lost = True
+                region.lost = _lose(region.start, region.length)
+                if region.lost:
                     return
     # Not ours: the access is repeated under the handler that was there before. Should that one hand
     # it back, the default ends the process.
@@ -152,6 +192,7 @@ class GuestMemory:
         self._max_regions = max_regions
         self._regions: list[_Region] = []  # by guest address
         self._was_lost = False
+        self._touched: set[int] = set()  # areas, by number, since the mappings were made
 
     @property
     def regions(self) -> tuple[tuple[int, int, int], ...]:
@@ -181,6 +222,8 @@ class GuestMemory:
             after and guest_address + size > after.guest_address
         ):
             raise ValueError("the memory region overlaps another one")
+        if sum(region.size for region in self._regions) + size > MAX_MAPPED:
+            raise ValueError("the memory regions have more than 64 TiB")
         region = _Region(guest_address, size, user_address, mmap_offset, fd)
         _guard(region)
         self._regions.insert(index, region)
@@ -202,15 +245,17 @@ class GuestMemory:
 
     def read(self, guest_address: int, length: int) -> bytes:
         """Copy ``length`` bytes out, across regions that adjoin; GuestMemoryError outside."""
-        return b"".join(
-            region.map[start : start + count]
-            for region, start, count in self._spans(guest_address, length)
-        )
+        pieces = []
+        for region, start, count in self._spans(guest_address, length):
+            self._touch(region, start, count)
+            pieces.append(region.map[start : start + count])
+        return b"".join(pieces)
 
     def write(self, guest_address: int, data: bytes) -> None:
         """Copy ``data`` in, across regions that adjoin; GuestMemoryError (and no write) outside."""
         done = 0
         for region, start, count in list(self._spans(guest_address, len(data))):
+            self._touch(region, start, count)
             region.map[start : start + count] = data[done : done + count]
             done += count
 
@@ -227,15 +272,6 @@ class GuestMemory:
         _mapped.discard(region)
         region.map.close()
         self._was_lost |= region.lost
-
-    def _covers(self, guest_address: int, length: int) -> bool:
-        """Tell whether the range is wholly inside regions that adjoin."""
-        try:
-            for _ in self._spans(guest_address, length):
-                pass
-        except GuestMemoryError:
-            return False
-        return True
 
     def _spans(self, guest_address: int, length: int) -> Iterator[tuple[_Region, int, int]]:
         """Cut a range into (region, offset in its map, byte count)."""
@@ -262,5 +298,16 @@ class GuestMemory:
                 start = region.skipped + offset
                 if length > region.size - offset or user_address % alignment or start % alignment:
                     return None
+                self._touch(region, start, length)
                 return memoryview(region.map)[start : start + length]
         return None
+
+    def _touch(self, region: _Region, start: int, length: int) -> None:
+        """Count what an access costs in page tables, and free those of all regions in time."""
+        first = region.start + start
+        self._touched.update(range(first >> _AREA_BITS, (first + length - 1 >> _AREA_BITS) + 1))
+        if len(self._touched) >= MAX_TOUCHED_AREAS:
+            self._touched.clear()
+            for mapped in self._regions:
+                if not mapped.lost:
+                    _renew(mapped)
