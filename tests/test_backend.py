@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from vhost_rpmb import spec
+from vhost_rpmb import rules, spec
 from vhost_rpmb.client.memory import GuestMemory
 from vhost_rpmb.client.messages import counter_request
 from vhost_rpmb.client.ring import Ring, Segment
@@ -173,13 +173,9 @@ class Peer:
 
     def configure(self, ring: Ring, index: int = 0, base: int = 0) -> None:
         """Size, base and addresses of a vring."""
-        user = ring.memory.user_address
-        addresses = wire.VringAddress(
-            index, 0, user(ring.descriptor_table), user(ring.used_ring), user(ring.available_ring)
-        )
         assert not self.ack(Request.SET_VRING_NUM, VringState(index, ring.size).pack())
         assert not self.ack(Request.SET_VRING_BASE, VringState(index, base).pack())
-        assert not self.ack(Request.SET_VRING_ADDR, addresses.pack())
+        assert not self.ack(Request.SET_VRING_ADDR, addresses(ring, index).pack())
 
     def start(self, ring: Ring, index: int = 0, base: int = 0) -> None:
         """All that makes a vring run."""
@@ -189,6 +185,13 @@ class Peer:
         assert not self.ack(Request.SET_VRING_ERR, payload, (ring.error_fd,))
         assert not self.ack(Request.SET_VRING_KICK, payload, (ring.kick_fd,))
         assert not self.ack(Request.SET_VRING_ENABLE, VringState(index, 1).pack())
+
+
+def addresses(ring: Ring, index: int = 0, flags: int = 0) -> wire.VringAddress:
+    user = ring.memory.user_address
+    return wire.VringAddress(
+        index, flags, user(ring.descriptor_table), user(ring.used_ring), user(ring.available_ring)
+    )
 
 
 def message(request: int, payload: bytes = b"", flags: int = 0) -> bytes:
@@ -276,6 +279,7 @@ MESSAGES: dict[Request, Good] = {
     Request.SET_OWNER: (b"", 0, NONE, False),
     Request.RESET_OWNER: (b"", 0, NONE, False),
     Request.SET_MEM_TABLE: (wire.pack_memory_table([REGION]), 1, NONE, False),
+    Request.SET_LOG_BASE: (wire.pack_u64(PAGE), 0, NONE, False),
     Request.SET_VRING_NUM: (VringState(0, 8).pack(), 0, NONE, False),
     Request.SET_VRING_ADDR: (wire.VringAddress(0, 0, 0, 0, 0).pack(), 0, NONE, False),
     Request.SET_VRING_BASE: (VringState(0, 8).pack(), 0, NONE, False),
@@ -316,8 +320,9 @@ WITH_REPLY = [request for request, good in MESSAGES.items() if good[3]]
 WITH_FEATURE = [request for request, good in MESSAGES.items() if good[2]]
 WITH_PAYLOAD = [request for request, good in MESSAGES.items() if good[0]]
 WITH_FDS = [request for request, good in MESSAGES.items() if good[1]]
-# REM_MEM_REG may carry one that is not used.
-WITHOUT_FDS = [r for r, good in MESSAGES.items() if not good[1] and r != Request.REM_MEM_REG]
+# These may carry one that is not used.
+UNUSED_FD = (Request.REM_MEM_REG, Request.SET_LOG_BASE)
+WITHOUT_FDS = [r for r, good in MESSAGES.items() if not good[1] and r not in UNUSED_FD]
 WITH_VRING = [request for request in MESSAGES if "VRING" in request.name]
 NAME = wire.request_name  # for the names of test cases
 
@@ -389,7 +394,7 @@ class TestEveryMessage:
         assert peer.end is None
 
     @pytest.mark.parametrize("request_", list(MESSAGES), ids=NAME)
-    @pytest.mark.parametrize("more", [1, 8, 4000])
+    @pytest.mark.parametrize("more", [1, 16, 4000])
     def test_too_long(
         self, peer: Peer, descriptors: Callable[[int], int], request_: Request, more: int
     ) -> None:
@@ -574,6 +579,11 @@ class TestNegotiation:
     def test_feature_that_was_not_offered(self, peer: Peer, bit: int) -> None:
         peer.refused(Request.SET_FEATURES, wire.pack_u64(OFFERED | 1 << bit))
 
+    def test_log_all_is_accepted_without_an_offer(self, peer: Peer) -> None:
+        assert not OFFERED & wire.F_LOG_ALL
+        assert peer.ack(Request.SET_FEATURES, wire.pack_u64(OFFERED | wire.F_LOG_ALL)) == 0
+        assert peer.ack(Request.SET_FEATURES, wire.pack_u64(OFFERED)) == 0
+
     @pytest.mark.parametrize("bit", [1, 8, 14, 17, 19, 22, 40, 63])
     def test_protocol_feature_that_was_not_offered(self, peer: Peer, bit: int) -> None:
         peer.refused(Request.SET_PROTOCOL_FEATURES, wire.pack_u64(1 << bit))
@@ -596,8 +606,19 @@ class TestConfig:
         expected = EchoDevice.config[offset : offset + size]
         assert reply == wire.Config(offset, size, 0, expected).pack()
 
-    @pytest.mark.parametrize(("offset", "size"), [(0, 7), (6, 1), (7, 0), (0xFFFF_FFFF, 1)])
-    def test_beyond(self, peer: Peer, offset: int, size: int) -> None:
+    @pytest.mark.parametrize(
+        ("offset", "size"),
+        [(0, 7), (0, 256), (5, 2), (6, 1), (7, 0), (100, 56), (255, 1), (256, 0)],
+    )
+    def test_zeros_beyond_the_config_space(self, peer: Peer, offset: int, size: int) -> None:
+        reply = peer.ask(Request.GET_CONFIG, wire.Config(offset, size, 0, bytes(size)).pack())
+        expected = (EchoDevice.config + bytes(250))[offset : offset + size]
+        assert reply == wire.Config(offset, size, 0, expected).pack()
+
+    @pytest.mark.parametrize(
+        ("offset", "size"), [(0, 257), (256, 1), (257, 0), (0xFFFF_FFFF, 1), (0xFFFF_FFFF, 0)]
+    )
+    def test_beyond_the_largest_config_space(self, peer: Peer, offset: int, size: int) -> None:
         asked = wire.Config(offset, size, 0, bytes(size)).pack()
         assert peer.ask(Request.GET_CONFIG, asked) == b""
         assert peer.end is None
@@ -731,8 +752,12 @@ class TestVringSettings:
     def test_wrong_base(self, peer: Peer, base: int) -> None:
         peer.refused(Request.SET_VRING_BASE, VringState(0, base).pack())
 
-    def test_logging_was_not_offered(self, peer: Peer) -> None:
-        peer.refused(Request.SET_VRING_ADDR, wire.VringAddress(0, 1, 0, 0, 0).pack())
+    def test_log_flag(self, peer: Peer) -> None:
+        assert peer.ack(Request.SET_VRING_ADDR, wire.VringAddress(0, 1, 0, 0, 0, 9).pack()) == 0
+
+    @pytest.mark.parametrize("flags", [2, 3, 0x8000_0000])
+    def test_other_flags(self, peer: Peer, flags: int) -> None:
+        peer.refused(Request.SET_VRING_ADDR, wire.VringAddress(0, flags, 0, 0, 0).pack())
 
     @pytest.mark.parametrize("value", [2, 0xFFFF_FFFF])
     def test_enable_is_a_truth_value(self, peer: Peer, value: int) -> None:
@@ -783,13 +808,9 @@ class TestRunning:
         self, peer: Peer, memory: GuestMemory, ring: Ring, device: EchoDevice, last: int
     ) -> None:
         peer.share(memory)
-        user = memory.user_address
-        addresses = wire.VringAddress(
-            0, 0, user(ring.descriptor_table), user(ring.used_ring), user(ring.available_ring)
-        )
         steps: list[tuple[Request, bytes, tuple[int, ...]]] = [
             (Request.SET_VRING_NUM, VringState(0, ring.size).pack(), ()),
-            (Request.SET_VRING_ADDR, addresses.pack(), ()),
+            (Request.SET_VRING_ADDR, addresses(ring).pack(), ()),
             (Request.SET_VRING_KICK, wire.pack_u64(0), (ring.kick_fd,)),
             (Request.SET_VRING_ENABLE, VringState(0, 1).pack(), ()),
         ]
@@ -1231,6 +1252,31 @@ class TestStatus:
         assert peer.backend._memory.regions == before
 
 
+class TestDirtyLog:
+    """Dirty logging, which is not offered: what QEMU sends for calc-dirty-rate all the same."""
+
+    @pytest.mark.parametrize(
+        "protocol_features", [PROTOCOL_FEATURES, NONE], ids=["negotiated", "none"]
+    )
+    @pytest.mark.parametrize("size", [wire.U64_SIZE, wire.LOG_SIZE])
+    @pytest.mark.parametrize("fds", [0, 1])
+    def test_log_base_is_ignored(
+        self, fresh: Peer, memfd: int, protocol_features: int, size: int, fds: int
+    ) -> None:
+        fresh.negotiate(protocol_features)
+        before = open_fds()
+        assert fresh.ask(Request.SET_LOG_BASE, bytes(size), (memfd,) * fds) is None
+        assert fresh.end is None
+        assert open_fds() == before
+        if protocol_features:
+            assert fresh.ack(Request.SET_LOG_BASE, bytes(size), (memfd,) * fds) == 0
+            assert fresh.reply() is None
+        assert fresh.ask_u64(Request.GET_FEATURES) == OFFERED
+
+    def test_log_fd_is_refused(self, peer: Peer, eventfds: list[int]) -> None:
+        peer.refused(Request.SET_LOG_FD, b"", (eventfds[0],))
+
+
 class TestBackendChannel:
     def test_kept_open_and_replaced(self, peer: Peer) -> None:
         for _ in range(3):
@@ -1295,6 +1341,24 @@ class TestRpmbDevice:
             assert not signalled(ring.error_fd)
         reply = running.ask(Request.GET_VRING_BASE, bytes(8))
         assert reply == VringState(0, 20).pack()
+
+    def test_dirty_logging_of_a_running_vring(self, running: Peer, ring: Ring) -> None:
+        """The messages of QEMU's calc-dirty-rate change nothing; the ring keeps its position."""
+        features = 1 << spec.VIRTIO_F_VERSION_1 | wire.F_PROTOCOL_FEATURES
+        logged = wire.pack_u64(features | wire.F_LOG_ALL)
+        for _ in range(3):
+            assert running.ask(Request.SET_LOG_BASE, bytes(wire.LOG_SIZE)) is None
+            for step in (
+                (Request.SET_FEATURES, logged),
+                (Request.SET_VRING_ADDR, addresses(ring, flags=wire.VRING_ADDRESS_LOG).pack()),
+                (Request.SET_FEATURES, wire.pack_u64(features)),
+                (Request.SET_VRING_ADDR, addresses(ring).pack()),
+            ):
+                assert not running.ack(*step)
+                self.request_counter(ring)
+                assert self.answered(running, ring)
+        assert not signalled(ring.error_fd)
+        assert running.ask(Request.GET_VRING_BASE, bytes(8)) == VringState(0, 12).pack()
 
     def test_kick_swallowed_by_an_earlier_back_end(
         self, rpmb: Peer, memory: GuestMemory, ring: Ring

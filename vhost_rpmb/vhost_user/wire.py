@@ -110,7 +110,9 @@ class ProtocolFeature(IntFlag):
     DEVICE_STATE = 1 << 19
 
 
-F_PROTOCOL_FEATURES = 1 << 30  # mask in GET_FEATURES and SET_FEATURES: protocol features exist
+# Masks in GET_FEATURES and SET_FEATURES.
+F_LOG_ALL = 1 << 26  # VHOST_F_LOG_ALL: mark written guest memory in the dirty log
+F_PROTOCOL_FEATURES = 1 << 30  # protocol features exist
 
 # Header flags.
 VERSION_MASK = 0x3
@@ -123,9 +125,13 @@ FLAGS_MASK = VERSION_MASK | FLAG_REPLY | FLAG_NEED_REPLY
 VRING_INDEX_MASK = 0xFF
 VRING_NO_FD = 1 << 8
 
+VRING_ADDRESS_LOG = 1 << 0  # flag of SET_VRING_ADDR: mark what is written to the used ring
+
 # Flags of a virtio device config space payload.
 CONFIG_FLAG_WRITABLE = 0
 CONFIG_FLAG_LIVE_MIGRATION = 1
+
+MAX_CONFIG = 256  # bytes of config space, the most that a front-end can ask for
 
 MAX_PAYLOAD = 4096  # bytes; no message of the specification that we serve needs a third of it
 MAX_FDS = 32  # file descriptors in one message; SET_MEM_TABLE carries one per memory region
@@ -143,6 +149,7 @@ _MEMORY_TABLE = struct.Struct("=II")
 _MEMORY_REGION = struct.Struct("=QQQQ")
 _SINGLE_REGION = struct.Struct("=QQQQQ")
 _CONFIG = struct.Struct("=III")
+_LOG = struct.Struct("=QQ")
 
 HEADER_SIZE = _HEADER.size  # 12 bytes
 U64_SIZE = _U64.size  # 8 bytes
@@ -152,6 +159,7 @@ MEMORY_TABLE_SIZE = _MEMORY_TABLE.size  # 8 bytes, without the regions
 MEMORY_REGION_SIZE = _MEMORY_REGION.size  # 32 bytes
 SINGLE_REGION_SIZE = _SINGLE_REGION.size  # 40 bytes
 CONFIG_SIZE = _CONFIG.size  # 12 bytes, without the config space bytes
+LOG_SIZE = _LOG.size  # 16 bytes
 
 
 def request_name(number: int) -> str:
