@@ -1383,6 +1383,26 @@ class TestRpmbDevice:
         assert not signalled(ring.error_fd)
         assert running.ask_u64(Request.GET_STATUS) == 0  # the connection goes on
 
+    def test_each_cause_of_a_broken_ring_is_logged(
+        self, running: Peer, ring: Ring, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """The limit of lines holds for each cause by itself."""
+        for _ in range(2):
+            self.break_ring(running, ring)
+            ring.reset()
+            assert not running.ack(Request.SET_VRING_BASE, bytes(8))
+            ring.offer(1000)
+            ring.publish()
+            ring.kick()
+            running.settle()
+            ring.reset()
+            assert not running.ack(Request.SET_VRING_BASE, bytes(8))
+        prefix = "vring 0 stopped until its reset: "
+        assert [record.getMessage() for record in caplog.records] == [
+            prefix + rules.RING_RULES[rules.RING_AVAILABLE_INDEX],
+            prefix + rules.RING_RULES[rules.RING_HEAD],
+        ]
+
     @pytest.mark.parametrize("how", ["GET_VRING_BASE", "SET_VRING_BASE", "SET_VRING_KICK"])
     def test_broken_ring_works_again(self, running: Peer, ring: Ring, how: str) -> None:
         self.break_ring(running, ring)

@@ -565,8 +565,9 @@ class Backend:
             for rule, count in vring.queue.take_faults().items():
                 self._log.report(rule, f"vring {vring.index}: {count} broken chains: {rule}")
         if flags & self._engine.BROKEN:
+            cause = vring.queue.error
             self._log.report(
-                "vring stopped", f"vring {vring.index} stopped until its reset: {vring.queue.error}"
+                f"vring stopped: {cause}", f"vring {vring.index} stopped until its reset: {cause}"
             )
             self._update(vring)
             self._signal(vring.error_fd)
