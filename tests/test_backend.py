@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 import struct
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -40,11 +41,13 @@ class EchoDevice:
 
     def __init__(self) -> None:
         self.processed = 0
+        self.queues: list[object] = []  # that were processed, in order
         self.resets = 0
         self.flags: list[int] = []  # what process() returns next
 
     def process(self, queue: object) -> int:
         self.processed += 1
+        self.queues.append(queue)
         return self.flags.pop(0) if self.flags else 0
 
     def reset(self) -> None:
@@ -1000,6 +1003,42 @@ class TestRunning:
             running.settle()
             assert device.processed == 2
 
+    @pytest.fixture
+    def two(self, running: Peer, memory: GuestMemory, device: EchoDevice) -> Iterator[Ring]:
+        """A second vring that runs; nothing was kicked."""
+        with Ring(memory, 4) as second:
+            running.start(second, index=1)
+            running.settle()
+            device.queues.clear()
+            yield second
+
+    def queues(self, peer: Peer) -> list[object]:
+        return [vring.queue for vring in peer.backend._vrings]
+
+    def test_kick_while_the_loop_sleeps_on_another_vring(
+        self, running: Peer, ring: Ring, two: Ring, device: EchoDevice
+    ) -> None:
+        ring.kick()
+        running.loop.wait(0)
+        kick = threading.Timer(0.1, two.kick)
+        kick.start()
+        running.backend.run()  # asleep on the first vring until the kick, for a second at most
+        kick.join()
+        running.settle()
+        assert device.queues[-1] is self.queues(running)[1]
+
+    def test_vrings_that_are_kicked_at_once(
+        self, running: Peer, ring: Ring, two: Ring, device: EchoDevice, engine: Engine
+    ) -> None:
+        """None waits until the other one has nothing more to do."""
+        device.flags = [engine.MORE] * 1000
+        ring.kick()
+        two.kick()
+        running.loop.wait(0)
+        running.backend.run()
+        assert len(device.queues) == 2
+        assert all(queue in device.queues for queue in self.queues(running))
+
     def test_call_and_error_descriptors_outlive_a_reset(
         self, running: Peer, ring: Ring, device: EchoDevice, engine: Engine
     ) -> None:
@@ -1091,6 +1130,22 @@ class TestKickDescriptors:
         os.write(pipe[1], bytes(8))
         ready.settle()
         assert device.processed == 1
+
+    def test_pipe_is_read_when_the_loop_slept(
+        self, ready: Peer, device: EchoDevice, pipe: tuple[int, int]
+    ) -> None:
+        assert not ready.ack(Request.SET_VRING_KICK, wire.pack_u64(0), (pipe[0],))
+        os.write(pipe[1], bytes(8))
+        ready.loop.wait(0)
+        device.processed = 0
+        kick = threading.Timer(0.1, os.write, (pipe[1], bytes(8)))
+        kick.start()
+        ready.backend.run()  # asleep until the kick, for a second at most
+        kick.join()
+        ready.settle()
+        assert device.processed == 2
+        with pytest.raises(BlockingIOError):
+            os.read(pipe[0], 1)
 
     def test_full_pipe(self, ready: Peer, device: EchoDevice, pipe: tuple[int, int]) -> None:
         with suppress(BlockingIOError):

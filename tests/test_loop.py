@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -125,8 +126,66 @@ def test_it_comes_back_after_a_second_without_requests(
     rig = make_rig()
     server = Server(engine, rig, poll_us)
     start = time.monotonic()
-    assert server.loop.serve(rig.queue, rig.ring.kick_fd, -1) == 0
+    assert server.loop.serve(rig.queue, rig.ring.kick_fd, -1) == engine.IDLE
     assert 0.9 < time.monotonic() - start < 5
+    assert server.loop.take_events() == []
+    server.close()
+
+
+def test_signals_do_not_shorten_the_second(make_rig: MakeRig, engine: Engine) -> None:
+    """A handler runs at once, and the rest of the second passes as if there had been none."""
+    rig = make_rig()
+    server = Server(engine, rig, 0)
+    seen = []
+    before = signal.signal(signal.SIGALRM, lambda number, _frame: seen.append(number))
+    signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)
+    try:
+        start = time.monotonic()
+        assert server.loop.serve(rig.queue, rig.ring.kick_fd, -1) == engine.IDLE
+        assert 0.9 < time.monotonic() - start < 5
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert seen
+    server.close()
+
+
+def test_an_edge_of_another_descriptor_is_handed_over(make_rig: MakeRig, engine: Engine) -> None:
+    """Epoll reports it once, and the sleeping loop is told instead of its caller."""
+    rig = make_rig()
+    server = Server(engine, rig, 0)
+    edges = [os.eventfd(0) for _ in range(2)]
+    for fd in edges:
+        server.epoll.register(fd, select.EPOLLIN | select.EPOLLET)
+
+    def kick() -> None:
+        for fd in edges:
+            os.eventfd_write(fd, 1)
+
+    kicks = threading.Timer(0.1, kick)
+    kicks.start()
+    taken: list[int] = []
+    while len(taken) < 2:
+        assert server.loop.serve(rig.queue, rig.ring.kick_fd, -1) in (0, engine.IDLE)
+        taken += server.loop.take_events()
+    assert sorted(taken) == edges
+    assert server.loop.take_events() == []
+    assert server.epoll.poll(0) == []
+    kicks.join()
+    server.close()
+    for fd in edges:
+        os.close(fd)
+
+
+def test_one_batch_if_told_so(make_rig: MakeRig, engine: Engine) -> None:
+    """It neither sleeps nor goes on: another queue waits."""
+    rig = make_rig()
+    server = Server(engine, rig, 5000)
+    assert server.loop.serve(rig.queue, rig.ring.kick_fd, -1, once=True) == 0
+    rig.ring.add(rig.put(read_counter()), rig.room(512))
+    rig.ring.publish()
+    assert server.loop.serve(rig.queue, rig.ring.kick_fd, -1, once=True) == 0
+    assert rig.ring.collect()[0].length == 512
     server.close()
 
 

@@ -74,7 +74,7 @@ def test_the_device_is_the_same_kind(name: str) -> None:
     assert getattr(_fast.RpmbDevice, name) == getattr(_pure.RpmbDevice, name)
 
 
-@pytest.mark.parametrize("name", ["NOTIFY", "MORE", "BROKEN", "FAULTS", "UNSIGNALLED"])
+@pytest.mark.parametrize("name", ["NOTIFY", "MORE", "BROKEN", "FAULTS", "UNSIGNALLED", "IDLE"])
 def test_flags_are_the_same(name: str) -> None:
     assert getattr(_fast, name) == getattr(_pure, name)
 

@@ -31,6 +31,7 @@ class Engine(NamedTuple):
     BROKEN: int
     FAULTS: int
     UNSIGNALLED: int
+    IDLE: int
 
 
 def load(name: str) -> Engine:
@@ -60,4 +61,5 @@ def load(name: str) -> Engine:
         BROKEN=module.BROKEN,
         FAULTS=module.FAULTS,
         UNSIGNALLED=module.UNSIGNALLED,
+        IDLE=module.IDLE,
     )

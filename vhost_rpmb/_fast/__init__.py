@@ -3,13 +3,14 @@
 
 from vhost_rpmb._fast.device import RpmbDevice
 from vhost_rpmb._fast.frame import Authenticator
-from vhost_rpmb._fast.loop import UNSIGNALLED, Loop
+from vhost_rpmb._fast.loop import IDLE, UNSIGNALLED, Loop
 from vhost_rpmb._fast.memory import GuestMemory, GuestMemoryError
 from vhost_rpmb._fast.virtqueue import BROKEN, FAULTS, MORE, NOTIFY, Virtqueue
 
 __all__ = [
     "BROKEN",
     "FAULTS",
+    "IDLE",
     "MORE",
     "NOTIFY",
     "UNSIGNALLED",

@@ -4,9 +4,10 @@ from typing import Protocol, final
 
 from vhost_rpmb._fast.virtqueue import Virtqueue
 
-__all__ = ["UNSIGNALLED", "Loop"]
+__all__ = ["IDLE", "UNSIGNALLED", "Loop"]
 
 UNSIGNALLED: int
+IDLE: int
 
 class _Device(Protocol):
     def process(self, queue: Virtqueue) -> int: ...
@@ -14,4 +15,5 @@ class _Device(Protocol):
 @final
 class Loop:
     def __init__(self, device: _Device, epoll: select.epoll, poll_us: int) -> None: ...
-    def serve(self, queue: Virtqueue, kick_fd: int, call_fd: int) -> int: ...
+    def take_events(self) -> list[int]: ...
+    def serve(self, queue: Virtqueue, kick_fd: int, call_fd: int, once: bool = False) -> int: ...

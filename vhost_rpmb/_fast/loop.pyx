@@ -20,15 +20,17 @@ from vhost_rpmb._fast.virtqueue cimport Virtqueue
 
 from vhost_rpmb._fast import virtqueue
 
-__all__ = ["UNSIGNALLED", "Loop"]
+__all__ = ["IDLE", "UNSIGNALLED", "Loop"]
 
 UNSIGNALLED = _UNSIGNALLED  # the call descriptor could not be signalled
+IDLE = _IDLE  # no event for SLEEP
 
 cdef enum:
     _UNSIGNALLED = 16
+    _IDLE = 32
 
     # The numbers of vhost_rpmb._pure.loop.
-    SLEEP = 1000  # ms without a request, then the caller may have something to do
+    SLEEP = 1000  # ms without an event, then the caller may have something to do
     MAX_AWAY = 1000000  # ns of watching without a look at the other descriptors
     FIRST_WATCH = 8000  # ns that a first watch takes; then they double
     MAX_EVENTS = 8
@@ -54,7 +56,8 @@ cdef class Loop:
     """Serves the virtqueues of ``device``; watches a ring for up to ``poll_us`` microseconds.
 
     ``epoll`` is where all descriptors that may need attention are registered: kick descriptors
-    edge-triggered, others level-triggered. When one of the others is ready, serve() returns.
+    edge-triggered, others level-triggered. When one of the others is ready, serve() returns. Epoll
+    reports an edge once: kicks of other virtqueues that serve() saw are in take_events().
     """
 
     cdef object _process
@@ -63,6 +66,7 @@ cdef class Loop:
     cdef int64_t _most  # ns
     cdef int64_t _watch  # ns that the next watch may take
     cdef int64_t _away  # when watching began without a look at the others, 0: just looked
+    cdef list _events
 
     def __init__(self, device, epoll, poll_us):
         self._process = device.process
@@ -70,23 +74,33 @@ cdef class Loop:
         self._epoll_fd = epoll.fileno()
         self._most = poll_us * 1000
         self._watch = 0
+        self._events = []
 
-    def serve(self, Virtqueue queue not None, int kick_fd, int call_fd):
+    def take_events(self):
+        """Return the descriptors but ``kick_fd`` whose events the last serve() took from epoll."""
+        events = self._events
+        self._events = []
+        return events
+
+    def serve(self, Virtqueue queue not None, int kick_fd, int call_fd, bint once=False):
         """Process batches and signal ``call_fd`` (-1: none) until something else is to be done.
 
         Return flags: MORE (call again after serving other events), BROKEN, FAULTS (as a batch
-        returns them), UNSIGNALLED. Returns as well after a second without a kick.
+        returns them), UNSIGNALLED, IDLE. With ``once``, returns after one batch: another virtqueue
+        waits for its turn.
         """
         cdef int flags
         cdef int others
         cdef int64_t start = 0
         self._away = 0
+        if self._events:
+            self._events = []
         while True:
             queue.watched = self._watch > 0
             flags = self._process(queue)
             if flags & NOTIFY and not _signal(call_fd):
                 flags |= _UNSIGNALLED
-            if flags & (BROKEN | FAULTS | _UNSIGNALLED):
+            if once or flags & (BROKEN | FAULTS | _UNSIGNALLED):
                 return self._leave(queue, flags & ~NOTIFY)
             if flags & MORE:
                 if self._others_ready(kick_fd, 0) > 0:
@@ -104,7 +118,7 @@ cdef class Loop:
                     self._adapt(_now() - start)
                 self._away = 0
                 if others:
-                    return self._leave(queue, 0)
+                    return self._leave(queue, 0 if others > 0 else _IDLE)
 
     cdef int _leave(self, Virtqueue queue, int flags) noexcept:
         """Make sure that the driver kicks while nobody looks at the ring; complete the flags."""
@@ -118,16 +132,22 @@ cdef class Loop:
         cdef epoll_event events[MAX_EVENTS]
         cdef int count
         cdef int index
-        with nogil:
-            count = epoll_wait(self._epoll_fd, events, MAX_EVENTS, timeout)
-        if count < 0:
+        cdef int64_t ends = _now() + <int64_t>timeout * 1000000 if timeout else 0
+        while True:
+            with nogil:
+                count = epoll_wait(self._epoll_fd, events, MAX_EVENTS, timeout)
+            if count >= 0:
+                break
             if errno != EINTR:
                 raise OSError(errno, "epoll_wait failed")
             PyErr_CheckSignals()
-            return 1
+            if timeout:
+                timeout = <int>max((ends - _now() + 999999) // 1000000, 0)
         for index in range(count):
             if events[index].data.fd != kick_fd:
-                return 1
+                self._events.append(events[index].data.fd)
+        if self._events:
+            return 1
         return 0 if count else -1
 
     cdef bint _spin(self, Virtqueue queue) noexcept:

@@ -3,13 +3,14 @@
 
 from vhost_rpmb._pure.device import RpmbDevice
 from vhost_rpmb._pure.frame import Authenticator
-from vhost_rpmb._pure.loop import UNSIGNALLED, Loop
+from vhost_rpmb._pure.loop import IDLE, UNSIGNALLED, Loop
 from vhost_rpmb._pure.memory import GuestMemory, GuestMemoryError
 from vhost_rpmb._pure.virtqueue import BROKEN, FAULTS, MORE, NOTIFY, Virtqueue
 
 __all__ = [
     "BROKEN",
     "FAULTS",
+    "IDLE",
     "MORE",
     "NOTIFY",
     "UNSIGNALLED",

@@ -18,11 +18,12 @@ from vhost_rpmb._pure.virtqueue import BROKEN, FAULTS, MORE, NOTIFY, Virtqueue
 if TYPE_CHECKING:
     import select
 
-__all__ = ["UNSIGNALLED", "Loop"]
+__all__ = ["IDLE", "UNSIGNALLED", "Loop"]
 
 UNSIGNALLED = 16  # the call descriptor could not be signalled
+IDLE = 32  # no event for SLEEP
 
-SLEEP = 1.0  # seconds without a request, then the caller may have something to do
+SLEEP = 1.0  # seconds without an event, then the caller may have something to do
 MAX_AWAY = 1_000_000  # ns of watching without a look at the other descriptors
 FIRST_WATCH = 8_000  # ns that a first watch takes; then they double
 
@@ -35,7 +36,8 @@ class Loop:
     """Serves the virtqueues of ``device``; watches a ring for up to ``poll_us`` microseconds.
 
     ``epoll`` is where all descriptors that may need attention are registered: kick descriptors
-    edge-triggered, others level-triggered. When one of the others is ready, serve() returns.
+    edge-triggered, others level-triggered. When one of the others is ready, serve() returns. Epoll
+    reports an edge once: kicks of other virtqueues that serve() saw are in take_events().
     """
 
     def __init__(self, device: _Device, epoll: select.epoll, poll_us: int) -> None:
@@ -44,20 +46,28 @@ class Loop:
         self._most = poll_us * 1000  # ns
         self._watch = 0  # ns that the next watch may take
         self._away = 0  # when watching began without a look at the others, 0: just looked
+        self._events: list[int] = []
 
-    def serve(self, queue: Virtqueue, kick_fd: int, call_fd: int) -> int:
+    def take_events(self) -> list[int]:
+        """Return the descriptors but ``kick_fd`` whose events the last serve() took from epoll."""
+        events, self._events = self._events, []
+        return events
+
+    def serve(self, queue: Virtqueue, kick_fd: int, call_fd: int, once: bool = False) -> int:
         """Process batches and signal ``call_fd`` (-1: none) until something else is to be done.
 
         Return flags: MORE (call again after serving other events), BROKEN, FAULTS (as a batch
-        returns them), UNSIGNALLED. Returns as well after a second without a kick.
+        returns them), UNSIGNALLED, IDLE. With ``once``, returns after one batch: another virtqueue
+        waits for its turn.
         """
         self._away = 0
+        self._events = []
         while True:
             queue._watch(self._watch > 0)
             flags = self._device.process(queue)
             if flags & NOTIFY and not _signal(call_fd):
                 flags |= UNSIGNALLED
-            if flags & (BROKEN | FAULTS | UNSIGNALLED):
+            if once or flags & (BROKEN | FAULTS | UNSIGNALLED):
                 return self._leave(queue, flags & ~NOTIFY)
             if flags & MORE:
                 if self._others_ready(kick_fd, 0):
@@ -73,7 +83,7 @@ class Loop:
                 self._adapt(time.monotonic_ns() - start)
                 self._away = 0
                 if others is not False:
-                    return self._leave(queue, 0)
+                    return self._leave(queue, 0 if others else IDLE)
 
     def _leave(self, queue: Virtqueue, flags: int) -> int:
         """Make sure that the driver kicks while nobody looks at the ring; complete the flags."""
@@ -87,7 +97,8 @@ class Loop:
         events = self._epoll.poll(timeout)
         if not events:
             return None
-        return any(fd != kick_fd for fd, _ in events)
+        self._events = [fd for fd, _ in events if fd != kick_fd]
+        return bool(self._events)
 
     def _spin(self, queue: Virtqueue) -> bool:
         """Watch the available ring for as long as that may pay; tell whether something came."""

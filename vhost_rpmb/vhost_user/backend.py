@@ -201,12 +201,17 @@ class Backend:
             with message:
                 self._serve(message)
 
-    def run(self) -> None:
-        """Serve every vring that was kicked or has more, until something else needs attention."""
+    def run(self) -> bool:
+        """Serve every vring that was kicked or has more, until something else needs attention.
+
+        True when that was a second without any event.
+        """
         vrings = list(self._pending)
         self._pending.clear()
+        idle = False
         for vring in vrings:
-            self._process(vring)
+            idle = self._process(vring, once=len(vrings) > 1)  # never asleep while another waits
+        return idle and not self._pending
 
     def close(self) -> None:
         """End the connection: unmap guest memory, close every descriptor and the socket."""
@@ -554,9 +559,14 @@ class Backend:
         if vring.running:
             self._pending.add(vring)
 
-    def _process(self, vring: _Vring) -> None:
+    def _process(self, vring: _Vring, *, once: bool) -> bool:
+        """Serve a vring, with `once` one batch of it; True after a second without any event."""
         kick_fd = -1 if vring.kick_is_pipe else vring.kick_fd  # a pipe wants reading
-        flags = self._loop.serve(vring.queue, kick_fd, vring.call_fd)
+        flags = self._loop.serve(vring.queue, kick_fd, vring.call_fd, once)
+        taken = self._loop.take_events()
+        for other in self._vrings if taken else ():
+            if other.kick_fd in taken:
+                self._kicked(other)
         if flags & self._engine.UNSIGNALLED:
             self._log.report("signal", f"vring {vring.index}: the front-end cannot be signalled")
         if flags & self._engine.MORE:
@@ -571,6 +581,7 @@ class Backend:
             )
             self._update(vring)
             self._signal(vring.error_fd)
+        return bool(flags & self._engine.IDLE)
 
     def _signal(self, fd: int) -> None:
         if fd < 0:
