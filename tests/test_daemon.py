@@ -24,6 +24,8 @@ from vhost_rpmb.client.rpmb import RpmbClient
 from vhost_rpmb.daemon import EventLoop
 from vhost_rpmb.engine import Engine
 from vhost_rpmb.errors import UsageError
+from vhost_rpmb.service import Notifier
+from vhost_rpmb.store import open_store
 from vhost_rpmb.vhost_user import wire
 from vhost_rpmb.vhost_user.wire import Request
 
@@ -389,6 +391,64 @@ class TestEnd:
             assert sock.recv(1) == b""
         assert process.ended() == 0
         assert "broke the protocol: message 0: expected protocol version 1" in process.said
+
+
+class RecordingLoop(EventLoop):
+    """Counts the waits that ended without an event."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.quiet = 0
+
+    def wait(self, timeout: float | None) -> bool:
+        happened = super().wait(timeout)
+        self.quiet += not happened and timeout != 0
+        return happened
+
+
+class TestCheckpoint:
+    def test_one_idle_clock(self, engine: Engine, tmp_path: Path) -> None:
+        """The second that passes in the engine's loop is not followed by another one here."""
+        flash = tmp_path / "flash"
+        flash.write_bytes(bytes(spec.CAPACITY_UNIT))
+        path = str(tmp_path / "socket")
+        quiet: list[int] = []
+
+        def write() -> None:
+            with RpmbClient.connect(path) as client:
+                client.program_key(KEY)
+                client.write(0, bytes(256), 0)
+                until(lambda: not store.checkpoint_due)
+
+        with ExitStack() as stack:
+            store = open_store(str(flash))
+            stack.callback(store.close)
+            loop = RecordingLoop()
+            stack.callback(loop.close)
+            checkpoint = store.checkpoint
+
+            def observed() -> bool:
+                quiet.append(loop.quiet)
+                return checkpoint()
+
+            store.checkpoint = observed  # type: ignore[method-assign]
+            device = engine.RpmbDevice(store)
+            listener = daemon._listen(path, stack)
+            server = daemon._Server(loop, listener, device, engine, once=True, poll_us=64)
+            stack.callback(server.close)
+            server.listen()
+            notifier = Notifier({})
+            stack.callback(notifier.close)
+            stop = daemon._StopSignals(loop)
+            stack.callback(stop.close)
+            guest = threading.Thread(target=write)
+            guest.start()
+            daemon._serve(
+                loop, stop, server, store, daemon._Status(notifier, server, store, device)
+            )
+            guest.join()
+            assert quiet
+            assert not any(quiet)
 
 
 class TestSocketPath:

@@ -137,13 +137,22 @@ def _needed(paths: Paths, socket_path: str | None, programmed: bool) -> dict[str
 def _serve(
     loop: EventLoop, stop: _StopSignals, server: _Server, store: Store, status: _Status
 ) -> None:
-    idle = _IDLE
+    """Serve; after a second without an event bring the image up to date.
+
+    That second passes here or, while the ring is served, in the engine's loop, never in both.
+    """
+    idle = False
+    not_before = 0.0  # when a checkpoint may be tried; later after a failed one
     while not (stop.requested or server.done):
+        if idle and store.checkpoint_due and time.monotonic() >= not_before:
+            not_before = 0.0 if store.checkpoint() else time.monotonic() + _RETRY
+        timeout: float | None = None
         if server.pending:
-            loop.wait(0)
-        elif not loop.wait(idle if store.checkpoint_due else None):
-            idle = _IDLE if store.checkpoint() else _RETRY
-        server.run()
+            timeout = 0
+        elif store.checkpoint_due:
+            timeout = max(_IDLE, not_before - time.monotonic())
+        happened = loop.wait(timeout)
+        idle = server.run() or not (happened or timeout == 0)
         status.tell()
 
 
@@ -311,10 +320,9 @@ class _Server:
         pid, uid, _gid = _PEER.unpack(credentials)
         logger.info("front-end connected: process %d of user %d", pid, uid)
 
-    def run(self) -> None:
-        """Process one batch of each vring that has something."""
-        if self._backend is not None:
-            self._backend.run()
+    def run(self) -> bool:
+        """Serve each vring that has something; True when that was a second without any event."""
+        return self._backend is not None and self._backend.run()
 
     def close(self) -> None:
         """Part with the front-end."""
