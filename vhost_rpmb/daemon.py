@@ -20,7 +20,7 @@ from contextlib import ExitStack, suppress
 from types import FrameType
 from typing import TYPE_CHECKING, NamedTuple
 
-from vhost_rpmb import engine, sandbox, service
+from vhost_rpmb import engine, sandbox, service, signals
 from vhost_rpmb.errors import PeerError, UsageError
 from vhost_rpmb.paths import Paths
 from vhost_rpmb.store import Store, open_store
@@ -75,6 +75,7 @@ def run(options: Options) -> None:
     Raises UsageError and StateError with a text for the operator. Both signals are taken over for
     the rest of the process: a second one does not break a clean end that is under way.
     """
+    signals.reset_inherited()
     _configure_logging(options.verbosity)
     sandbox.hide_memory()
     with ExitStack() as stack:

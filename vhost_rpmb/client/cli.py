@@ -10,7 +10,7 @@ import argparse
 import re
 from collections.abc import Callable, Sequence
 
-from vhost_rpmb import __version__, spec
+from vhost_rpmb import __version__, signals, spec
 from vhost_rpmb.arguments import Parser, path_argument
 from vhost_rpmb.client import commands
 from vhost_rpmb.client.errors import ClientError, RpmbResultError
@@ -248,6 +248,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     0 after success, 1 for a failure of the device, the connection or the output, 2 for a wrong
     option or an input file that cannot be used.
     """
+    signals.reset_inherited()
     try:
         arguments = build_parser().parse_args(argv)
         result = arguments.run(arguments)
