@@ -24,6 +24,7 @@ from vhost_rpmb.client.rpmb import RpmbClient
 from vhost_rpmb.daemon import EventLoop
 from vhost_rpmb.engine import Engine
 from vhost_rpmb.errors import UsageError
+from vhost_rpmb.paths import Paths
 from vhost_rpmb.service import Notifier
 from vhost_rpmb.store import open_store
 from vhost_rpmb.vhost_user import wire
@@ -421,7 +422,7 @@ class TestCheckpoint:
                 until(lambda: not store.checkpoint_due)
 
         with ExitStack() as stack:
-            store = open_store(str(flash))
+            store = open_store(Paths.resolve(str(flash)))
             stack.callback(store.close)
             loop = RecordingLoop()
             stack.callback(loop.close)
