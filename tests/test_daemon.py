@@ -434,7 +434,7 @@ class TestCheckpoint:
 
             store.checkpoint = observed  # type: ignore[method-assign]
             device = engine.RpmbDevice(store)
-            listener = daemon._listen(path, stack)
+            listener = daemon._listen(path, None, stack)
             server = daemon._Server(loop, listener, device, engine, once=True, poll_us=64)
             stack.callback(server.close)
             server.listen()
