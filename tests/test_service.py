@@ -69,18 +69,18 @@ def launch(tmp_path: Path, flash: Path, engine: Engine) -> Iterator[Launch]:
 
     def launch(**variables: str) -> subprocess.Popen[str]:
         variables |= {"VHOST_RPMB_ENGINE": engine.name}
-        environment = os.environ | variables
-        # All of it: coverage is measured in the daemon too, and sanitizers have their own.
-        names = [name for name in environment if name.isidentifier()]
+        # All of it: coverage is measured in the daemon too, and sanitizers have their own. The
+        # variables are only for the daemon: systemd 262's activator notifies a manager itself.
+        names = [name for name in os.environ if name.isidentifier() and name not in variables]
         process = subprocess.Popen(
             [
                 "systemd-socket-activate",
                 f"--listen={tmp_path / 'activated'}",
                 *(f"--setenv={name}" for name in names),
+                *(f"--setenv={name}={value}" for name, value in variables.items()),
                 *(sys.executable, "-m", "vhost_rpmb", "--fd=3", f"--flash-path={flash}"),
                 *SANDBOX,
             ],
-            env=environment,
             stderr=subprocess.PIPE,
             text=True,
         )
