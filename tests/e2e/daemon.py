@@ -23,6 +23,7 @@ class DaemonProcess(RunningDevice):
     def __init__(self, folder: Path, engine: str | None = None) -> None:
         """Make the image unless it is there; `engine` is "fast", "pure" or the default."""
         super().__init__(folder, f"--key-path={folder / 'rpmb.key'}", "--verbose")
-        self.command_line[:3] = installed_program("vhost-user-rpmb", "vhost_rpmb")
+        options = self.command_line.index("vhost_rpmb") + 1
+        self.command_line[:options] = installed_program("vhost-user-rpmb", "vhost_rpmb")
         if engine is not None:
             self.environment["VHOST_RPMB_ENGINE"] = engine
