@@ -13,6 +13,7 @@ import pytest
 from tests.documents import demo_of_readme
 from tests.e2e.daemon import BLOCK_SIZE, DaemonProcess
 from tests.e2e.kit import AMD64, Kit
+from tests.e2e.monitor import Monitor
 from tests.e2e.story import (
     COUNT_FAILURE,
     KEY,
@@ -107,6 +108,47 @@ def test_guest_reboots_and_the_daemon_goes_on(kit: Kit, daemon: DaemonProcess) -
         succeed(vm, "mmc rpmb write-block /dev/rpmb0 8 data key")
         assert counter(vm) == 2
     daemon.stop()
+
+
+def test_monitor_commands(kit: Kit, daemon: DaemonProcess) -> None:
+    """The device works after each, and QEMU goes on: it aborts where dirty logging is refused."""
+    daemon.start()
+    monitor_path = daemon.folder / "monitor.sock"
+    with (
+        VirtualMachine(kit, daemon.socket_path, monitor_path) as vm,
+        Monitor(monitor_path) as monitor,
+    ):
+        program_key(vm)
+        write_and_read(vm, 0)
+        for _ in range(2):  # the log is started and ended each time
+            assert monitor.dirty_rate()["mode"] == "dirty-bitmap"
+            write_and_read(vm, counter(vm))
+        monitor.execute("stop")
+        assert monitor.execute("query-status")["status"] == "paused"
+        monitor.execute("cont")
+        write_and_read(vm, 3)
+        driver = "/sys/bus/virtio/drivers/virtio_rpmb"
+        succeed(vm, f"echo virtio0 > {driver}/unbind; echo virtio0 > {driver}/bind")
+        write_and_read(vm, 4)
+        vm.reboot_by(lambda: monitor.execute("system_reset"))
+        vm.put_file("key", KEY)
+        write_and_read(vm, 5)
+        assert monitor.dirty_rate()["mode"] == "dirty-bitmap"
+        write_and_read(vm, 6)
+        assert read_blocks(vm, 0, 7) == b"".join(b"%-256d" % number for number in range(7))
+        assert not re.search("WARNING: |BUG: |Oops: ", succeed(vm, "dmesg"))
+    daemon.stop()
+    assert "front-end disconnected, it broke" not in daemon.log
+    assert "refused" not in daemon.log
+
+
+def write_and_read(vm: VirtualMachine, number: int) -> None:
+    """Write the block of this number, the first with this counter, and read it."""
+    block = b"%-256d" % number
+    vm.put_file("data", block)
+    succeed(vm, f"mmc rpmb write-block /dev/rpmb0 {number} data key")
+    assert counter(vm) == number + 1
+    assert read_blocks(vm, number, 1) == block
 
 
 @pytest.mark.parametrize("daemon", ["fast"], indirect=True)

@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
@@ -110,8 +111,12 @@ class Guest:
 
     def reboot(self, command: str = "reboot -f") -> None:
         """Reboot the guest; QEMU and its connection to the daemon go on."""
+        self.reboot_by(lambda: self._send(command))
+
+    def reboot_by(self, action: Callable[[], object]) -> None:
+        """Do what resets the guest, and wait until it takes commands again."""
         start = len(self._console)
-        self._send(command)
+        action()
         self._enter(start)
 
     def close(self) -> None:
@@ -181,8 +186,11 @@ class Guest:
 class VirtualMachine(Guest):
     """The kit's guest, whose RPMB device is the daemon at a socket."""
 
-    def __init__(self, kit: Kit, socket_path: Path) -> None:
-        super().__init__(qemu_command_line(kit, socket_path))
+    def __init__(self, kit: Kit, socket_path: Path, monitor_path: Path | None = None) -> None:
+        command_line = qemu_command_line(kit, socket_path)
+        if monitor_path is not None:
+            command_line += ["-qmp", f"unix:{monitor_path},server=on,wait=off"]
+        super().__init__(command_line)
 
 
 def qemu_command_line(kit: Kit, socket_path: Path) -> list[str]:
