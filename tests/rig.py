@@ -35,6 +35,12 @@ def make_image(path: Path, units: int = 1) -> Path:
     return path
 
 
+def write_key(path: Path, key: bytes) -> None:
+    """Write a key file that only its owner can read."""
+    path.touch(0o600)
+    path.write_bytes(key)
+
+
 def resolved(flash: Path, options: dict[str, object]) -> Paths:
     """Resolve the paths of a device; takes state_path and key_path out of the options."""
     return Paths.resolve(str(flash), options.pop("state_path", None), options.pop("key_path", None))  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from tests.rig import make_image
+from tests.rig import make_image, write_key
 from vhost_rpmb import __version__, spec
 from vhost_rpmb.client.cli import build_parser, main
 from vhost_rpmb.client.errors import ClientError
@@ -70,7 +70,7 @@ class Device:
         self.served = served
         self.folder = folder
         self.key_file = str(folder / "client.key")
-        Path(self.key_file).write_bytes(KEY)
+        write_key(Path(self.key_file), KEY)
 
     def __call__(self, *arguments: str, **how: Any) -> subprocess.CompletedProcess[bytes]:
         return run(f"--socket-path={self.served.socket_path}", *arguments, **how)
@@ -82,7 +82,7 @@ class Device:
         return done.stdout
 
     def file(self, name: str, data: bytes) -> str:
-        (self.folder / name).write_bytes(data)
+        write_key(self.folder / name, data)
         return str(self.folder / name)
 
 
@@ -426,6 +426,40 @@ class TestUsage:
             2,
             f"standard input: expected a multiple of 256 bytes, up to 65280, found {found}",
         )
+
+    def test_a_key_file_that_others_can_use_is_a_warning(self, device: Device) -> None:
+        Path(device.key_file).chmod(0o644)
+        done = device("write-key", device.key_file)
+        assert done.returncode == 0
+        (line,) = done.stderr.decode().splitlines()
+        assert line.startswith("vhost-rpmb-client: warning: the key file ")
+        assert f"(mode 0644): make it private with chmod 600 {device.key_file}" in line
+
+    def test_fifos_without_another_end(self, device: Device) -> None:
+        """They end with one line, after a while."""
+        fifo = str(device.folder / "fifo")
+        os.mkfifo(fifo)
+        fails(device("write-key", fifo), 2, "that writes into this FIFO, found none within 10 s")
+        device.succeeds("write-key", device.key_file)
+        done = device("read-block", "0", "1", fifo, device.key_file)
+        fails(done, 1, "that reads from this FIFO, found none within 10 s")
+
+    def test_fifos_whose_other_end_comes_later(self, device: Device) -> None:
+        fifo = device.folder / "fifo"
+        os.mkfifo(fifo)
+        with subprocess.Popen(
+            [*PROGRAM, f"--socket-path={device.served.socket_path}", "write-key", str(fifo)]
+        ) as program:
+            fifo.write_bytes(KEY)  # waits for the program to open it
+        assert program.returncode == 0
+        with subprocess.Popen(
+            [
+                *(*PROGRAM, f"--socket-path={device.served.socket_path}"),
+                *("read-block", "0", "1", str(fifo), device.key_file),
+            ]
+        ) as program:
+            assert fifo.read_bytes() == bytes(256)
+        assert program.returncode == 0
 
     def test_input_files_that_cannot_be_read(self, tmp_path: Path) -> None:
         data = tmp_path / "data"

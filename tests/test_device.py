@@ -22,6 +22,7 @@ from tests.rig import (
     request,
     split,
     write_data,
+    write_key,
 )
 from vhost_rpmb import spec
 from vhost_rpmb._pure.frame import Authenticator, Frame
@@ -146,7 +147,7 @@ def test_program_key_fails_where_key_set_made_the_key_count(
     make_rig: MakeRig, tmp_path: Path
 ) -> None:
     path = tmp_path / "key"
-    path.write_bytes(KEY)
+    write_key(path, KEY)
     rig = make_rig(store={"key_path": str(path), "key_set": True})
     (answer,) = rig.chain(program_key(bytes(32)) + read_result())
     assert answer == sealed(req_resp=spec.VIRTIO_RPMB_RESP_PROGRAM_KEY, result=WRITE)

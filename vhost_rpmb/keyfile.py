@@ -14,7 +14,14 @@ from vhost_rpmb.errors import UsageError
 from vhost_rpmb.image import sync_folder, write_all
 from vhost_rpmb.paths import new_of
 
-__all__ = ["fingerprint", "open_regular", "read_key_file", "require_key", "write_key_file"]
+__all__ = [
+    "exposure",
+    "fingerprint",
+    "open_regular",
+    "read_key_file",
+    "require_key",
+    "write_key_file",
+]
 
 _FINGERPRINT_LABEL = b"vhost-rpmb key fingerprint"
 
@@ -26,10 +33,13 @@ def read_key_file(path: str | None, warn: Callable[[str], None]) -> bytes | None
     try:
         with open(path, "rb", opener=open_regular) as file:
             key = file.read(spec.KEY_SIZE + 1)
+            mode = os.fstat(file.fileno()).st_mode
     except FileNotFoundError:
         return None
     except OSError as error:
         raise UsageError(f"the key file {path} cannot be read: {error.strerror}") from error
+    if exposed := exposure(path, mode):
+        warn(f"the key file {exposed}")
     if len(key) > spec.KEY_SIZE:
         warn(f"the key file {path} has more than 32 bytes: the rest is ignored")
     return key[: spec.KEY_SIZE]
@@ -38,13 +48,31 @@ def read_key_file(path: str | None, warn: Callable[[str], None]) -> bytes | None
 def require_key(path: str | None, key_file: bytes | None) -> bytes:
     """Return the whole key of a key file that has to hold one."""
     if key_file is None:
-        raise UsageError(f"--key-set needs the key in --key-path, but {path} does not exist")
+        raise UsageError(
+            f"--key-set needs the key in --key-path, but {path} does not exist: bring it back, or"
+            f" make a new one with {_make_key(path)}"
+        )
     if len(key_file) < spec.KEY_SIZE:
         raise UsageError(
-            f"the key file {path} has {len(key_file)} bytes, a key has 32: make one with"
-            f" head -c 32 /dev/urandom > {path}"
+            f"the key file {path} has {len(key_file)} bytes, a key has 32: make one with rm {path};"
+            f" {_make_key(path)}"
         )
     return key_file
+
+
+def _make_key(path: str | None) -> str:
+    """Give the command that makes a key file which only its owner can read."""
+    return f"(umask 077; head -c 32 /dev/urandom > {path})"
+
+
+def exposure(path: str, mode: int) -> str:
+    """Say who else can use a key file of that mode, and what to do; empty if nobody can."""
+    if not stat.S_ISREG(mode) or not mode & (stat.S_IRWXG | stat.S_IRWXO):
+        return ""
+    return (
+        f"{path} can be used by others than its owner (mode {stat.S_IMODE(mode):04o}): make it"
+        f" private with chmod 600 {path}"
+    )
 
 
 def write_key_file(path: str, key: bytes) -> None:

@@ -146,7 +146,9 @@ class ClientStage:
         return result.returncode, result.stdout.rstrip("\n")
 
     def put_file(self, name: str, content: bytes) -> None:
-        (self._folder / name).write_bytes(content)
+        path = self._folder / name
+        path.touch(0o600)  # it may be a key
+        path.write_bytes(content)
 
     def send_frames(self, name: str) -> tuple[str, bytes]:
         from vhost_rpmb.client.rpmb import RpmbClient

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files and streams of ``vhost-rpmb-client``: keys, data in and out, lines for people."""
 
+import errno
 import os
+import select
 import stat
 import sys
 import tempfile
+import time
 from contextlib import suppress
 
 from vhost_rpmb import spec
@@ -25,15 +28,21 @@ __all__ = [
 
 PROG = "vhost-rpmb-client"
 STANDARD_STREAM = "-"
+_FIFO_WAIT = 10  # seconds for the other end of a FIFO
+_FIFO_PAUSE = 0.05  # seconds between two looks for a reader
 
 
 def read_key(path: str) -> bytes:
     """Read a key, 32 bytes; UsageError where there are fewer."""
-    key = _read_input(path, spec.KEY_SIZE + 1)
+    from vhost_rpmb.keyfile import exposure
+
+    key, mode = _read_input(path, spec.KEY_SIZE + 1)
     if len(key) < spec.KEY_SIZE:
         raise UsageError(
             f"{name_of(path)}: expected a key of {spec.KEY_SIZE} bytes, found {len(key)}"
         )
+    if path != STANDARD_STREAM and (exposed := exposure(path, mode)):
+        say(f"warning: the key file {exposed}")
     if len(key) > spec.KEY_SIZE:
         say(
             f"warning: {name_of(path)}: a key has {spec.KEY_SIZE} bytes, what follows them is"
@@ -53,7 +62,7 @@ def read_optional_key(path: str | None) -> bytes | None:
 def read_blocks(path: str, most: int) -> bytes:
     """Read the data of up to ``most`` blocks; UsageError unless they are whole."""
     size = most * spec.BLOCK_SIZE
-    data = _read_input(path, size + 1)
+    data, _ = _read_input(path, size + 1)
     if not data or len(data) % spec.BLOCK_SIZE or len(data) > size:
         found = f"more than {size}" if len(data) > size else str(len(data))
         raise UsageError(
@@ -63,17 +72,33 @@ def read_blocks(path: str, most: int) -> bytes:
     return data
 
 
-def _read_input(path: str, most: int) -> bytes:
-    """Read at most ``most`` bytes of an input file."""
+def _read_input(path: str, most: int) -> tuple[bytes, int]:
+    """Read at most ``most`` bytes of an input file; return its mode as well."""
     try:
         if path != STANDARD_STREAM:
-            with open(path, "rb", buffering=0) as file:
-                return _read_up_to(file.fileno(), most)
+            with open(path, "rb", buffering=0, opener=_open_at_once) as file:
+                fd = file.fileno()
+                poll = select.poll()
+                poll.register(fd, select.POLLIN)
+                began = bool(poll.poll(_FIFO_WAIT * 1000))
+                os.set_blocking(fd, True)  # a FIFO that nobody writes into is at its end then
+                data = _read_up_to(fd, most)
+                if not data and not began:
+                    raise UsageError(
+                        f"{path}: expected a program that writes into this FIFO, found none within"
+                        f" {_FIFO_WAIT} s: start it first"
+                    )
+                return data, os.fstat(fd).st_mode
         if sys.stdin is None:
             raise UsageError("standard input is closed")
-        return _read_up_to(sys.stdin.fileno(), most)
+        return _read_up_to(sys.stdin.fileno(), most), 0
     except OSError as error:
         raise UsageError(f"{name_of(path)}: {error.strerror}") from None
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Open a file; where it is a FIFO, without waiting for its other end."""
+    return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
 def _read_up_to(fd: int, most: int) -> bytes:
@@ -102,8 +127,7 @@ def write_file(path: str, data: bytes) -> None:
         except FileNotFoundError:
             mode = stat.S_IFREG | stat.S_IRUSR | stat.S_IWUSR
         if not stat.S_ISREG(mode):  # a device or a FIFO cannot be replaced
-            with open(path, "wb", buffering=0) as file:
-                _write_all(file.fileno(), data)
+            _write_special(path, data)
             return
         fd, new = tempfile.mkstemp(dir=os.path.dirname(path), prefix=".vhost-rpmb-client-")
         try:
@@ -118,6 +142,29 @@ def write_file(path: str, data: bytes) -> None:
             raise
     except OSError as error:
         raise ClientError(f"{path}: {error.strerror}") from None
+
+
+def _write_special(path: str, data: bytes) -> None:
+    """Write into a device, or into a FIFO for whose reader it waits a while."""
+    ends = time.monotonic() + _FIFO_WAIT
+    while True:
+        try:
+            fd = _open_at_once(path, os.O_WRONLY)
+            break
+        except OSError as error:
+            if error.errno != errno.ENXIO or not stat.S_ISFIFO(os.stat(path).st_mode):
+                raise
+        if time.monotonic() > ends:
+            raise ClientError(
+                f"{path}: expected a program that reads from this FIFO, found none within"
+                f" {_FIFO_WAIT} s: start it first"
+            )
+        time.sleep(_FIFO_PAUSE)
+    try:
+        os.set_blocking(fd, True)
+        _write_all(fd, data)
+    finally:
+        os.close(fd)
 
 
 def create_file(path: str, data: bytes, size: int | None = None) -> None:
