@@ -3,21 +3,26 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import shutil
 import signal
 import sqlite3
 import stat
+import subprocess
 import sys
 import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-from tests.rig import KEY, make_image, resolved
-from vhost_rpmb import spec
+from tests.rig import KEY, make_image, resolved, write_key
+from vhost_rpmb import image, spec, state
 from vhost_rpmb.errors import OperatorError, StateError, UsageError
 from vhost_rpmb.paths import Paths
 from vhost_rpmb.store import MAX_PENDING, Store, open_store, verify
@@ -259,7 +264,7 @@ def test_a_key_file_does_not_count_as_set_by_itself(
     opened: Open, tmp_path: Path, warnings: list[str]
 ) -> None:
     path = tmp_path / "key"
-    path.write_bytes(OTHER_KEY)
+    write_key(path, OTHER_KEY)
     store = opened(key_path=str(path))
     assert store.key is None
     assert len(warnings) == 1
@@ -270,7 +275,7 @@ def test_a_key_file_does_not_count_as_set_by_itself(
 
 def test_key_set_makes_it_count_for_ever(opened: Open, tmp_path: Path) -> None:
     path = tmp_path / "key"
-    path.write_bytes(KEY)
+    write_key(path, KEY)
     opened(key_path=str(path), key_set=True).close()
     assert opened(key_path=str(path)).key == KEY
 
@@ -278,14 +283,46 @@ def test_key_set_makes_it_count_for_ever(opened: Open, tmp_path: Path) -> None:
 def test_key_set_on_an_existing_device_without_a_key(opened: Open, tmp_path: Path) -> None:
     opened().close()
     path = tmp_path / "key"
-    path.write_bytes(KEY)
+    write_key(path, KEY)
     opened(key_path=str(path), key_set=True).close()
     assert opened(key_path=str(path)).key == KEY
 
 
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o644, 0o602, 0o620])
+def test_a_key_file_that_others_can_use_is_a_warning(
+    opened: Open, tmp_path: Path, warnings: list[str], mode: int
+) -> None:
+    path = tmp_path / "key"
+    write_key(path, KEY)
+    path.chmod(mode)
+    assert opened(key_path=str(path), key_set=True).key == KEY
+    assert len(warnings) == 1
+    for text in (str(path), f"mode {mode:04o}", f"chmod 600 {path}"):
+        assert text in warnings[0]
+
+
+@pytest.mark.parametrize("length", [None, 31])
+def test_the_advice_for_a_missing_or_short_key_file_works(
+    opened: Open, tmp_path: Path, warnings: list[str], length: int | None
+) -> None:
+    """The command in it, run as it is, makes a key file that only its owner can read."""
+    path = tmp_path / "key"
+    if length is not None:
+        path.write_bytes(KEY[:length])
+        path.chmod(0o644)
+    with pytest.raises(UsageError) as refusal:
+        opened(key_path=str(path), key_set=True)
+    command = str(refusal.value).rpartition(" with ")[2]
+    subprocess.run(["sh", "-c", command], check=True, umask=0)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    warnings.clear()
+    assert opened(key_path=str(path), key_set=True).key == path.read_bytes()
+    assert warnings == []
+
+
 def test_a_long_key_file_is_a_warning(opened: Open, tmp_path: Path, warnings: list[str]) -> None:
     path = tmp_path / "key"
-    path.write_bytes(KEY + b"\n")
+    write_key(path, KEY + b"\n")
     assert opened(key_path=str(path), key_set=True).key == KEY
     assert len(warnings) == 1
     assert "more than 32 bytes" in warnings[0]
@@ -298,7 +335,7 @@ def test_a_key_file_may_be_given_for_a_key_that_the_state_keeps(
     store.commit(0, [], KEY)
     store.close()
     path = tmp_path / "key"
-    path.write_bytes(KEY)
+    write_key(path, KEY)
     opened(key_path=str(path)).close()
     assert opened().key == KEY
 
@@ -455,13 +492,84 @@ def test_a_log_without_its_state_file(opened: Open, flash: Path, tmp_path: Path)
     check_refused(opened, StateError, "state-wal is there", tmp_path)
 
 
+# Locks
+
+
+class NoLocks:
+    """fcntl on a file system without locks, as NFS is without its lock manager."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, name: str) -> object:
+        if name != self._name:
+            return getattr(fcntl, name)
+
+        def fail(*_: object) -> None:
+            raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+        return fail
+
+
+@pytest.mark.parametrize("offline", [False, True])
+@pytest.mark.parametrize(("call", "module"), [("flock", image), ("lockf", state)])
+def test_a_file_system_without_locks(
+    opened: Open,
+    flash: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    call: str,
+    module: ModuleType,
+    offline: bool,
+) -> None:
+    opened().close()
+    monkeypatch.setattr(module, "fcntl", NoLocks(call))
+    name = f"the image {flash}" if call == "flock" else f"the state file {state_of(flash)}"
+    text = f"{name} cannot be locked .No locks available.: keep it on .* with locks, or start"
+    check = partial(verify, Paths.resolve(str(flash))) if offline else opened
+    with pytest.raises(StateError, match=text):
+        check()
+
+
+# FIFOs: nothing waits for their other end.
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("offline", [False, True])
+@pytest.mark.parametrize("suffix", ["", ".state", ".state-wal", ".state-journal", ".key"])
+def test_a_fifo_in_place_of_a_file(
+    opened: Open, flash: Path, tmp_path: Path, suffix: str, offline: bool
+) -> None:
+    key = tmp_path / "flash.img.key"
+    write_key(key, KEY)
+    store = opened(key_path=str(key), key_set=True)
+    store.close()
+    path = tmp_path / f"flash.img{suffix}"
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    check: Callable[[], object] = partial(opened, key_path=str(key))
+    if offline:
+        check = partial(verify, Paths.resolve(str(flash), key_path=str(key)))
+    with pytest.raises(OperatorError, match="regular file") as refusal:
+        check()
+    assert str(path) in str(refusal.value)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("suffix", [".state.new", ".key.new"])
+def test_a_fifo_in_place_of_a_temporary_file(
+    opened: Open, flash: Path, tmp_path: Path, suffix: str
+) -> None:
+    os.mkfifo(tmp_path / f"flash.img{suffix}")
+    store = opened(key_path=str(tmp_path / "flash.img.key"))
+    assert store.commit(0, [], KEY)
+
+
 # A lost or hidden state file: starting without it would be a rollback.
 
 
 def key_set_options(tmp_path: Path) -> dict[str, object]:
     path = tmp_path / "given.key"
-    path.write_bytes(KEY)
-    path.chmod(0o600)
+    write_key(path, KEY)
     return {"key_path": str(path), "key_set": True}
 
 
@@ -600,7 +708,7 @@ def test_key_set_without_a_key_file(opened: Open, tmp_path: Path) -> None:
 @pytest.mark.parametrize("length", [0, 1, 31])
 def test_key_set_with_a_short_key_file(opened: Open, tmp_path: Path, length: int) -> None:
     path = tmp_path / "key"
-    path.write_bytes(KEY[:length])
+    write_key(path, KEY[:length])
     check_refused(
         opened,
         UsageError,
@@ -620,7 +728,7 @@ def key_path(request: pytest.FixtureRequest, opened: Open, tmp_path: Path) -> Pa
     """The key file of a device that was programmed."""
     path = tmp_path / "key"
     if request.param == "by --key-set":
-        path.write_bytes(KEY)
+        write_key(path, KEY)
         opened(key_path=str(path), key_set=True).close()
     else:
         store = opened(key_path=str(path))
@@ -634,13 +742,13 @@ def test_a_programmed_device_with_another_key_file(
     opened: Open, key_path: Path, tmp_path: Path, key_set: bool
 ) -> None:
     options = {"key_path": str(key_path), "key_set": key_set}
-    key_path.write_bytes(OTHER_KEY)
+    write_key(key_path, OTHER_KEY)
     check_refused(opened, StateError, "another key", tmp_path, **options)
-    key_path.write_bytes(KEY[:31])
+    write_key(key_path, KEY[:31])
     check_refused(opened, StateError, "31 bytes instead of 32", tmp_path, **options)
     key_path.unlink()
     check_refused(opened, StateError, "does not exist", tmp_path, **options)
-    key_path.write_bytes(KEY)
+    write_key(key_path, KEY)
     assert opened(**options).key == KEY
 
 
@@ -656,7 +764,7 @@ def test_a_device_that_keeps_its_key_with_a_wrong_key_file(opened: Open, tmp_pat
     store.close()
     path = tmp_path / "key"
     check_refused(opened, StateError, "leave out --key-path", tmp_path, key_path=str(path))
-    path.write_bytes(OTHER_KEY)
+    write_key(path, OTHER_KEY)
     check_refused(opened, StateError, "another key", tmp_path, key_path=str(path), key_set=True)
 
 
@@ -861,9 +969,34 @@ def test_verify_checks_the_key_file_if_it_is_named(
     report = verify(Paths.resolve(str(flash)))
     assert (report.programmed, report.key_in_file) == (True, True)
     assert verify(Paths.resolve(str(flash), key_path=str(key_path))).programmed
-    key_path.write_bytes(OTHER_KEY)
+    write_key(key_path, OTHER_KEY)
     with pytest.raises(StateError, match="another key"):
         verify(Paths.resolve(str(flash), key_path=str(key_path)))
+
+
+@pytest.mark.parametrize("check", [verify, open_store])
+def test_no_copy_of_the_state_is_written(
+    written: Path, tmp_path: Path, check: Callable[[Paths], object]
+) -> None:
+    """So none can survive a SIGKILL: nothing is created but the files of the device."""
+    killed(written)
+    created: list[str] = []
+
+    def note(event: str, arguments: tuple[object, ...]) -> None:
+        flags = arguments[2] if event == "open" else os.O_CREAT
+        if event in ("os.mkdir", "tempfile.mkstemp", "tempfile.mkdtemp", "shutil.copyfile"):
+            created.append(str(arguments[0]))
+        elif event == "open" and isinstance(flags, int) and flags & os.O_CREAT:
+            created.append(os.fsdecode(arguments[0]))  # type: ignore[arg-type]
+
+    def work() -> None:
+        sys.addaudithook(note)
+        result = check(Paths.resolve(str(written)))
+        (tmp_path / "created").write_text("\n".join(created))
+        del result
+
+    in_a_killed_process(work)
+    assert (tmp_path / "created").read_text() == ""
 
 
 def test_verify_refuses_a_device_in_use_or_without_state(opened: Open, flash: Path) -> None:

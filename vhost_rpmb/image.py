@@ -14,7 +14,17 @@ from typing import NamedTuple
 from vhost_rpmb import spec
 from vhost_rpmb.errors import StateError, UsageError
 
-__all__ = ["ImageFile", "Stamp", "digest", "is_zeros", "ranges", "runs", "sync_folder", "write_all"]
+__all__ = [
+    "ImageFile",
+    "Stamp",
+    "cannot_lock",
+    "digest",
+    "is_zeros",
+    "ranges",
+    "runs",
+    "sync_folder",
+    "write_all",
+]
 
 MAX_IMAGE_SIZE = 32 * 1024 * 1024  # bytes; what lies above 16 MiB has no address
 
@@ -43,7 +53,7 @@ class ImageFile:
         self.path = path
         access = os.O_RDWR if writable else os.O_RDONLY
         try:
-            self._fd = os.open(path, access | os.O_CLOEXEC)
+            self._fd = os.open(path, access | os.O_NONBLOCK | os.O_CLOEXEC)  # FIFOs do not block
         except FileNotFoundError:
             raise UsageError(
                 f"the image {path} does not exist: make one with truncate -s 128K {path}"
@@ -73,6 +83,8 @@ class ImageFile:
             raise StateError(
                 f"the image {path} is in use by another process: end that one first"
             ) from None
+        except OSError as error:
+            raise StateError(cannot_lock(f"the image {path}", error)) from error
         self.size = min(self.file_size, spec.MAX_CAPACITY)
         if self.size < self.file_size:
             warn(
@@ -168,6 +180,14 @@ class ImageFile:
     def close(self) -> None:
         """Release the file and its lock."""
         os.close(self._fd)
+
+
+def cannot_lock(name: str, error: OSError) -> str:
+    """Say for the operator that a file's file system has no locks, which keep two daemons apart."""
+    return (
+        f"{name} cannot be locked ({error.strerror}): keep it on a file system with locks, or start"
+        " the lock manager (rpc.statd) if it is on NFS"
+    )
 
 
 def digest(block: bytes) -> bytes:

@@ -6,23 +6,27 @@ from __future__ import annotations
 import fcntl
 import os
 import sqlite3
+import stat
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
-from typing import NamedTuple
+from contextlib import suppress
+from typing import BinaryIO, NamedTuple
 
 from vhost_rpmb import spec
 from vhost_rpmb.errors import StateError
-from vhost_rpmb.image import ImageFile, digest, sync_folder, write_all
+from vhost_rpmb.image import ImageFile, cannot_lock, digest, sync_folder, write_all
 from vhost_rpmb.keyfile import open_regular
 from vhost_rpmb.paths import journal_of, log_of, new_of
+from vhost_rpmb.wal import apply_log
 
 __all__ = [
     "NO_DIGESTS",
     "Database",
     "DeviceRow",
+    "Snapshot",
+    "StateReader",
+    "check_surroundings",
     "create_database",
     "has_log",
-    "private_copy",
     "trouble",
 ]
 
@@ -113,51 +117,15 @@ class Digests(NamedTuple):
 NO_DIGESTS = Digests(b"", b"")  # of a block that was always zeros
 
 
-class Database:
-    """The state database, locked for this process while open; ``name`` is what messages call it.
+class StateReader:
+    """What can be read of a state database; ``name`` is what messages call it.
 
     Raises sqlite3.Error, and StateError where it does not hold what this version writes.
     """
 
-    def __init__(self, path: str, name: str | None = None) -> None:
-        self._log = log_of(path)
-        self._name = name or path
-        starts = _check_state_file(path, self._name)
-        self._owns_log = log = has_log(path)
-        self._connection = sqlite3.connect(_uri(path), uri=True, isolation_level=None, timeout=0)
-        try:
-            self._lock()
-            (verdict,) = self._execute("PRAGMA quick_check(1)").fetchone()
-            if verdict != "ok":
-                raise self._damaged(verdict)
-            row = self.device()
-            if row.running != _STOPPED and not log:
-                raise StateError(
-                    f"{self._name} was not closed, and its log {self._name}-wal is missing: what"
-                    " the log holds is lost with it; bring the two back together"
-                )
-            if starts != row.starts & _STARTS_MASK and row.running != _STARTING:
-                raise StateError(
-                    f"{self._name} and its log {self._name}-wal are from different times: bring"
-                    " back the two that belong together, or a state file that was closed, without"
-                    " a log"
-                )
-            self._owns_log = row.running != _STOPPED
-        except BaseException:
-            self._close_connection()
-            raise
-
-    def _lock(self) -> None:
-        """Take the database's lock: the first statement fails if it is taken."""
-        # Exclusive before the first look at the log: then there is no shared-memory file.
-        self._execute("PRAGMA locking_mode = EXCLUSIVE")
-        (mode,) = self._execute("PRAGMA journal_mode = WAL").fetchone()
-        if mode != "wal":  # how SQLite says that the change failed
-            raise sqlite3.OperationalError("it cannot have a write-ahead log here")
-        self._execute("PRAGMA synchronous = FULL")
-        self._execute(f"PRAGMA wal_autocheckpoint = {_LOG_SIZE // _PAGE_SIZE}")
-        self._execute("BEGIN EXCLUSIVE")
-        self._execute("COMMIT")
+    def __init__(self, connection: sqlite3.Connection, name: str) -> None:
+        self._connection = connection
+        self._name = name
 
     def _execute(self, statement: str, values: tuple[object, ...] = ()) -> sqlite3.Cursor:
         return self._connection.execute(statement, values)
@@ -165,9 +133,27 @@ class Database:
     def _damaged(self, what: str) -> StateError:
         return StateError(_damage(self._name, what))
 
-    def transaction(self) -> _Transaction:
-        """Make what a with-block does one durable step, or nothing."""
-        return _Transaction(self._connection)
+    def _check(self, starts: int, log: bool) -> DeviceRow:
+        """Refuse damage, and a log that is missing or does not fit.
+
+        ``starts``: what the file itself, without its log, knows of; ``log``: whether there is one.
+        """
+        (verdict,) = self._execute("PRAGMA quick_check(1)").fetchone()
+        if verdict != "ok":
+            raise self._damaged(verdict)
+        row = self.device()
+        if row.running != _STOPPED and not log:
+            raise StateError(
+                f"{self._name} was not closed, and its log {log_of(self._name)} is missing: what"
+                " the log holds is lost with it; bring the two back together"
+            )
+        if starts != row.starts & _STARTS_MASK and row.running != _STARTING:
+            raise StateError(
+                f"{self._name} and its log {log_of(self._name)} are from different times: bring"
+                " back the two that belong together, or a state file that was closed, without"
+                " a log"
+            )
+        return row
 
     def device(self) -> DeviceRow:
         """What is kept of the device."""
@@ -209,6 +195,62 @@ class Database:
             if not 0 <= address < blocks:
                 raise self._damaged(f"digest of block {address}")
         return digests
+
+
+class Snapshot(StateReader):
+    """A state database and its log as they are now, in private memory; nothing is changed."""
+
+    def __init__(self, path: str) -> None:
+        starts = _check_state_file(path)
+        content, log = _read(path)
+        super().__init__(sqlite3.connect(":memory:", isolation_level=None), path)
+        try:
+            try:
+                self._connection.deserialize(apply_log(content, log or b""))
+            except ValueError as error:
+                raise self._damaged(str(error)) from error
+            self._check(starts, log is not None)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._connection.close()
+
+
+class Database(StateReader):
+    """The state database, locked for this process while open."""
+
+    def __init__(self, path: str) -> None:
+        self._log = log_of(path)
+        starts = _check_state_file(path)
+        self._owns_log = log = has_log(path)
+        super().__init__(
+            sqlite3.connect(_uri(path), uri=True, isolation_level=None, timeout=0), path
+        )
+        try:
+            self._lock()
+            self._owns_log = self._check(starts, log).running != _STOPPED
+        except BaseException:
+            self._close_connection()
+            raise
+
+    def _lock(self) -> None:
+        """Take the database's lock: the first statement fails if it is taken."""
+        # Exclusive before the first look at the log: then there is no shared-memory file.
+        self._execute("PRAGMA locking_mode = EXCLUSIVE")
+        (mode,) = self._execute("PRAGMA journal_mode = WAL").fetchone()
+        if mode != "wal":  # how SQLite says that the change failed
+            raise sqlite3.OperationalError("it cannot have a write-ahead log here")
+        self._execute("PRAGMA synchronous = FULL")
+        self._execute(f"PRAGMA wal_autocheckpoint = {_LOG_SIZE // _PAGE_SIZE}")
+        self._execute("BEGIN EXCLUSIVE")
+        self._execute("COMMIT")
+
+    def transaction(self) -> _Transaction:
+        """Make what a with-block does one durable step, or nothing."""
+        return _Transaction(self._connection)
 
     def program(self, key: bytes | None, fingerprint: bytes | None) -> None:
         """Keep a key or the fingerprint of one; without either, no key is programmed."""
@@ -331,7 +373,7 @@ def _uri(path: str) -> str:
     return f"file:{escaped}?mode=rw"
 
 
-def _check_state_file(path: str, name: str) -> int:
+def _check_state_file(path: str) -> int:
     """Refuse what is not a state file of ours before SQLite, which would change it, opens it.
 
     Return the low bits of the number of starts that the file itself, without its log, knows of.
@@ -339,11 +381,13 @@ def _check_state_file(path: str, name: str) -> int:
     try:
         with open(path, "rb", opener=open_regular) as file:
             header = file.read(_HEADER_SIZE)
+            with suppress(BlockingIOError, PermissionError):  # SQLite says that it is in use
+                _lock_readers(file, path)
     except OSError as error:
-        raise StateError(f"the state file {name} cannot be read: {error.strerror}") from error
+        raise StateError(f"the state file {path} cannot be read: {error.strerror}") from error
     if not header:
         raise StateError(
-            f"the state file {name} is empty, and so was not left by vhost-rpmb: bring it back from"
+            f"the state file {path} is empty, and so was not left by vhost-rpmb: bring it back from"
             " a backup; starting without it would set the write counter back"
         )
     version, application = (
@@ -351,13 +395,13 @@ def _check_state_file(path: str, name: str) -> int:
     )
     if not header.startswith(_HEADER_MAGIC) or application != _APPLICATION_ID:
         raise StateError(
-            f"{name} is not a vhost-rpmb state file: bring back the right one, or name another with"
+            f"{path} is not a vhost-rpmb state file: bring back the right one, or name another with"
             " --state-path"
         )
     number = version & ((1 << _FORMAT_BITS) - 1)
     if number != _FORMAT:
         raise StateError(
-            f"the state file {name} has format {number}, this version knows {_FORMAT}: use the"
+            f"the state file {path} has format {number}, this version knows {_FORMAT}: use the"
             " version of vhost-rpmb that wrote it"
         )
     return version >> _FORMAT_BITS
@@ -409,31 +453,46 @@ def create_database(path: str, image: ImageFile, counter: int) -> None:
     sync_folder(image.path)
 
 
-@contextmanager
-def private_copy(path: str) -> Iterator[str]:
-    """Copy a state file and its log for reading, both locked like a running daemon's meanwhile.
-
-    SQLite cannot open a database with a log without changing something. The copy is in memory
-    where that is possible: it may hold the key.
-    """
-    import shutil  # not for a start as usual
-    import tempfile
-
-    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    with (
-        open(path, "rb", opener=open_regular) as file,
-        tempfile.TemporaryDirectory(dir=memory, prefix="vhost-rpmb-") as folder,
-    ):
+def _read(path: str) -> tuple[bytes, bytes | None]:
+    """Read a state file and its log, if there is one; no daemon runs meanwhile."""
+    with open(path, "rb", opener=open_regular) as file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB, _LOCK_SIZE, _LOCK_FIRST)
+            _lock_readers(file, path)
         except (BlockingIOError, PermissionError):
             raise StateError(_in_use(path)) from None
-        copy = os.path.join(folder, "state")
-        with open(copy, "wb") as target:
-            shutil.copyfileobj(file, target)
-        with suppress(FileNotFoundError):
-            shutil.copyfile(log_of(path), log_of(copy))
-        yield copy
+        content = file.read()
+        try:
+            with open(log_of(path), "rb", opener=open_regular) as log:
+                return content, log.read()
+        except FileNotFoundError:
+            return content, None
+
+
+def _lock_readers(file: BinaryIO, path: str) -> None:
+    """Lock a state file as SQLite's readers do, while it is open.
+
+    Raises BlockingIOError or PermissionError where a daemon uses it; StateError where there are no
+    locks, which SQLite would take for a file in use.
+    """
+    try:
+        fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB, _LOCK_SIZE, _LOCK_FIRST)
+    except (BlockingIOError, PermissionError):
+        raise
+    except OSError as error:
+        raise StateError(cannot_lock(f"the state file {path}", error)) from error
+
+
+def check_surroundings(path: str) -> None:
+    """Refuse anything but regular files where SQLite keeps its own: it would wait for a FIFO."""
+    for beside in (log_of(path), journal_of(path)):
+        try:
+            mode = os.lstat(beside).st_mode
+        except OSError:
+            continue
+        if not stat.S_ISREG(mode):
+            raise StateError(
+                f"{beside}: expected a regular file or none, found another kind of file: remove it"
+            )
 
 
 def trouble(path: str, error: sqlite3.Error) -> str:

@@ -26,9 +26,11 @@ from vhost_rpmb.state import (
     NO_DIGESTS,
     Database,
     DeviceRow,
+    Snapshot,
+    StateReader,
+    check_surroundings,
     create_database,
     has_log,
-    private_copy,
     trouble,
 )
 
@@ -64,6 +66,7 @@ def open_store(
     try:
         _check_folders(paths)
         with _named_errors(state_path):
+            check_surroundings(state_path)
             key_file = read_key_file(key_path, warn)
             if os.path.lexists(state_path):
                 _check_log(state_path)
@@ -134,8 +137,9 @@ def verify(
                 f"the state file {state_path} does not exist: name the one that belongs to"
                 f" {paths.flash} with --state-path"
             )
-        with _named_errors(state_path), private_copy(state_path) as copy:
-            database = Database(copy, state_path)
+        with _named_errors(state_path):
+            check_surroundings(state_path)
+            database = Snapshot(state_path)
             try:
                 row = database.device()
                 _check_image(image, row, state_path)
@@ -177,7 +181,7 @@ class _Contents(NamedTuple):
         return [address for address, mark in enumerate(self.damaged) if mark]
 
 
-def _load(image: ImageFile, database: Database, row: DeviceRow, state_path: str) -> _Contents:
+def _load(image: ImageFile, database: StateReader, row: DeviceRow, state_path: str) -> _Contents:
     """Read the image, compare it with what was stored, and put what is pending over it."""
     memory = mmap.mmap(-1, image.size)
     blocks = image.size // spec.BLOCK_SIZE
@@ -439,8 +443,7 @@ def _why(error: BaseException) -> str:
 def _check_log(state_path: str) -> None:
     """Refuse a state file that its log does not fit, before SQLite puts the two together."""
     if has_log(state_path):
-        with private_copy(state_path) as copy:
-            Database(copy, state_path).close()
+        Snapshot(state_path).close()
 
 
 def _check_new(image: ImageFile, state_path: str, initial_counter: int | None) -> None:
