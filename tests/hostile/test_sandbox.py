@@ -50,6 +50,14 @@ FORBIDDEN = {
     "the owner of an open file": ("os.fchown(flash.fileno(), 1, 1)", errno.EPERM),
     "a network socket": ("socket.socket(socket.AF_INET)", errno.EPERM),
     "a UNIX socket": ("socket.socket(socket.AF_UNIX)", errno.EPERM),
+    "a datagram to another socket": (
+        "datagrams.sendto(b'', os.path.relpath(inside + '/run/datagrams'))",
+        errno.EPERM,
+    ),
+    "a message to another socket": (
+        "datagrams.sendmsg([b''], [], 0, os.path.relpath(inside + '/run/datagrams'))",
+        errno.EPERM,
+    ),
     "another program": ("os.execv('/bin/true', ['true'])", errno.EPERM),
     "another process": ("os.fork()", errno.EPERM),
     "a signal to another process": ("os.kill(os.getppid(), 0)", errno.EPERM),
@@ -93,6 +101,10 @@ inside, outside = {str(inside)!r}, {str(outside)!r}
 paths = Paths.resolve(inside + "/flash", inside + "/state/s", inside + "/keys/key")
 flash = open(paths.flash, "r+b")
 reader, writer = os.pipe()
+os.chdir(inside)  # the path of a socket is short
+other = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+other.bind("run/datagrams")
+datagrams, _ = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
 if not {landlock}:
     sandbox._restrict_files = lambda folders: None
 sandbox.hide_memory()
