@@ -19,6 +19,7 @@ import pytest
 
 from tests.rig import KEY, SANDBOX
 from vhost_rpmb import cli
+from vhost_rpmb.client.errors import BackendError
 from vhost_rpmb.client.rpmb import RpmbClient
 from vhost_rpmb.engine import Engine
 from vhost_rpmb.service import Notifier
@@ -104,7 +105,7 @@ def connect(path: Path) -> RpmbClient:
     while True:
         try:
             return RpmbClient.connect(str(path), key=KEY, timeout=TIMEOUT)
-        except OSError:
+        except BackendError:
             assert time.monotonic() < ends
             time.sleep(0.01)
 
