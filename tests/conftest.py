@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.rig import SANDBOX, Rig, make_image
+from tests.rig import PATIENCE, SANDBOX, Rig, make_image
 from vhost_rpmb import engine as engines
 
 
@@ -88,7 +88,7 @@ class Daemon:
     def stop(self) -> str:
         """End it as an operator would; it has to end cleanly. Return what it said."""
         self.process.send_signal(signal.SIGTERM)
-        _, errors = self.process.communicate(timeout=10)
+        _, errors = self.process.communicate(timeout=PATIENCE)
         assert self.process.returncode == 0, errors
         return errors
 
@@ -136,9 +136,27 @@ def environment(options: Sequence[str] = ("--sandbox=on",)) -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}
 
 
+def until(condition: Callable[[], bool]) -> None:
+    """Wait until a condition holds."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not become true in time"
+        time.sleep(0.005)
+
+
+def processor_time(pid: int) -> float:
+    """The processor time of a process in seconds, by its clock: see clock_getcpuclockid(3)."""
+    return time.clock_gettime(~pid << 3 | 2)
+
+
+def is_asleep(pid: int) -> bool:
+    """Whether a process waits for something."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "S"
+
+
 def wait_for_socket(process: subprocess.Popen[str], path: Path) -> None:
     """Wait until a daemon listens; fail with what it says if it ends instead."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise AssertionError(f"the daemon ended: {process.communicate()[1]}")

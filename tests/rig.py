@@ -25,6 +25,8 @@ ALL_FEATURES = 1 << spec.VIRTIO_F_INDIRECT_DESC | 1 << spec.VIRTIO_F_EVENT_IDX
 # sandbox refuses; and QEMU's user emulation has no sandbox.
 NO_SANDBOX = "COVERAGE_PROCESS" in str(os.environ.keys()) or "VHOST_RPMB_EMULATED" in os.environ
 SANDBOX = ["--sandbox=off"] if NO_SANDBOX else []
+# Seconds to wait for a state that comes at once on a machine without other work.
+PATIENCE = 120.0
 UNIT_BLOCKS = spec.CAPACITY_UNIT // spec.BLOCK_SIZE  # blocks in the smallest image
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests.rig import PATIENCE
 from vhost_rpmb import spec
 from vhost_rpmb._pure.frame import Authenticator, Frame
 from vhost_rpmb.client import messages
@@ -252,7 +253,7 @@ class TestRing:
 
         device = threading.Thread(target=answer)
         device.start()
-        assert ring.wait(5.0) == [(head, 9)]
+        assert ring.wait(PATIENCE) == [(head, 9)]
         device.join()
         assert ring.memory.load16(ring.available_ring + 4 + 2 * 8) == 0  # used_event
 
@@ -270,14 +271,14 @@ class TestRing:
         started = time.monotonic()
         with pytest.raises(BackendError, match=r"within 0\.1 s; 1 in flight"):
             ring.wait(0.1)
-        assert 0.1 <= time.monotonic() - started < 5
+        assert time.monotonic() - started >= 0.1
 
     def test_the_end_of_the_peer_is_noticed(self, ring: Ring) -> None:
         ours, theirs = socket.socketpair()
         with ours:
             theirs.close()
             with pytest.raises(BackendError, match="closed the connection"):
-                ring.wait(5.0, peer=ours.fileno())
+                ring.wait(PATIENCE, peer=ours.fileno())
 
     def test_the_error_eventfd_is_noticed_but_answers_come_first(self, ring: Ring) -> None:
         head = ring.add([Segment(0, 1)])
@@ -289,10 +290,10 @@ class TestRing:
 
         device = threading.Timer(0.05, answer_and_break)
         device.start()
-        assert ring.wait(5.0) == [(head, 0)]
+        assert ring.wait(PATIENCE) == [(head, 0)]
         device.join()
         with pytest.raises(QueueError, match="reports the queue broken"):
-            ring.wait(5.0)
+            ring.wait(PATIENCE)
 
     def test_a_used_index_that_runs_away_is_refused(self, ring: Ring) -> None:
         head = ring.add([Segment(0, 1)])
@@ -488,13 +489,19 @@ class TestVerification:
 @pytest.fixture
 def peers() -> Iterator[tuple[Frontend, socket.socket]]:
     ours, theirs = socket.socketpair()
-    with theirs, Frontend(ours, timeout=0.2) as frontend:
+    with theirs, Frontend(ours, timeout=PATIENCE) as frontend:
         yield frontend, theirs
+
+
+def wait_less(frontend: Frontend) -> None:
+    """Let a front-end give up soon, where its back-end is known to stay silent."""
+    frontend._timeout = 0.2
 
 
 @pytest.mark.usefixtures("no_leaks")
 class TestFrontend:
     def test_a_silent_back_end(self, peers: tuple[Frontend, socket.socket]) -> None:
+        wait_less(peers[0])
         with pytest.raises(BackendError, match=r"did not answer within 0\.2 s"):
             peers[0].ask_u64(Request.GET_FEATURES)
 
@@ -502,6 +509,7 @@ class TestFrontend:
         self, peers: tuple[Frontend, socket.socket]
     ) -> None:
         frontend, theirs = peers
+        wait_less(frontend)
         over = threading.Event()
 
         def drip() -> None:
@@ -515,7 +523,7 @@ class TestFrontend:
             started = time.monotonic()
             with pytest.raises(BackendError, match=r"did not answer within 0\.2 s"):
                 frontend.ask_u64(Request.GET_FEATURES)
-            assert time.monotonic() - started < 5
+            assert time.monotonic() - started < PATIENCE
         finally:
             over.set()
             thread.join()
@@ -538,6 +546,7 @@ class TestFrontend:
 
     def test_a_back_end_that_does_not_read(self, peers: tuple[Frontend, socket.socket]) -> None:
         frontend, _ = peers
+        wait_less(frontend)
 
         def flood() -> None:
             for _ in range(10_000):
@@ -577,6 +586,7 @@ class TestFrontend:
         control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("ii", *fds))]
         theirs.sendmsg([b"\x01"], control)
         wire.close_fds(fds)
+        wait_less(frontend)
         with pytest.raises(BackendError, match="did not answer"):
             frontend.ask_u64(Request.GET_FEATURES)
 
@@ -856,12 +866,12 @@ class TestClient:
             place = client.memory.allocate(512)
             client.ring.add([Segment(border - 100, 512)], [Segment(place, 512)])
             client.ring.flush()
-            assert [used.length for used in client.ring.wait(10.0)] == [512]
+            assert [used.length for used in client.ring.wait(PATIENCE)] == [512]
             assert check_counter_is(client.memory.read(place, 512), 0)
             client.memory.write(place, messages.counter_request(NONCE))
             client.ring.add([Segment(place, 512)], [Segment(border - 100, 512)])
             client.ring.flush()
-            assert [used.length for used in client.ring.wait(10.0)] == [512]
+            assert [used.length for used in client.ring.wait(PATIENCE)] == [512]
             assert check_counter_is(client.memory.read(border - 100, 512), 0)
 
     @pytest.mark.parametrize(
@@ -899,7 +909,7 @@ class TestClient:
             client.ring.flush()
             used: list[Used] = []
             while len(used) < 3:
-                used += client.ring.wait(10.0, peer=client.frontend.fileno())
+                used += client.ring.wait(PATIENCE, peer=client.frontend.fileno())
             assert used == [(first, 512), (head, 0), (last, 512)]
             assert client.read_counter() == 0
 
@@ -968,18 +978,16 @@ class TestClient:
 
     def test_a_killed_daemon_is_noticed_at_once(self, daemon: Callable[..., Any]) -> None:
         served = daemon()
-        with RpmbClient.connect(served.socket_path) as client:
+        with RpmbClient.connect(served.socket_path, timeout=PATIENCE) as client:
             client.program_key(KEY)
             served.process.send_signal(signal.SIGSTOP)
             client.submit(messages.counter_request(NONCE), 512)
             client.flush()
-            started = time.monotonic()
             killer = threading.Timer(0.1, served.process.kill)
             killer.start()
             with pytest.raises(BackendError, match="closed the connection with 1 requests"):
                 client.answers()
             killer.join()
-            assert time.monotonic() - started < 5
             with pytest.raises(BackendError, match="closed the connection"):
                 client.reset_queue()
         served.process.wait()
@@ -988,9 +996,10 @@ class TestClient:
 
     def test_a_daemon_that_hangs_ends_in_an_error(self, daemon: Callable[..., Any]) -> None:
         served = daemon()
-        with RpmbClient.connect(served.socket_path, timeout=0.3) as client:
+        with RpmbClient.connect(served.socket_path) as client:
             client.program_key(KEY)
             served.process.send_signal(signal.SIGSTOP)
+            client._timeout = client.frontend._timeout = 0.3
             try:
                 with pytest.raises(BackendError, match=r"within 0\.3 s"):
                     client.read_counter()

@@ -281,7 +281,7 @@ class TestConnectionFailures:
         try:
             started = time.monotonic()
             fails(keyed("--timeout=0.5", verb, keyed.key_file), 1, "did not answer within 0.5 s")
-            assert 0.5 < time.monotonic() - started < 10
+            assert time.monotonic() - started > 0.5
         finally:
             keyed.served.process.send_signal(signal.SIGCONT)
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
 import select
 import signal
@@ -12,7 +14,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.rig import ALL_FEATURES, Rig, read_counter
+from tests.conftest import until
+from tests.rig import ALL_FEATURES, PATIENCE, Rig, read_counter
 from vhost_rpmb import spec
 from vhost_rpmb.client.ring import Used
 from vhost_rpmb.engine import Engine
@@ -45,7 +48,7 @@ class Server:
         """Make the other descriptor ready; return the seconds until the loop gave way."""
         start = time.monotonic()
         os.eventfd_write(self.other, 1)
-        self.thread.join(10)
+        self.thread.join(PATIENCE)
         assert not self.thread.is_alive()
         return time.monotonic() - start
 
@@ -76,13 +79,13 @@ def start(engine: Engine) -> Iterator[StartServer]:
 def exchange(rig: Rig, look: bool = False) -> list[Used]:
     rig.ring.add(rig.put(read_counter()), rig.room(512))
     rig.ring.flush()
-    return look_for_answer(rig) if look else rig.ring.wait(10)
+    return look_for_answer(rig) if look else rig.ring.wait(PATIENCE)
 
 
 def look_for_answer(rig: Rig) -> list[Used]:
     """Wait without a call. Sleeps between looks: the loop's thread needs the interpreter too."""
     rig.ring.suppress_calls()
-    ends = time.monotonic() + 10
+    ends = time.monotonic() + PATIENCE
     while not (used := rig.ring.collect()):
         assert time.monotonic() < ends
         time.sleep(0.00005)
@@ -99,24 +102,40 @@ def test_requests_are_answered_and_called(
     server = start(rig, poll_us)
     for number in range(300):
         assert exchange(rig, look=bool(number % 2))[0].length == 512
-    assert server.stop() < 1
+    server.stop()
     assert server.flags == 0
+
+
+def shortest(stops: Iterator[float]) -> float:
+    """The shortest of some times: other processes may hold up one of them, but hardly all."""
+    return min(itertools.islice(stops, 10))
 
 
 @pytest.mark.parametrize("poll_us", [0, 5000])
 def test_it_gives_way_at_once(make_rig: MakeRig, start: StartServer, poll_us: int) -> None:
-    server = start(make_rig(), poll_us)
-    time.sleep(0.05)
-    assert server.stop() < 0.5
+    """Not only when a second without requests is over."""
+    rig = make_rig()
+
+    def stops() -> Iterator[float]:
+        while True:
+            server = start(rig, poll_us)
+            time.sleep(0.05)
+            yield server.stop()
+
+    assert shortest(stops()) < 0.5
 
 
 def test_it_gives_way_under_load(make_rig: MakeRig, start: StartServer) -> None:
     rig = make_rig()
-    server = start(rig, 5000)
-    ends = time.monotonic() + 0.3
-    while time.monotonic() < ends:
-        exchange(rig, look=True)
-    assert server.stop() < 0.5
+
+    def stops() -> Iterator[float]:
+        while True:
+            server = start(rig, 5000)
+            for _ in range(50):
+                exchange(rig, look=True)
+            yield server.stop()
+
+    assert shortest(stops()) < 0.5
 
 
 @pytest.mark.parametrize("poll_us", [0, 5000])
@@ -127,7 +146,7 @@ def test_it_comes_back_after_a_second_without_requests(
     server = Server(engine, rig, poll_us)
     start = time.monotonic()
     assert server.loop.serve(rig.queue, rig.ring.kick_fd, -1) == engine.IDLE
-    assert 0.9 < time.monotonic() - start < 5
+    assert time.monotonic() - start > 0.9
     assert server.loop.take_events() == []
     server.close()
 
@@ -142,7 +161,7 @@ def test_signals_do_not_shorten_the_second(make_rig: MakeRig, engine: Engine) ->
     try:
         start = time.monotonic()
         assert server.loop.serve(rig.queue, rig.ring.kick_fd, -1) == engine.IDLE
-        assert 0.9 < time.monotonic() - start < 5
+        assert time.monotonic() - start > 0.9
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
@@ -221,18 +240,22 @@ def test_no_kicks_are_asked_for_while_the_ring_is_watched(
     assert rig.ring.publish()
 
 
+def asks_for_kick(rig: Rig, index: int) -> bool:
+    return rig.ring.available_event == index
+
+
 def test_without_watching_every_request_is_kicked_for(
     make_rig: MakeRig, start: StartServer
 ) -> None:
     rig = make_rig(features=EVENT_INDEX)
     start(rig, 0)
     exchange(rig)
-    for _ in range(50):
-        time.sleep(0.002)  # it sleeps by then
+    for number in range(1, 51):
+        until(functools.partial(asks_for_kick, rig, number))  # it is about to sleep
         rig.ring.add(rig.put(read_counter()), rig.room(512))
         assert rig.ring.publish()
         rig.ring.kick()
-        rig.ring.wait(10)
+        rig.ring.wait(PATIENCE)
 
 
 def test_a_broken_ring_ends_it(make_rig: MakeRig, engine: Engine) -> None:

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.rig import KEY, SANDBOX
+from tests.conftest import until
+from tests.rig import KEY, PATIENCE, SANDBOX
 from vhost_rpmb import cli
-from vhost_rpmb.client.errors import BackendError
 from vhost_rpmb.client.rpmb import RpmbClient
 from vhost_rpmb.engine import Engine
 from vhost_rpmb.service import Notifier
@@ -27,7 +27,6 @@ from vhost_rpmb.vhost_user import wire
 from vhost_rpmb.vhost_user.wire import Request
 
 SHARE = Path(__file__).parent.parent / "share"
-TIMEOUT = 20.0  # seconds
 
 
 class Manager:
@@ -35,7 +34,7 @@ class Manager:
 
     def __init__(self, address: str) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.settimeout(TIMEOUT)
+        self._socket.settimeout(PATIENCE)
         self._socket.bind(address)
 
     def close(self) -> None:
@@ -48,7 +47,7 @@ class Manager:
 
     def hears_status(self, pattern: str) -> None:
         """Wait until the status is one that matches."""
-        ends = time.monotonic() + TIMEOUT
+        ends = time.monotonic() + PATIENCE
         while not re.fullmatch(pattern, status := self.hears().get("STATUS", "")):
             assert time.monotonic() < ends, status
 
@@ -86,11 +85,8 @@ def launch(tmp_path: Path, flash: Path, engine: Engine) -> Iterator[Launch]:
             text=True,
         )
         started.append(process)
-        ends = time.monotonic() + TIMEOUT
-        while not (tmp_path / "activated").exists():
-            assert process.poll() is None
-            assert time.monotonic() < ends
-            time.sleep(0.01)
+        until(lambda: listens(tmp_path / "activated") or process.poll() is not None)
+        assert process.poll() is None, process.communicate()[1]
         return process
 
     yield launch
@@ -99,15 +95,18 @@ def launch(tmp_path: Path, flash: Path, engine: Engine) -> Iterator[Launch]:
         process.communicate()
 
 
+def listens(path: Path) -> bool:
+    """Whether a socket listens; without a connection, which would start the daemon."""
+    accepts = 1 << 16  # __SO_ACCEPTCON
+    for line in Path("/proc/net/unix").read_text().splitlines()[1:]:
+        _, _, _, flags, _, _, _, *name = line.split(maxsplit=7)
+        if name == [str(path)] and int(flags, 16) & accepts:
+            return True
+    return False
+
+
 def connect(path: Path) -> RpmbClient:
-    """Connect as soon as the activator listens."""
-    ends = time.monotonic() + TIMEOUT
-    while True:
-        try:
-            return RpmbClient.connect(str(path), key=KEY, timeout=TIMEOUT)
-        except BackendError:
-            assert time.monotonic() < ends
-            time.sleep(0.01)
+    return RpmbClient.connect(str(path), key=KEY, timeout=PATIENCE)
 
 
 def test_activation_and_notifications(launch: Launch, manager: Manager, tmp_path: Path) -> None:
@@ -125,7 +124,7 @@ def test_activation_and_notifications(launch: Launch, manager: Manager, tmp_path
     manager.hears_status("waiting for a front-end; write counter 2; 3 requests served")
     process.send_signal(signal.SIGTERM)
     assert manager.hears() == {"STOPPING": "1"}
-    _, errors = process.communicate(timeout=TIMEOUT)
+    _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, errors
 
 
@@ -214,7 +213,7 @@ def test_warnings_for_the_journal_have_their_priority(
         theirs.close()
         ours.send(struct.pack("=III", Request.GET_FEATURES, wire.VERSION, 0))
         ours.send(bytes(12))  # protocol version 0
-        assert process.wait(TIMEOUT) == 0
+        assert process.wait(PATIENCE) == 0
     lines = stream.read_text().splitlines()
     assert any(re.match(r"<6>vhost-user-rpmb: info: front-end connected", line) for line in lines)
     assert any(re.match(r"<7>vhost-user-rpmb: debug: GET_FEATURES", line) for line in lines)

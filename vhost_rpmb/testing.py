@@ -21,7 +21,7 @@ from typing import Self
 from vhost_rpmb import spec
 from vhost_rpmb.client.rpmb import RpmbClient
 
-_TIMEOUT = 30.0  # seconds for a start or a stop
+_TIMEOUT = 60.0  # seconds for a start or a stop
 _LOOK = 0.1  # seconds between two looks whether a daemon that has not said READY is still there
 
 

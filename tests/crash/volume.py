@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.conftest import wait_for_socket
-from tests.rig import KEY, make_image
+from tests.rig import KEY, PATIENCE, make_image
 from vhost_rpmb import spec
 from vhost_rpmb.client.errors import RpmbResultError
 from vhost_rpmb.client.rpmb import RpmbClient
@@ -53,7 +53,7 @@ class Volume:
 
     def refused(self) -> str:
         """Start the daemon, which has to end with one line; return it."""
-        done = subprocess.run(self.command(), capture_output=True, text=True, timeout=20)
+        done = subprocess.run(self.command(), capture_output=True, text=True, timeout=PATIENCE)
         assert done.returncode in (1, 2), done
         (line,) = done.stderr.splitlines()
         return line

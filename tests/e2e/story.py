@@ -141,7 +141,7 @@ class ClientStage:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=60,
+            timeout=300,
         )
         return result.returncode, result.stdout.rstrip("\n")
 

@@ -43,7 +43,7 @@ def test_demo_without_a_kit_says_so(tmp_path: Path) -> None:
         env=environment | {"TMPDIR": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=280,
     )
     assert result.returncode == 0, result.stderr
     assert "NO GUEST: " in result.stdout

@@ -41,7 +41,7 @@ class Machine:
             path = self._folder / f"request-{number}"
             path.write_bytes(request)
             files += [str(path), str(room * spec.FRAME_SIZE)]
-        done = subprocess.run([*self._command, *files], capture_output=True, text=True, timeout=60)
+        done = subprocess.run([*self._command, *files], capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         assert done.stdout.splitlines() == [CONFIG, f"stopped at {len(requests)}"]
         return [split(Path(f"{name}.answer").read_bytes()) for name in files[::2]]

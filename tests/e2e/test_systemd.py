@@ -19,7 +19,7 @@ from tests.e2e.vm import Guest
 # The first test may have to make the kit and the machine.
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(900)]
 
-TIMEOUT = 60.0  # seconds
+TIMEOUT = 300.0  # seconds
 WAITING = "waiting for a front-end; write counter {}; {} requests served"
 
 

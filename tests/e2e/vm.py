@@ -18,7 +18,7 @@ from typing import IO, Self
 from tests.e2e.kit import Kit
 
 READY = b"Guest is ready."
-BOOT_TIMEOUT = 120.0  # seconds; a boot takes about 6, on a busy machine more
+BOOT_TIMEOUT = 300.0  # seconds; a boot takes about 6, on a busy machine more
 # A terminal takes lines of at most 4095 bytes.
 LINE_MAX = 4000
 FILE_CHUNK = 2048
@@ -79,7 +79,7 @@ class Guest:
     ) -> None:
         self.close()
 
-    def run(self, command: str, timeout: float = 60.0) -> tuple[int, str]:
+    def run(self, command: str, timeout: float = 300.0) -> tuple[int, str]:
         """Run a shell command in the guest: its exit status, and its output (both streams).
 
         Raises GuestError after `timeout` seconds or when QEMU ends.

@@ -24,7 +24,7 @@ from vhost_rpmb.engine import Engine
 from vhost_rpmb.vhost_user.wire import MemoryRegion
 
 ROUNDS = 3000
-MOST = 120  # seconds
+MOST = 240.0  # seconds
 CHAINS = 8
 REQUESTS = [BUFFERS + 2048 * number for number in range(CHAINS)]  # offset of each chain's request
 TABLES = BUFFERS + 0x8000  # of the indirect descriptor tables
@@ -106,7 +106,8 @@ def test_what_is_stored_is_what_was_authenticated(keyed: Rig, guest: RawGuest) -
     blocks = [bytes([number]) * 256 for number in (1, 2, 3, 4)]
     rounds = written = broken = 0
     deadline = time.monotonic() + MOST
-    while rounds < ROUNDS and time.monotonic() < deadline:
+    # How often a request is good or broken depends on how the other process is scheduled.
+    while (rounds < ROUNDS or min(written, broken) <= 10) and time.monotonic() < deadline:
         # The guest has written these requests with the key; nothing else may ever be stored.
         counter = store.counter
         signed = [write_data(counter, 10 + n, block) for n, block in enumerate(blocks)]

@@ -15,7 +15,7 @@ import pytest
 
 from tests.conftest import Daemon, DaemonFactory
 from tests.hostile.raw import AVAILABLE, BUFFERS, RawGuest, available_ring, hammer, lay_out
-from tests.rig import KEY, Rig, read_counter, write_data
+from tests.rig import KEY, PATIENCE, Rig, read_counter, write_data
 from vhost_rpmb import rules, spec
 from vhost_rpmb.client.frontend import Frontend
 from vhost_rpmb.client.memory import GuestMemory
@@ -27,7 +27,7 @@ from vhost_rpmb.vhost_user.wire import Request
 
 LOST = rules.RING_RULES[rules.RING_MEMORY_LOST]
 ROUNDS = 3000
-MOST = 120  # seconds
+MOST = 240.0  # seconds
 
 
 @pytest.fixture
@@ -90,7 +90,10 @@ def test_truncated_all_the_time(keyed: Rig, guest: RawGuest) -> None:
     deadline = time.monotonic() + MOST
     guest.fill(b"")
     with hammer("truncate", guest.fd):
-        while good + lost < ROUNDS and time.monotonic() < deadline:
+        # How often the truncation hits depends on how the other process is scheduled.
+        while (good + lost < ROUNDS or min(good, lost) <= ROUNDS // 1000) and (
+            time.monotonic() < deadline
+        ):
             counter = keyed.store.counter
             block = counter.to_bytes(4, "big") * 64
             guest.fill(
@@ -110,7 +113,7 @@ def test_truncated_all_the_time(keyed: Rig, guest: RawGuest) -> None:
             assert keyed.store.counter in (counter, counter + 1)
             if keyed.store.counter > counter:
                 assert keyed.store.image[9 * 256 : 10 * 256] == block
-    assert good + lost == ROUNDS, (good, lost, refused)
+    assert good + lost >= ROUNDS, (good, lost, refused)
     assert good > ROUNDS // 1000, (good, lost, refused)
     assert lost > ROUNDS // 1000, (good, lost, refused)
     assert_works(keyed, guest)
@@ -158,7 +161,7 @@ def connect(running: Daemon, memory: GuestMemory, ring: Ring) -> Frontend:
 
 
 def readable(fd: int) -> bool:
-    return bool(select.select([fd], [], [], 5)[0])
+    return bool(select.select([fd], [], [], PATIENCE)[0])
 
 
 def test_daemon_outlives_a_front_end_that_truncates(daemon: DaemonFactory) -> None:
