@@ -73,6 +73,13 @@ else
 	.venv/bin/pytest --cov --cov-report=term $(PYTEST_ARGS)
 endif
 
+# Three runs in a row, because most failures under load are rare.
+.PHONY: test-loaded
+test-loaded: $(STAMP) ## Run all tests three times with stress-ng on the processors beside them
+	@tools/system-packages stress-ng
+	@stress-ng --cpu 4 --quiet & load=$$!; trap "kill $$load" EXIT; \
+	for run in 1 2 3; do $(MAKE) test; done
+
 # A second tree, for an engine that is built in another way: .venv and the engine here stay.
 define copy_tree
 	@mkdir -p $(1)

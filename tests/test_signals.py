@@ -8,13 +8,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.rig import SANDBOX, read_counter
+from tests.conftest import is_asleep, until
+from tests.rig import PATIENCE, SANDBOX, read_counter
 from vhost_rpmb.client.frontend import Frontend
 from vhost_rpmb.client.memory import GuestMemory
 from vhost_rpmb.client.ring import Ring, Segment
@@ -22,8 +22,6 @@ from vhost_rpmb.engine import Engine
 from vhost_rpmb.testing import RunningDevice
 
 KEY = bytes(range(32))
-SOON = 60.0  # seconds, for what happens at once on a machine that is not busy
-
 # Starts a command as the worst of parents would.
 START = """
 import os, signal, sys
@@ -35,16 +33,9 @@ os.execv(sys.argv[1], sys.argv[1:])
 PARENT = [sys.executable, "-c", START]
 
 
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + SOON
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to that in time"
-        time.sleep(0.005)
-
-
 def wait_for_sleep(pid: int) -> None:
     """Wait until a process sleeps in a system call."""
-    until(lambda: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "S")
+    until(lambda: is_asleep(pid))
 
 
 @pytest.fixture
@@ -88,7 +79,7 @@ def test_the_daemon_ends_at_its_signals(device: RunningDevice, number: int) -> N
     process = device._process
     assert process is not None
     process.send_signal(number)
-    assert process.wait(SOON) == 0, device.log
+    assert process.wait(PATIENCE) == 0, device.log
 
 
 def test_a_full_call_eventfd_does_not_hold_the_daemon(
@@ -107,7 +98,7 @@ def test_a_full_call_eventfd_does_not_hold_the_daemon(
         process = device._process
         assert process is not None
         process.terminate()
-        assert process.wait(SOON) == 0, device.log
+        assert process.wait(PATIENCE) == 0, device.log
 
 
 def test_guest_memory_that_is_truncated_does_not_end_the_daemon(
@@ -137,7 +128,7 @@ def test_a_reader_that_is_gone_ends_the_client_with_its_error(device: RunningDev
         ],
         stdout=writer,
         stderr=subprocess.PIPE,
-        timeout=SOON,
+        timeout=PATIENCE,
         check=False,
     )
     os.close(writer)
@@ -160,4 +151,6 @@ def test_the_client_ends_at_its_signals(tmp_path: Path, number: int) -> None:
             with connection:
                 assert connection.recv(12)  # now it waits for the answer
                 client.send_signal(number)
-                assert client.wait(SOON) == (130 if number == signal.SIGINT else -signal.SIGTERM)
+                assert client.wait(PATIENCE) == (
+                    130 if number == signal.SIGINT else -signal.SIGTERM
+                )
