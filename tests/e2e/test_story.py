@@ -154,12 +154,14 @@ def write_and_read(vm: VirtualMachine, number: int) -> None:
 @pytest.mark.parametrize("daemon", ["fast"], indirect=True)
 def test_guest_driver(kit: Kit, daemon: DaemonProcess) -> None:
     """What the mmc tool does not use of the driver: other shapes, limits, loss of the device."""
+    daemon.command_line.append("--max-read-blocks=0")
     daemon.start()
     with VirtualMachine(kit, daemon.socket_path) as vm:
         program_key(vm)
         _one_command_an_ioctl(vm)
         _failures_fill_the_answer(vm)
         _result_in_more_blocks(vm)
+        _largest_read(vm)
         _wrong_commands(vm)
         _silent_device(vm, daemon)
         _device_goes_away(vm)
@@ -202,9 +204,20 @@ def _result_in_more_blocks(vm: VirtualMachine) -> None:
     assert check_write_answer(KEY, answers[:512]) == (OK, 3)
 
 
+def _largest_read(vm: VirtualMachine) -> None:
+    """OP-TEE reads an object of 65,280 bytes that starts within a block as 256 blocks at once."""
+    vm.put_file("write", write_frames(KEY, counter=3, address=255, data=LETTER))
+    succeed(vm, "rpmb-send /dev/rpmb0 1 < write > answer")
+    assert check_write_answer(KEY, vm.get_file("answer")) == (OK, 4)
+    assert read_blocks(vm, 0, 256) == LETTER * 3 + bytes(252 * BLOCK_SIZE) + LETTER
+    # No limit but the size of the device: mmc verifies the MAC of all of it.
+    succeed(vm, "rm -f all && mmc rpmb read-block /dev/rpmb0 0 512 all key")
+    succeed(vm, "test $(wc -c < all) = 131072 && head -c 65536 all | cmp - out")
+
+
 def _wrong_commands(vm: VirtualMachine) -> None:
     for command, error in (
-        ("rpmb-send /dev/rpmb0 257 < result", "Value too large"),
+        ("rpmb-send /dev/rpmb0 513 < result", "Value too large"),
         ("rpmb-send /dev/rpmb0 1 < alone", "Invalid argument"),  # nothing asks for an answer
         ("for i in $(seq 257); do cat alone; done | rpmb-send /dev/rpmb0 0", "Value too large"),
         ("mmc extcsd read /dev/rpmb0", "Invalid argument"),
@@ -223,7 +236,7 @@ def _silent_device(vm: VirtualMachine, daemon: DaemonProcess) -> None:
         assert vm.run("timeout 1 mmc rpmb read-counter /dev/rpmb0")[0] == 128 + signal.SIGTERM
     finally:
         os.kill(daemon.pid, signal.SIGCONT)
-    assert counter(vm) == 3
+    assert counter(vm) == 4
 
 
 def _device_goes_away(vm: VirtualMachine) -> None:
@@ -231,6 +244,6 @@ def _device_goes_away(vm: VirtualMachine) -> None:
     driver = "/sys/bus/virtio/drivers/virtio_rpmb"
     succeed(vm, f"exec 3<>/dev/rpmb0; echo virtio0 > {driver}/unbind; test ! -e /dev/rpmb0")
     succeed(vm, f"echo virtio0 > {driver}/bind; test -c /dev/rpmb0")
-    assert counter(vm) == 3
+    assert counter(vm) == 4
     succeed(vm, "rmmod virtio_rpmb && test ! -e /dev/rpmb0 && insmod /virtio_rpmb.ko")
-    assert counter(vm) == 3
+    assert counter(vm) == 4
