@@ -541,6 +541,42 @@ class TestCreate:
         assert (key.read_bytes(), other.exists()) == (b"secret", False)
         fails(run("create", str(tmp_path / "no" / "new.img")), 2, "No such file or directory")
 
+    def test_a_folder_for_the_device(self, tmp_path: Path) -> None:
+        folder = tmp_path / "machines" / "vm1"
+        key = folder / "vm1.key"
+        done = run("--json", "create", f"--folder={folder}", "--size=1M", f"--random-key={key}")
+        assert (done.returncode, done.stderr) == (0, b"")
+        image = folder / "rpmb.img"
+        assert json.loads(done.stdout) == {
+            "image": str(image),
+            "size": 1 << 20,
+            "key_file": str(key),
+        }
+        assert sorted(folder.iterdir()) == [image, key]
+        modes = [stat.S_IMODE(path.stat().st_mode) for path in (folder, image, key)]
+        assert modes == [0o700, 0o600, 0o600]
+        open_store(Paths.resolve(str(image), key_path=str(key)), key_set=True).close()
+
+    def test_a_folder_is_private_and_new(self, tmp_path: Path) -> None:
+        folder = tmp_path / "vm1"
+        assert run("create", f"--folder={folder}", umask=0).returncode == 0
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        fails(run("create", f"--folder={folder}"), 2, f"{folder} is there already")
+        assert [path.name for path in folder.iterdir()] == ["rpmb.img"]
+        below = folder / "rpmb.img" / "vm2"
+        fails(run("create", f"--folder={below}"), 2, f"{below} cannot be made: File exists")
+
+    def test_no_folder_is_left_behind(self, tmp_path: Path) -> None:
+        key = tmp_path / "old.key"
+        key.write_bytes(b"secret")
+        done = run("create", f"--folder={tmp_path / 'vm1'}", f"--random-key={key}")
+        fails(done, 2, "old.key is there already")
+        assert list(tmp_path.iterdir()) == [key]
+
+    @pytest.mark.parametrize("arguments", [(), ("rpmb.img", "--folder=vm1")])
+    def test_a_folder_or_an_image(self, arguments: tuple[str, ...]) -> None:
+        fails(run("create", *arguments), 2, "--folder")
+
 
 class TestInfo:
     def test_a_running_device(self, device: Device) -> None:

@@ -163,7 +163,16 @@ def build_parser() -> argparse.ArgumentParser:
             )
 
     added = command("create", commands.create, "make the sparse image of a new device")
-    added.add_argument("image", metavar="IMAGE", type=path_argument, help="the image; a new file")
+    place = added.add_mutually_exclusive_group(required=True)
+    place.add_argument(
+        "image", metavar="IMAGE", type=path_argument, nargs="?", help="the image; a new file"
+    )
+    place.add_argument(
+        "--folder",
+        metavar="DIR",
+        type=path_argument,
+        help=f"make a folder for the device, mode 0700, with the image {commands.IMAGE_NAME} in it",
+    )
     added.add_argument(
         "--size",
         metavar="SIZE",

@@ -9,7 +9,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vhost_rpmb import spec
@@ -18,6 +18,7 @@ from vhost_rpmb.client.files import (
     PROG,
     STANDARD_STREAM,
     create_file,
+    create_folder,
     name_of,
     read_blocks,
     read_key,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from vhost_rpmb.client.rpmb import RpmbClient
 
 __all__ = [
+    "IMAGE_NAME",
     "MAX_BLOCKS",
     "Result",
     "create",
@@ -44,6 +46,7 @@ __all__ = [
     "write_key",
 ]
 
+IMAGE_NAME = "rpmb.img"  # in a folder of its own
 MAX_BLOCKS = 1 << 16  # an address has 16 bits
 MAX_WRITE_BLOCKS = 255  # max_wr_cnt has 8 bits
 
@@ -60,17 +63,19 @@ class Result(NamedTuple):
 
 
 def create(arguments: argparse.Namespace) -> Result:
-    """Make a sparse image, and a random key where one is asked for."""
-    key_path = arguments.random_key
-    if key_path is not None:
-        create_file(key_path, os.urandom(spec.KEY_SIZE))
-    try:
-        create_file(arguments.image, b"", arguments.size)
-    except BaseException:
+    """Make a sparse image, and a folder or a random key where they are asked for."""
+    image, key_path = arguments.image, arguments.random_key
+    with ExitStack() as undo:
+        if arguments.folder is not None:
+            create_folder(arguments.folder)
+            undo.callback(os.rmdir, arguments.folder)
+            image = os.path.join(arguments.folder, IMAGE_NAME)
         if key_path is not None:
-            os.unlink(key_path)
-        raise
-    return Result({"image": arguments.image, "size": arguments.size, "key_file": key_path})
+            create_file(key_path, os.urandom(spec.KEY_SIZE))
+            undo.callback(os.unlink, key_path)
+        create_file(image, b"", arguments.size)
+        undo.pop_all()
+    return Result({"image": image, "size": arguments.size, "key_file": key_path})
 
 
 def write_key(arguments: argparse.Namespace) -> Result:

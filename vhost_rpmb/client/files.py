@@ -17,6 +17,7 @@ from vhost_rpmb.errors import UsageError
 __all__ = [
     "STANDARD_STREAM",
     "create_file",
+    "create_folder",
     "name_of",
     "read_blocks",
     "read_key",
@@ -193,6 +194,24 @@ def create_file(path: str, data: bytes, size: int | None = None) -> None:
         if isinstance(error, OSError):
             raise ClientError(f"{path} cannot be made: {error.strerror}") from None
         raise
+
+
+def create_folder(path: str) -> None:
+    """Make a new folder, mode 0700, and the folders above it where they are missing.
+
+    UsageError where something is there already or no folder can be made.
+    """
+    from vhost_rpmb.image import sync_folder
+
+    path = os.path.abspath(path)
+    if os.path.lexists(path):
+        raise UsageError(f"{path} is there already: name another one, or remove it")
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        os.mkdir(path, 0o700)
+        sync_folder(path)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be made: {error.strerror}") from None
 
 
 def _write_all(fd: int, data: bytes) -> None:
