@@ -19,6 +19,8 @@ from typing import Any
 
 import pytest
 
+from tests.hostile.fake_backend import Answer, FakeBackend
+from tests.hostile.fake_backend import Device as FakeDevice
 from tests.rig import make_image, write_key
 from vhost_rpmb import __version__, spec
 from vhost_rpmb.client.cli import build_parser, main
@@ -485,7 +487,7 @@ class TestUsage:
             ("write-block", "512", keyed.file("data", bytes(256)), keyed.key_file),
             ("read-block", "511", "2", "-", keyed.key_file),
         ):
-            fails(keyed(*arguments), 2, "the device's last block is 511")
+            fails(keyed(*arguments), 2, "found that it has 512, counted from 0")
         assert keyed.succeeds("read-counter", keyed.key_file) == b"Counter value: 0x00000000\n"
 
     def test_help_and_version(self) -> None:
@@ -622,29 +624,33 @@ class TestDumpAndLoad:
             ("dump", "--address=512", "-", keyed.key_file),
             ("dump", "--address=510", "--count=3", "-", keyed.key_file),
         ):
-            fails(keyed(*arguments), 2, "the device's last block is 511")
+            fails(keyed(*arguments), 2, "found that it has 512, counted from 0")
         fails(
             keyed("load", "-", keyed.key_file, given=bytes(65537 * 256)),
             2,
             "up to 16777216, found more than 16777216",
         )
 
-    def test_an_interrupted_load_says_how_far_it_came(
-        self, keyed: Device, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        write = RpmbClient.write
+    def test_an_interrupted_load_says_how_far_it_came(self, tmp_path: Path) -> None:
+        key, data = tmp_path / "key", tmp_path / "data"
+        write_key(key, KEY)
+        data.write_bytes(bytes(100 * 256))
+        path = str(tmp_path / "socket")
 
-        def interrupted(client: RpmbClient, address: int, data: bytes, counter: int) -> int:
-            if address >= 64:
-                raise KeyboardInterrupt
-            return write(client, address, data, counter)
+        def interrupt(_backend: FakeBackend, number: int, answer: Answer) -> None:
+            if number == 3:  # the counter and two writes of 32 blocks came before
+                answer.call, answer.step = False, 0
+                client.send_signal(signal.SIGINT)
 
-        monkeypatch.setattr(RpmbClient, "write", interrupted)
-        data = keyed.file("data", bytes(100 * 256))
-        arguments = [f"--socket-path={keyed.served.socket_path}", "load", data, keyed.key_file]
-        assert main(arguments) == 130
-        assert "64 of 100 blocks were written, from address 0" in capsys.readouterr().err
-        assert keyed.succeeds("read-counter", keyed.key_file) == b"Counter value: 0x00000002\n"
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(path)
+            listener.listen()
+            arguments = (f"--socket-path={path}", "load", str(data), str(key))
+            with subprocess.Popen([*PROGRAM, *arguments], stderr=subprocess.PIPE) as client:
+                FakeBackend(FakeDevice(KEY), on_signed=interrupt).serve(listener.accept()[0])
+                _, errors = client.communicate(timeout=TIMEOUT)
+        assert client.returncode == 130
+        assert errors == (b"vhost-rpmb-client: 64 of 100 blocks were written, from address 0\n")
 
     def test_a_terminal_sees_how_far_it_is(self, keyed: Device) -> None:
         ours, theirs = os.openpty()

@@ -293,6 +293,6 @@ def _connect(arguments: argparse.Namespace, key: bytes | None) -> "RpmbClient":
 def _check_range(client: "RpmbClient", address: int, count: int) -> None:
     if address + count > client.config.blocks:
         raise UsageError(
-            f"blocks {address} to {address + count - 1} are asked for, but the device's last block "
-            f"is {client.config.blocks - 1}"
+            f"blocks {address} to {address + count - 1}: expected blocks of the device, found that "
+            f"it has {client.config.blocks}, counted from 0"
         )

@@ -4,6 +4,7 @@
 import errno
 import select
 import socket
+import threading
 import time
 from collections.abc import Sequence
 from os import PathLike, fspath
@@ -46,7 +47,7 @@ class Frontend:
     def __init__(self, sock: socket.socket, *, timeout: float = 10.0) -> None:
         self._sock = sock
         self._timeout = timeout
-        self._reader = wire.MessageReader(sock)
+        self._reader = wire.MessageReader(sock, max_fds=0)
         self.features = 0  # virtio feature bits, negotiated
         self.protocol_features = ProtocolFeature(0)  # negotiated
         self._offered = 0  # as GET_FEATURES said
@@ -67,8 +68,11 @@ class Frontend:
 
     def close(self) -> None:
         """Close the connection."""
-        self._reader.close()
-        self._sock.close()
+        # Descriptors that the back-end sent and nobody took are closed with the socket, and such a
+        # close can wait: a TCP socket with SO_LINGER, for one. The process's end waits for nothing.
+        closing = threading.Thread(target=self._sock.close, daemon=True)
+        closing.start()
+        closing.join(self._timeout)
 
     def __enter__(self) -> Self:
         return self
@@ -127,14 +131,7 @@ class Frontend:
     def ask(self, request: Request, payload: bytes = b"", fds: Sequence[int] = ()) -> bytes:
         """Send a message that has a reply of its own and return the payload of that reply."""
         self.send(request, payload, fds)
-        with self.receive() as reply:
-            if reply.request != request or not reply.flags & wire.FLAG_REPLY or reply.fds:
-                raise BackendError(
-                    f"expected the reply to {request.name}, found "
-                    f"{wire.request_name(reply.request)} with flags 0x{reply.flags:x} and "
-                    f"{len(reply.fds)} file descriptors"
-                )
-            return reply.payload
+        return self._take_reply(request)
 
     def ask_u64(self, request: Request) -> int:
         """Send a message without payload that is answered by one 64-bit integer; return that."""
@@ -146,14 +143,18 @@ class Frontend:
             self.send(request, payload, fds)
             return
         self.send(request, payload, fds, wire.FLAG_NEED_REPLY)
-        with self.receive() as reply:
-            if reply.request != request or not reply.flags & wire.FLAG_REPLY:
-                raise BackendError(
-                    f"expected the acknowledgement of {request.name}, found "
-                    f"{wire.request_name(reply.request)} with flags 0x{reply.flags:x}"
-                )
-            if error := _unpack_u64(request, reply.payload):
-                raise RequestRefusedError(f"the back-end refused {request.name} (reply {error})")
+        if error := _unpack_u64(request, self._take_reply(request)):
+            raise RequestRefusedError(f"the back-end refused {request.name} (reply {error})")
+
+    def _take_reply(self, request: Request) -> bytes:
+        """The payload of the reply to ``request``, an acknowledgement included."""
+        reply = self.receive()
+        if reply.request != request or not reply.flags & wire.FLAG_REPLY:
+            raise BackendError(
+                f"expected the reply to {request.name}, found "
+                f"{wire.request_name(reply.request)} with flags 0x{reply.flags:x}"
+            )
+        return reply.payload
 
     # A device's life
 
@@ -199,6 +200,10 @@ class Frontend:
             config = wire.Config.unpack(payload)
         except ValueError as error:
             raise BackendError(f"GET_CONFIG: {error}") from None
+        if config.offset:
+            raise BackendError(
+                f"expected config space from offset 0 on, found offset {config.offset}"
+            )
         if config.size != size:
             raise BackendError(
                 f"expected {size} bytes of config space, found {config.size}: {_NOT_RPMB}"

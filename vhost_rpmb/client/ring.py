@@ -12,7 +12,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -76,6 +75,10 @@ class Ring:
         self.indirect = bool(features >> spec.VIRTIO_F_INDIRECT_DESC & 1)
         self.event_idx = bool(features >> spec.VIRTIO_F_EVENT_IDX & 1)
         self._fds: list[int] = []
+        self._broken = False  # the error eventfd was signalled since the last reset
+        # Edge-triggered, so that nothing is ever read from the eventfds: the back-end shares their
+        # flags and counters, and a read could wait for as long as it likes.
+        self._events = select.epoll()
         self._lengths = (spec.VIRTQ_DESC_SIZE * size, 6 + 2 * size, 6 + 8 * size)
         self.descriptor_table = memory.allocate(self._lengths[0], 16)
         self.available_ring = memory.allocate(self._lengths[1], 2)
@@ -90,9 +93,12 @@ class Ring:
             self.close()
             raise
         self.kick_fd, self.call_fd, self.error_fd = self._fds
+        for fd in (self.call_fd, self.error_fd):
+            self._events.register(fd, select.EPOLLIN | select.EPOLLET)
 
     def close(self) -> None:
         """Close the eventfds and give the ring memory back."""
+        self._events.close()
         while self._fds:
             os.close(self._fds.pop())
         self._drop_chains()
@@ -111,14 +117,13 @@ class Ring:
         self.close()
 
     def reset(self, first_index: int = 0) -> None:
-        """Forget all chains, zero the ring memory, take back what the eventfds signal.
+        """Forget all chains and signals of the device, and zero the ring memory.
 
         Only while the back-end has the vring stopped.
         """
         self._drop_chains()
-        for fd in self._fds:
-            with suppress(BlockingIOError):
-                os.eventfd_read(fd)
+        self._look_at_events()
+        self._broken = False
         addresses = (self.descriptor_table, self.available_ring, self.used_ring)
         for address, length in zip(addresses, self._lengths, strict=True):
             self.memory.write(address, bytes(length))
@@ -238,38 +243,37 @@ class Ring:
 
         Sleeps on the call eventfd. ``peer`` is the vhost-user socket, whose end is noticed.
         BackendError after ``timeout`` seconds or when the peer is gone, QueueError when the error
-        eventfd is signalled.
+        eventfd is signalled. Answers that came before count first.
         """
         deadline = time.monotonic() + timeout
         poll = select.poll()
-        poll.register(self.error_fd, select.POLLIN)
+        poll.register(self._events, select.POLLIN)
         if peer is not None:
             poll.register(peer, select.POLLRDHUP)
-        poll.register(self.call_fd, select.POLLIN)
+        gone = False
         while True:
             self._ask_for_call()
             if used := self.collect():
                 return used
+            if self._broken:
+                raise QueueError("the device reports the queue broken (error eventfd)")
+            if gone:
+                raise BackendError(
+                    f"the back-end closed the connection with {self.in_flight} requests in flight"
+                )
             left = deadline - time.monotonic()
             if left <= 0:
                 raise BackendError(
                     f"the device did not answer a request within {timeout:g} s; "
                     f"{self.in_flight} in flight"
                 )
-            ready = poll.poll(left * 1000)
-            # What was answered before the end counts first.
-            for fd, _events in ready:
-                if fd == self.call_fd:
-                    os.eventfd_read(fd)
-                elif used := self.collect():
-                    return used
-                elif fd == self.error_fd:
-                    raise QueueError("the device reports the queue broken (error eventfd)")
-                else:
-                    raise BackendError(
-                        f"the back-end closed the connection with {self.in_flight} requests "
-                        "in flight"
-                    )
+            gone = any(fd == peer for fd, _events in poll.poll(left * 1000))
+            self._look_at_events()
+
+    def _look_at_events(self) -> None:
+        """Take the edges of the eventfds; a call needs nothing more."""
+        if any(fd == self.error_fd for fd, _events in self._events.poll(0)):
+            self._broken = True
 
     def _ask_for_call(self) -> None:
         if self.event_idx:

@@ -107,6 +107,11 @@ class RpmbClient:
             frontend.handshake(setup.protocol_features)
             frontend.start_device(setup.features)
             self.config = Config(*frontend.read_config(spec.RPMB_CONFIG_SIZE))
+            if self.config.capacity > spec.MAX_CAPACITY_UNITS:
+                raise BackendError(
+                    f"expected a capacity of at most {spec.MAX_CAPACITY_UNITS} units of 128 KiB, "
+                    f"found {self.config.capacity}: is this an RPMB device?"
+                )
             self.ring = stack.enter_context(
                 Ring(
                     self.memory,

@@ -348,7 +348,8 @@ class MessageReader:
 
     Never reads beyond the message under way: a descriptor belongs to the message with whose bytes
     it was sent, and only so can that be told. Works on a blocking and on a non-blocking socket; the
-    socket stays the caller's.
+    socket stays the caller's. With ``max_fds`` 0 no descriptor ever enters this process: one that
+    was sent stays in the socket, and what follows it cannot be read.
     """
 
     def __init__(
@@ -365,8 +366,8 @@ class MessageReader:
         """The next message, or None when a non-blocking socket has no more bytes now.
 
         Raises EOFError when the peer has closed the connection, and PeerError when the stream
-        cannot be understood (another protocol version, a payload beyond `max_payload`): nothing
-        after that can be believed.
+        cannot be understood (another protocol version, a payload beyond `max_payload`, descriptors
+        where `max_fds` is 0): nothing after that can be believed.
         """
         try:
             while (missing := self._missing()) > 0:
@@ -406,6 +407,8 @@ class MessageReader:
 
     def _receive(self, count: int) -> None:
         try:
+            if not self._max_fds:
+                count = self._without_fds(count)
             data, control, flags, _address = self._sock.recvmsg(
                 count, _CONTROL_SIZE, socket.MSG_CMSG_CLOEXEC
             )
@@ -428,6 +431,16 @@ class MessageReader:
                 else "the connection ended"
             )
         self._bytes += data
+
+    def _without_fds(self, count: int) -> int:
+        """How many of the next ``count`` bytes are there; PeerError if descriptors came with them.
+
+        To drop a descriptor is to close it, which may wait, so nothing is received before that.
+        """
+        data, _control, flags, _address = self._sock.recvmsg(count, 0, socket.MSG_PEEK)
+        if flags & socket.MSG_CTRUNC:
+            raise PeerError("expected no file descriptors, found some")
+        return len(data)
 
 
 def send_message(
