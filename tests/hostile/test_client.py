@@ -11,8 +11,12 @@ import fcntl
 import mmap
 import os
 import queue
+import re
+import signal
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -26,6 +30,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.conftest import environment
 from tests.hostile.fake_backend import (
     FEATURES,
     PROTOCOL_FEATURES,
@@ -42,7 +47,8 @@ from tests.rig import write_key
 from vhost_rpmb import spec
 from vhost_rpmb._pure.frame import Frame
 from vhost_rpmb.client.errors import BackendError
-from vhost_rpmb.client.memory import GuestMemory
+from vhost_rpmb.client.frontend import Frontend
+from vhost_rpmb.client.memory import DEFAULT_REGIONS, GuestMemory
 from vhost_rpmb.client.ring import Ring, Segment
 from vhost_rpmb.vhost_user import wire
 from vhost_rpmb.vhost_user.wire import Request
@@ -437,6 +443,30 @@ def test_an_answer_of_another_time_is_not_taken(bench: Bench) -> None:
 # Memory
 
 
+def attack(backend: FakeBackend) -> None:
+    """All that would make the next access of the client fault."""
+    for size in (0, 4096, 1 << 30):
+        with suppress(OSError):
+            os.ftruncate(backend.memfd, size)
+    with suppress(OSError):
+        fcntl.fcntl(backend.memfd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
+
+
+def test_memory_that_a_back_end_cuts_off(bench: Bench) -> None:
+    def cut(number: int) -> OnReply:
+        return lambda backend, found, _reply: attack(backend) if found == number else None
+
+    def cut_before(backend: FakeBackend, _number: int, _answer: Answer) -> None:
+        attack(backend)
+
+    cases = [
+        Case(f"at reply {number}", on_reply=cut(number), status=0)
+        for number in range(SHARED, len(REPLIES))
+    ]
+    cases.append(Case("before an answer", on_signed=cut_before, status=0))
+    check(bench, cases)
+
+
 def test_memory_that_a_back_end_rewrites(bench: Bench) -> None:
     def scribble(number: int, content: bytes | None) -> OnReply:
         def write(backend: FakeBackend, found: int, _reply: Reply) -> None:
@@ -457,6 +487,27 @@ def test_memory_that_a_back_end_rewrites(bench: Bench) -> None:
             for verb in ("read-block", "write-block")
         ],
     )
+
+
+def test_guest_memory_is_sealed_unless_a_test_wants_it_otherwise() -> None:
+    with GuestMemory() as memory:
+        fd, size = memory.regions[0].fd, DEFAULT_REGIONS[0].size
+        for other in (0, size - 1, size + 1):
+            with pytest.raises(PermissionError):
+                os.ftruncate(fd, other)
+        with pytest.raises(PermissionError):
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
+        with mmap.mmap(fd, size) as mapped:  # as a back-end does
+            mapped[0] = 1
+            assert memory.read(DEFAULT_REGIONS[0].guest_address, 1) == b"\1"
+    with GuestMemory(sealed=False) as memory:
+        os.ftruncate(memory.regions[0].fd, 0)
+
+
+def test_a_back_end_that_cannot_map_the_memory(bench: Bench) -> None:
+    """As docs/guides/client.md has it."""
+    refused = at(SHARED, payload=wire.pack_u64(1))
+    check(bench, [Case("refused", on_reply=refused, status=1, text="refused ADD_MEM_REG")])
 
 
 def test_eventfds_are_watched_but_never_read() -> None:
@@ -558,3 +609,59 @@ def test_any_deviation(
         f"{replies} {answers}", verb, on_reply, on_signed=on_signed, config=config, waits=True
     )
     assert bench.wrong(case) is None
+
+
+# Core dumps
+
+
+@pytest.mark.needs_sigsegv
+def test_no_core_dump_of_a_client(tmp_path: Path) -> None:
+    path, key = str(tmp_path / "sock"), tmp_path / "key"
+    write_key(key, KEY)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        client = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "vhost_rpmb.client", f"--socket-path={path}"),
+                *("--timeout=60", "read-counter", str(key)),
+            ],
+            env=environment(),
+        )
+        listener.settimeout(60)
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.recv(12)  # now it has the key and waits
+            limits = Path(f"/proc/{client.pid}/limits").read_text()
+            assert re.search(r"Max core file size +0 +0 ", limits)
+            client.send_signal(signal.SIGSEGV)
+            _, ended = os.waitpid(client.pid, 0)
+            client.returncode = -signal.SIGSEGV
+    assert os.WTERMSIG(ended) == signal.SIGSEGV
+    assert not os.WCOREDUMP(ended)
+
+
+def test_a_client_is_not_dumpable(tmp_path: Path) -> None:
+    """Neither for a pipe that takes core dumps, which heeds no limit, nor for a debugger."""
+    script = (
+        "import ctypes, sys; from vhost_rpmb.client.cli import main; "
+        "print(main(sys.argv[1:]), ctypes.CDLL(None).prctl(3, 0, 0, 0, 0))"  # PR_GET_DUMPABLE
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, f"--socket-path={tmp_path / 'none'}", "read-counter"],
+        capture_output=True,
+        env=environment(),
+        timeout=60,
+    )
+    assert done.stdout == b"1 0\n"
+
+
+def test_a_library_client_leaves_its_process_alone(tmp_path: Path) -> None:
+    with pytest.raises(BackendError):
+        Frontend.connect(tmp_path / "none")
+    script = (
+        "import ctypes; from vhost_rpmb.client import rpmb; "
+        "print(ctypes.CDLL(None).prctl(3, 0, 0, 0, 0))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=60)
+    assert done.stdout == b"1\n"

@@ -260,6 +260,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     signals.reset_inherited()
     try:
         arguments = build_parser().parse_args(argv)
+        from vhost_rpmb import sandbox
+
+        sandbox.hide_memory()  # before a key is read
         result = arguments.run(arguments)
         if arguments.json:
             import json

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Guest memory as a VMM provides it: memfds, mapped here and, by descriptor, in the back-end."""
 
+import fcntl
 import mmap
 import os
 import sys
@@ -14,15 +15,21 @@ from vhost_rpmb.vhost_user.wire import MemoryRegion
 #: address differ so that mixing them up is noticed.
 DEFAULT_REGIONS = (MemoryRegion(0x4000_0000, 4 << 20, 0x7F00_0000_0000, 0),)
 
+# The back-end has the descriptor too. An access behind the end of a file that it made shorter would
+# be a SIGBUS here, and a file that it made longer would take memory without bound.
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
 
 class Region:
     """One mapped memory region; ``view`` is its memory, ``fd`` its memfd."""
 
-    def __init__(self, place: MemoryRegion) -> None:
+    def __init__(self, place: MemoryRegion, *, sealed: bool = True) -> None:
         self.place = place
-        self.fd = os.memfd_create("guest-memory", os.MFD_CLOEXEC)
+        self.fd = os.memfd_create("guest-memory", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(self.fd, place.mmap_offset + place.size)
+            if sealed:
+                fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
             self._map = mmap.mmap(self.fd, place.size, offset=place.mmap_offset)
         except BaseException:
             os.close(self.fd)
@@ -44,15 +51,18 @@ class GuestMemory:
     """Memory regions at chosen addresses, with an allocator for rings and buffers.
 
     Addresses are guest physical, sizes are bytes. Sizes and mmap offsets of the regions have to be
-    multiples of the page size. A context manager: leaving it unmaps everything.
+    multiples of the page size. The memfds are sealed: nobody can change their size, unless
+    ``sealed`` is False. A context manager: leaving it unmaps everything.
     """
 
-    def __init__(self, places: Sequence[MemoryRegion] = DEFAULT_REGIONS) -> None:
+    def __init__(
+        self, places: Sequence[MemoryRegion] = DEFAULT_REGIONS, *, sealed: bool = True
+    ) -> None:
         self.regions: list[Region] = []
         self._allocated: dict[int, int] = {}
         try:
             for place in sorted(places):
-                self.regions.append(Region(place))
+                self.regions.append(Region(place, sealed=sealed))
         except BaseException:
             self.close()
             raise
