@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import environment
 from tests.rig import SANDBOX
 from vhost_rpmb.cli import parse_options
 from vhost_rpmb.errors import UsageError
@@ -58,6 +59,7 @@ def become(device: RunningDevice, groups: list[int]) -> None:
     for path in (device.folder, device.flash_path):
         os.chown(path, DAEMON_USER, DAEMON_USER)
     device.command_line[:0] = as_user(DAEMON_USER, DAEMON_USER, groups)
+    device.environment = environment()  # that user cannot write the file of coverage
 
 
 def mode_and_group(path: Path) -> tuple[int, int]:

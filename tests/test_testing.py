@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,16 @@ def test_a_device_runs_once(tmp_path: Path) -> None:
             assert client.config.capacity == 1
     with pytest.raises(RuntimeError, match="not running"):
         os.kill(device.pid, 0)
+
+
+def test_a_stop_of_a_daemon_that_was_killed_fails(tmp_path: Path) -> None:
+    device = RunningDevice(tmp_path, *SANDBOX)
+    device.start()
+    os.kill(device.pid, signal.SIGKILL)
+    with pytest.raises(RuntimeError, match="ended with status -9"):
+        device.stop()
+    with device:  # it can be started again
+        pass
 
 
 @pytest.mark.parametrize("name", ["vhost_rpmb/__init__.py", "logging.py", "ctypes.py"])
