@@ -24,7 +24,7 @@ MODULES: dict[str, list[str]] = {
     "memory": [],
     "virtqueue": [],
     "loop": [],
-    "frame": ["crypto"],
+    "mac": ["crypto"],
     "device": ["crypto"],
 }
 

@@ -16,8 +16,8 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from vhost_rpmb import spec
-from vhost_rpmb._pure.frame import Authenticator, Frame
+from vhost_rpmb._pure.mac import Authenticator, Frame
+from vhost_rpmb.rpmb import spec
 
 KEY = bytes(range(32))
 SAME_CPU = (0, 0)  # processor of the daemon, of the front-end

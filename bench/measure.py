@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.daemon import SAME_CPU, TWO_CPUS, Load, Tools, chains, daemon, reads, resident, writes
-from vhost_rpmb import spec
+from vhost_rpmb.rpmb import spec
 
 FLOOR_PROGRAM = "from cryptography.hazmat.primitives import hashes, hmac"
 MAC_BYTES = spec.FRAME_SIZE - spec.FRAME_DATA  # of a frame

@@ -14,11 +14,13 @@ from itertools import islice
 from pathlib import Path
 
 from bench.daemon import KEY, reads
-from vhost_rpmb import engine, spec
-from vhost_rpmb.client.memory import DEFAULT_REGIONS, GuestMemory
-from vhost_rpmb.client.ring import Ring
-from vhost_rpmb.paths import Paths
-from vhost_rpmb.store import open_store
+from vhost_rpmb import engine
+from vhost_rpmb.driver.memory import DEFAULT_REGIONS, GuestMemory
+from vhost_rpmb.driver.ring import Ring
+from vhost_rpmb.rpmb import spec
+from vhost_rpmb.storage.local.store import open_store
+from vhost_rpmb.storage.paths import Paths
+from vhost_rpmb.virtio import spec as virtio
 
 DEPTH = 64  # requests in a batch
 
@@ -54,10 +56,10 @@ class Work:
                 guest.write(data, request)
                 head = 2 * number
                 self._ring.write_descriptor(
-                    head, data, spec.FRAME_SIZE, spec.VIRTQ_DESC_F_NEXT, head + 1
+                    head, data, spec.FRAME_SIZE, virtio.VIRTQ_DESC_F_NEXT, head + 1
                 )
                 self._ring.write_descriptor(
-                    head + 1, room, blocks * spec.FRAME_SIZE, spec.VIRTQ_DESC_F_WRITE
+                    head + 1, room, blocks * spec.FRAME_SIZE, virtio.VIRTQ_DESC_F_WRITE
                 )
             for position in range(2 * DEPTH):
                 self._ring.write_available(position, 2 * (position % DEPTH))

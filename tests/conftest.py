@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.rig import PATIENCE, SANDBOX, Rig, make_image
+from tests.support.rig import PATIENCE, SANDBOX, Rig, make_image
 from vhost_rpmb import engine as engines
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vhost_rpmb.client.cli import build_parser
-from vhost_rpmb.client.errors import ClientError
+from vhost_rpmb.driver.errors import ClientError
 
 # The key fits and the image does not; neither fits.
 LIMITS = {"image": 4096, "key": 16}

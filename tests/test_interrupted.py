@@ -12,7 +12,7 @@ from types import FrameType
 import pytest
 
 from tests.conftest import RigFactory
-from tests.rig import PATIENCE, read_counter
+from tests.support.rig import PATIENCE, read_counter
 from vhost_rpmb.engine import Engine
 
 Handle = Callable[[Callable[[], None]], None]

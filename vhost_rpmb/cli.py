@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 from vhost_rpmb import __version__
 from vhost_rpmb.arguments import Parser, path_argument
 from vhost_rpmb.errors import OperatorError, UsageError
-from vhost_rpmb.spec import MAX_WRITE_COUNTER
+from vhost_rpmb.rpmb.spec import MAX_WRITE_COUNTER
 
 if TYPE_CHECKING:
-    from vhost_rpmb.daemon import Options
+    from vhost_rpmb.daemon.server import Options
 
 PROG = "vhost-user-rpmb"
 
@@ -232,7 +232,7 @@ def parse_options(arguments: Sequence[str], environment: Mapping[str, str]) -> "
         )
     engine = _engine(namespace.debug, environment)
 
-    from vhost_rpmb.daemon import Options
+    from vhost_rpmb.daemon.server import Options
 
     return Options(
         flash_path=namespace.flash_path,
@@ -256,7 +256,7 @@ def parse_options(arguments: Sequence[str], environment: Mapping[str, str]) -> "
 
 def _fail(message: str, status: int) -> int:
     """Print the one line that says why the daemon ends, and return the exit status."""
-    from vhost_rpmb.service import priority
+    from vhost_rpmb.daemon.notify import priority
 
     print(f"{priority(3)}{PROG}: error: {' '.join(message.splitlines())}", file=sys.stderr)
     return status
@@ -278,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = parse_options(arguments, os.environ)
 
-        from vhost_rpmb import daemon
+        from vhost_rpmb.daemon import server as daemon
 
         gc.enable()
         daemon.run(options)

@@ -18,8 +18,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from vhost_rpmb import spec
-from vhost_rpmb.client.rpmb import RpmbClient
+from vhost_rpmb.driver.rpmb import RpmbClient
+from vhost_rpmb.rpmb import spec
 
 _TIMEOUT = 60.0  # seconds for a start or a stop
 _LOOK = 0.1  # seconds between two looks whether a daemon that has not said READY is still there

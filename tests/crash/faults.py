@@ -29,11 +29,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.rig import make_image
-from vhost_rpmb import spec
+from tests.support.rig import make_image
 from vhost_rpmb.errors import OperatorError, StateError
-from vhost_rpmb.paths import Paths
-from vhost_rpmb.store import Store, open_store
+from vhost_rpmb.rpmb import spec
+from vhost_rpmb.storage.local.store import Store, open_store
+from vhost_rpmb.storage.paths import Paths
 
 KEY = bytes(range(50, 82))
 SYNCS = ("posix/io/sync/fsync", "posix/io/sync/fdatasync")

@@ -15,11 +15,11 @@ import pytest
 
 from tests.crash.disk import Call, Disk, State, run_recorded
 from tests.crash.workload import KEY, MARKS, steps
-from tests.rig import make_image
-from vhost_rpmb import spec
+from tests.support.rig import make_image
 from vhost_rpmb.errors import OperatorError, StateError
-from vhost_rpmb.paths import Paths
-from vhost_rpmb.store import open_store
+from vhost_rpmb.rpmb import spec
+from vhost_rpmb.storage.local.store import open_store
+from vhost_rpmb.storage.paths import Paths
 
 pytestmark = pytest.mark.needs_ptrace
 STATES = int(os.environ.get("VHOST_RPMB_CRASH_STATES", "6000"))

@@ -15,12 +15,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.conftest import wait_for_socket
-from tests.rig import KEY, PATIENCE, make_image
-from vhost_rpmb import spec
-from vhost_rpmb.client.errors import RpmbResultError
-from vhost_rpmb.client.rpmb import RpmbClient
-from vhost_rpmb.paths import Paths
-from vhost_rpmb.store import verify
+from tests.support.rig import KEY, PATIENCE, make_image
+from vhost_rpmb.driver.errors import RpmbResultError
+from vhost_rpmb.driver.rpmb import RpmbClient
+from vhost_rpmb.rpmb import spec
+from vhost_rpmb.storage.local.store import verify
+from vhost_rpmb.storage.paths import Paths
 
 BLOCKS = 32  # in each write
 

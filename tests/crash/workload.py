@@ -15,10 +15,10 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import NamedTuple
 
-from vhost_rpmb import spec
 from vhost_rpmb.errors import OperatorError
-from vhost_rpmb.paths import Paths
-from vhost_rpmb.store import Store, open_store
+from vhost_rpmb.rpmb import spec
+from vhost_rpmb.storage.local.store import Store, open_store
+from vhost_rpmb.storage.paths import Paths
 
 MARKS = 9
 TRIES = 4  # of a step on a disk of which one fsync and one fdatasync fail

@@ -19,7 +19,6 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.documents import ROOT
 from tests.e2e.cache import (
     ISOLATED,
     RECIPE,
@@ -33,6 +32,7 @@ from tests.e2e.cache import (
 )
 from tests.e2e.kit import AMD64, Kit, make_kit
 from tests.e2e.vm import READY
+from tests.support.documents import ROOT
 
 # systemd of the stable release is what operators have.
 PACKAGES = (

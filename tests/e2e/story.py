@@ -151,7 +151,7 @@ class ClientStage:
         path.write_bytes(content)
 
     def send_frames(self, name: str) -> tuple[str, bytes]:
-        from vhost_rpmb.client.rpmb import RpmbClient
+        from vhost_rpmb.driver.rpmb import RpmbClient
 
         frames = (self._folder / name).read_bytes()
         with RpmbClient.connect(str(self._daemon.socket_path)) as client:

@@ -13,7 +13,7 @@ import pytest
 
 from tests.e2e.daemon import DaemonProcess
 from tests.e2e.story import KEY, ClientStage, StoryError, tell
-from vhost_rpmb.client.rpmb import RpmbClient
+from vhost_rpmb.driver.rpmb import RpmbClient
 
 
 def test_story_through_the_client(daemon: DaemonProcess, tmp_path: Path) -> None:

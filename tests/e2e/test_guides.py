@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.documents import ROOT, blocks_of_guide, blocks_that_begin, commands
 from tests.e2e.cache import Steps
 from tests.e2e.daemon import DaemonProcess
 from tests.e2e.kit import AMD64, GUEST_FOLDER, GUEST_SOURCES, Kit
 from tests.e2e.vm import BOOT_TIMEOUT, READY, Guest, VirtualMachine
+from tests.support.documents import ROOT, blocks_of_guide, blocks_that_begin, commands
 
 pytestmark = [
     pytest.mark.qemu,

@@ -10,7 +10,6 @@ import time
 
 import pytest
 
-from tests.documents import demo_of_readme
 from tests.e2e.daemon import BLOCK_SIZE, DaemonProcess
 from tests.e2e.kit import AMD64, Kit
 from tests.e2e.monitor import Monitor
@@ -26,6 +25,7 @@ from tests.e2e.story import (
     write_frames,
 )
 from tests.e2e.vm import VirtualMachine
+from tests.support.documents import demo_of_readme
 
 # The first test may have to make the kit.
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(900)]

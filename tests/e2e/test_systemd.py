@@ -11,10 +11,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.documents import blocks_of_guide
 from tests.e2e.machine import make_machine
 from tests.e2e.story import KEY, LETTER
 from tests.e2e.vm import Guest
+from tests.support.documents import blocks_of_guide
 
 # The first test may have to make the kit and the machine.
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(900)]

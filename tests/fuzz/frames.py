@@ -6,12 +6,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from tests.fuzz.targets import Disk, Source, Target
-from tests.rig import ALL_FEATURES, KEY, UNIT_BLOCKS, Rig, make_image, split
-from vhost_rpmb import spec
-from vhost_rpmb._pure.frame import Authenticator, Frame
-from vhost_rpmb.client.ring import Segment
+from tests.support.rig import ALL_FEATURES, KEY, UNIT_BLOCKS, Rig, make_image, split
+from vhost_rpmb._pure.mac import Authenticator, Frame
+from vhost_rpmb.driver.ring import Segment
 from vhost_rpmb.engine import Engine
+from vhost_rpmb.rpmb import spec
 from vhost_rpmb.vhost_user.wire import MemoryRegion
+from vhost_rpmb.virtio import spec as virtio
 
 # Two regions that adjoin, so that some buffers span them.
 REGIONS = (
@@ -59,7 +60,7 @@ class Frames(Target):
         )
         rig.ring.reset()
         rig.queue.reset()
-        rig.start(source.pick((ALL_FEATURES, 1 << spec.VIRTIO_F_INDIRECT_DESC)))
+        rig.start(source.pick((ALL_FEATURES, 1 << virtio.VIRTIO_F_INDIRECT_DESC)))
         self._trace: list[object] = [rig.device.config]
         self._batch: list[tuple[list[Segment], list[Segment]]] = []
         self._image = self._disk.digest()

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.fuzz.targets import Disk, Source, Target
-from tests.rig import (
+from tests.support.rig import (
     ALL_FEATURES,
     program_key,
     read_counter,
@@ -17,8 +17,9 @@ from tests.rig import (
     read_result,
     write_data,
 )
-from vhost_rpmb import spec
 from vhost_rpmb.engine import Engine
+from vhost_rpmb.rpmb import spec
+from vhost_rpmb.virtio import spec as virtio
 
 PAGE = 4096
 ARENA = 8 * PAGE  # all that the guest has, in one memfd
@@ -45,8 +46,8 @@ SIZES = (8, 8, 8, 1, 2, 4, 64, 256, 1024)
 FEATURES = (
     ALL_FEATURES,
     0,
-    1 << spec.VIRTIO_F_INDIRECT_DESC,
-    1 << spec.VIRTIO_F_EVENT_IDX,
+    1 << virtio.VIRTIO_F_INDIRECT_DESC,
+    1 << virtio.VIRTIO_F_EVENT_IDX,
 )
 LENGTHS = (512, 512, 1024, 256, 1, 16, 32, 48, 128, 4096, 0x4000, 0, 0xFFFF_FFF0, 0xFFFF_FFFF)
 FLAGS = (0, 1, 2, 3, 4, 5, 6, 7, 0xFFF8)
@@ -147,7 +148,7 @@ class Rings(Target):
 
     def _descriptor(self, source: Source, table: int = DESCRIPTORS) -> None:
         index = source.number(1)
-        self._store(table + spec.VIRTQ_DESC_SIZE * index, self._packed(source))
+        self._store(table + virtio.VIRTQ_DESC_SIZE * index, self._packed(source))
 
     def _indirect(self, source: Source) -> None:
         self._descriptor(source, INDIRECT)
@@ -188,7 +189,7 @@ class Rings(Target):
         for position in range(total):
             flags = (position >= readable) * 2 + (position + 1 < total)
             self._store(
-                table + spec.VIRTQ_DESC_SIZE * index,
+                table + virtio.VIRTQ_DESC_SIZE * index,
                 self._address(source).to_bytes(8, "little")
                 + self._length(source).to_bytes(4, "little")
                 + flags.to_bytes(2, "little")
@@ -197,9 +198,9 @@ class Rings(Target):
             index += 1
         if table == INDIRECT:
             self._store(
-                DESCRIPTORS + spec.VIRTQ_DESC_SIZE * first,
+                DESCRIPTORS + virtio.VIRTQ_DESC_SIZE * first,
                 self._guest(INDIRECT).to_bytes(8, "little")
-                + (spec.VIRTQ_DESC_SIZE * total).to_bytes(4, "little")
+                + (virtio.VIRTQ_DESC_SIZE * total).to_bytes(4, "little")
                 + (4).to_bytes(2, "little")
                 + bytes(2),
             )

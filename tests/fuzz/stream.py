@@ -13,14 +13,15 @@ from contextlib import suppress
 from pathlib import Path
 
 from tests.fuzz.targets import Disk, Source, Target
-from tests.rig import program_key, read_counter, read_data, read_result, write_data
-from vhost_rpmb import spec
-from vhost_rpmb.daemon import EventLoop
+from tests.support.rig import program_key, read_counter, read_data, read_result, write_data
+from vhost_rpmb.daemon.server import EventLoop
 from vhost_rpmb.engine import Engine
 from vhost_rpmb.errors import PeerError
+from vhost_rpmb.rpmb import spec
 from vhost_rpmb.vhost_user import wire
-from vhost_rpmb.vhost_user.backend import PROTOCOL_FEATURES, Backend, LimitedLog
+from vhost_rpmb.vhost_user.session import PROTOCOL_FEATURES, Backend, LimitedLog
 from vhost_rpmb.vhost_user.wire import MemoryRegion, Request, VringState
+from vhost_rpmb.virtio import spec as virtio
 
 PAGE = 4096
 ARENA = 8 * PAGE  # all that the guest has, in one memfd
@@ -29,9 +30,9 @@ GUEST, USER = 0x4000_0000, 0x7F00_0000_0000
 DESCRIPTORS, AVAILABLE, USED, BUFFERS = 0, PAGE, 2 * PAGE, 4 * PAGE
 SIZE = 8  # of the queue
 FEATURES = (
-    1 << spec.VIRTIO_F_VERSION_1
-    | 1 << spec.VIRTIO_F_INDIRECT_DESC
-    | 1 << spec.VIRTIO_F_EVENT_IDX
+    1 << virtio.VIRTIO_F_VERSION_1
+    | 1 << virtio.VIRTIO_F_INDIRECT_DESC
+    | 1 << virtio.VIRTIO_F_EVENT_IDX
     | wire.F_PROTOCOL_FEATURES
 )
 REGIONS = (

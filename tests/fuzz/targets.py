@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from tests.rig import KEY, make_image
-from vhost_rpmb import spec
+from tests.support.rig import KEY, make_image
 from vhost_rpmb.engine import Engine
-from vhost_rpmb.paths import Paths
-from vhost_rpmb.store import Store, open_store
+from vhost_rpmb.rpmb import spec
+from vhost_rpmb.storage.local.store import Store, open_store
+from vhost_rpmb.storage.paths import Paths
 
 T = TypeVar("T")
 

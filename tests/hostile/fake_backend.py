@@ -25,15 +25,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
 
-from vhost_rpmb import spec
-from vhost_rpmb._pure.frame import Authenticator, Frame
+from vhost_rpmb._pure.mac import Authenticator, Frame
+from vhost_rpmb.rpmb import spec
 from vhost_rpmb.vhost_user import wire
 from vhost_rpmb.vhost_user.wire import MemoryRegion, ProtocolFeature, Request
+from vhost_rpmb.virtio import spec as virtio
 
 FEATURES = (
-    1 << spec.VIRTIO_F_VERSION_1
-    | 1 << spec.VIRTIO_F_INDIRECT_DESC
-    | 1 << spec.VIRTIO_F_EVENT_IDX
+    1 << virtio.VIRTIO_F_VERSION_1
+    | 1 << virtio.VIRTIO_F_INDIRECT_DESC
+    | 1 << virtio.VIRTIO_F_EVENT_IDX
     | wire.F_PROTOCOL_FEATURES
 )
 PROTOCOL_FEATURES = (
@@ -303,14 +304,14 @@ class FakeBackend:
                 "<QIHH", memory, table + 16 * index
             )
             place = address - self._place.guest_address
-            if flags & spec.VIRTQ_DESC_F_INDIRECT:
+            if flags & virtio.VIRTQ_DESC_F_INDIRECT:
                 table, index = place, 0
                 continue
-            if flags & spec.VIRTQ_DESC_F_WRITE:
+            if flags & virtio.VIRTQ_DESC_F_WRITE:
                 room.append((place, length))
             else:
                 request += memory[place : place + length]
-            if not flags & spec.VIRTQ_DESC_F_NEXT:
+            if not flags & virtio.VIRTQ_DESC_F_NEXT:
                 return request, room
             index = following
 
@@ -345,8 +346,9 @@ class Ended(NamedTuple):
 
 _NURSERY = """
 import gc, json, os, signal, sys, tempfile, time, traceback
-from vhost_rpmb import sandbox
-from vhost_rpmb.client import cli, commands, rpmb
+from vhost_rpmb.daemon import sandbox
+from vhost_rpmb.client import cli, commands
+from vhost_rpmb.driver import rpmb
 
 gc.freeze()  # what is never collected is not copied by a fork
 

@@ -43,13 +43,13 @@ from tests.hostile.fake_backend import (
     OnReply,
     Reply,
 )
-from tests.rig import write_key
-from vhost_rpmb import spec
-from vhost_rpmb._pure.frame import Frame
-from vhost_rpmb.client.errors import BackendError
-from vhost_rpmb.client.frontend import Frontend
-from vhost_rpmb.client.memory import DEFAULT_REGIONS, GuestMemory
-from vhost_rpmb.client.ring import Ring, Segment
+from tests.support.rig import write_key
+from vhost_rpmb._pure.mac import Frame
+from vhost_rpmb.driver.errors import BackendError
+from vhost_rpmb.driver.frontend import Frontend
+from vhost_rpmb.driver.memory import DEFAULT_REGIONS, GuestMemory
+from vhost_rpmb.driver.ring import Ring, Segment
+from vhost_rpmb.rpmb import spec
 from vhost_rpmb.vhost_user import wire
 from vhost_rpmb.vhost_user.wire import Request
 

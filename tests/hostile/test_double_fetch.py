@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.hostile.raw import (
+from tests.support.raw import (
     AVAILABLE,
     BUFFERS,
     GUEST,
@@ -18,10 +18,10 @@ from tests.hostile.raw import (
     descriptor,
     hammer,
 )
-from tests.rig import Rig, read_counter, write_data
-from vhost_rpmb import spec
+from tests.support.rig import Rig, read_counter, write_data
 from vhost_rpmb.engine import Engine
 from vhost_rpmb.vhost_user.wire import MemoryRegion
+from vhost_rpmb.virtio import spec as virtio
 
 ROUNDS = 3000
 MOST = 240.0  # seconds
@@ -29,9 +29,9 @@ CHAINS = 8
 REQUESTS = [BUFFERS + 2048 * number for number in range(CHAINS)]  # offset of each chain's request
 TABLES = BUFFERS + 0x8000  # of the indirect descriptor tables
 NEXT, WRITE, INDIRECT = (
-    spec.VIRTQ_DESC_F_NEXT,
-    spec.VIRTQ_DESC_F_WRITE,
-    spec.VIRTQ_DESC_F_INDIRECT,
+    virtio.VIRTQ_DESC_F_NEXT,
+    virtio.VIRTQ_DESC_F_WRITE,
+    virtio.VIRTQ_DESC_F_INDIRECT,
 )
 # The file goes on behind the regions, and is mapped there by nobody: what stands there must neither
 # be read nor be written.
@@ -117,7 +117,7 @@ def test_what_is_stored_is_what_was_authenticated(keyed: Rig, guest: RawGuest) -
         with hammer("rewrite", guest.fd, *places, size=SIZE):
             for _ in range(100):
                 before, known = bytes(store.image), store.counter
-                guest.start(1 << spec.VIRTIO_F_INDIRECT_DESC)
+                guest.start(1 << virtio.VIRTIO_F_INDIRECT_DESC)
                 broken += bool(keyed.device.process(guest.queue) & keyed.engine.FAULTS)
                 guest.queue.take_faults()
                 rounds += 1

@@ -14,16 +14,17 @@ from collections.abc import Iterator
 import pytest
 
 from tests.conftest import Daemon, DaemonFactory
-from tests.hostile.raw import AVAILABLE, BUFFERS, RawGuest, available_ring, hammer, lay_out
-from tests.rig import KEY, PATIENCE, Rig, read_counter, write_data
-from vhost_rpmb import rules, spec
-from vhost_rpmb.client.frontend import Frontend
-from vhost_rpmb.client.memory import GuestMemory
-from vhost_rpmb.client.ring import Ring, Segment
-from vhost_rpmb.client.rpmb import RpmbClient
+from tests.support.raw import AVAILABLE, BUFFERS, RawGuest, available_ring, hammer, lay_out
+from tests.support.rig import KEY, PATIENCE, Rig, read_counter, write_data
+from vhost_rpmb.driver.frontend import Frontend
+from vhost_rpmb.driver.memory import GuestMemory
+from vhost_rpmb.driver.ring import Ring, Segment
+from vhost_rpmb.driver.rpmb import RpmbClient
 from vhost_rpmb.engine import Engine
 from vhost_rpmb.vhost_user import wire
 from vhost_rpmb.vhost_user.wire import Request
+from vhost_rpmb.virtio import rules
+from vhost_rpmb.virtio import spec as virtio
 
 LOST = rules.RING_RULES[rules.RING_MEMORY_LOST]
 ROUNDS = 3000
@@ -190,8 +191,8 @@ def test_daemon_outlives_tables_replaced_in_flight(daemon: DaemonFactory) -> Non
         memory.write(address, read_counter())
         with connect(running, memory, ring) as frontend:
             for _ in range(300):
-                ring.write_descriptor(0, address, 512, spec.VIRTQ_DESC_F_NEXT, 1)
-                ring.write_descriptor(1, address + 512, 512, spec.VIRTQ_DESC_F_WRITE, 0)
+                ring.write_descriptor(0, address, 512, virtio.VIRTQ_DESC_F_NEXT, 1)
+                ring.write_descriptor(1, address + 512, 512, virtio.VIRTQ_DESC_F_WRITE, 0)
                 for _ in range(ring.size):
                     ring.offer(0)
                 ring.publish()

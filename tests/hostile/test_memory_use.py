@@ -12,16 +12,18 @@ from types import FrameType
 import pytest
 
 from tests.conftest import Daemon, DaemonFactory
-from tests.hostile.raw import GUEST, USER, RawGuest, available_ring, descriptor
-from tests.rig import KEY, Rig, read_counter
-from vhost_rpmb import rules, spec
-from vhost_rpmb.client.frontend import Frontend
-from vhost_rpmb.client.memory import GuestMemory
-from vhost_rpmb.client.ring import Ring
-from vhost_rpmb.client.rpmb import RpmbClient
+from tests.support.raw import GUEST, USER, RawGuest, available_ring, descriptor
+from tests.support.rig import KEY, Rig, read_counter
+from vhost_rpmb.driver.frontend import Frontend
+from vhost_rpmb.driver.memory import GuestMemory
+from vhost_rpmb.driver.ring import Ring
+from vhost_rpmb.driver.rpmb import RpmbClient
+from vhost_rpmb.rpmb import spec
 from vhost_rpmb.vhost_user.wire import MemoryRegion
+from vhost_rpmb.virtio import rules
+from vhost_rpmb.virtio import spec as virtio
 
-NEXT, WRITE = spec.VIRTQ_DESC_F_NEXT, spec.VIRTQ_DESC_F_WRITE
+NEXT, WRITE = virtio.VIRTQ_DESC_F_NEXT, virtio.VIRTQ_DESC_F_WRITE
 SMALL_REGIONS = 508
 RINGS = 0x11_0000  # bytes: a table of 32,768 descriptors takes half of it
 WORK = 200_000  # calls of Python functions, some for each border and each descriptor
@@ -44,8 +46,8 @@ def test_many_descriptors_over_many_regions(
     keyed: Rig, pieces: list[MemoryRegion], flags: int
 ) -> None:
     """The work of a chain does not grow with descriptors times regions: it is broken early."""
-    size = spec.VIRTQ_MAX_SIZE
-    buffer, table = (GUEST + RINGS, SMALL_REGIONS), size * spec.VIRTQ_DESC_SIZE
+    size = virtio.VIRTQ_MAX_SIZE
+    buffer, table = (GUEST + RINGS, SMALL_REGIONS), size * virtio.VIRTQ_DESC_SIZE
     entries = [descriptor(*buffer, flags | NEXT, number + 1) for number in range(size - 1)]
     entries.append(descriptor(*buffer, flags))
     guest = RawGuest(keyed.engine, pieces)

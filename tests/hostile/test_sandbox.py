@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import DaemonFactory, environment
-from tests.rig import KEY
-from vhost_rpmb.client.rpmb import RpmbClient
+from tests.support.rig import KEY
+from vhost_rpmb.driver.rpmb import RpmbClient
 
 # Each is tried in a process that has given up what the daemon gives up, by the same function. Below
 # each of the folders state, keys and run are files of others; the key is not programmed yet.
@@ -95,8 +95,9 @@ def in_sandbox(
         file.touch()
     script = f"""
 import ctypes, errno, fcntl, mmap, os, signal, socket, stat
-from vhost_rpmb import daemon, sandbox
-from vhost_rpmb.paths import Paths
+from vhost_rpmb.daemon import server as daemon
+from vhost_rpmb.daemon import sandbox
+from vhost_rpmb.storage.paths import Paths
 inside, outside = {str(inside)!r}, {str(outside)!r}
 paths = Paths.resolve(inside + "/flash", inside + "/state/s", inside + "/keys/key")
 flash = open(paths.flash, "r+b")
@@ -206,9 +207,10 @@ def test_no_descriptor_sends_signals_without_landlock(tmp_path: Path) -> None:
 def test_empty_log_replaces_the_one_that_sqlite_removes(flash: Path) -> None:
     """If the state cannot be marked as closed, SQLite removes its log all the same."""
     script = f"""
-from vhost_rpmb import daemon, sandbox
-from vhost_rpmb.paths import Paths
-from vhost_rpmb.store import open_store
+from vhost_rpmb.daemon import server as daemon
+from vhost_rpmb.daemon import sandbox
+from vhost_rpmb.storage.paths import Paths
+from vhost_rpmb.storage.local.store import open_store
 paths = Paths.resolve({str(flash)!r})
 store = open_store(paths)
 sandbox.enter(daemon._needed(paths, None, True))

@@ -24,16 +24,16 @@ from tests.conftest import (
     processor_time,
     until,
 )
-from tests.hostile.raw import GUEST, QUEUE, hammer
-from tests.rig import KEY, PATIENCE, read_counter, read_data, write_data
-from vhost_rpmb import spec
-from vhost_rpmb.client.errors import BackendError
-from vhost_rpmb.client.frontend import Frontend
-from vhost_rpmb.client.memory import GuestMemory
-from vhost_rpmb.client.ring import Ring, Segment
-from vhost_rpmb.client.rpmb import RpmbClient
+from tests.support.raw import GUEST, QUEUE, hammer
+from tests.support.rig import KEY, PATIENCE, read_counter, read_data, write_data
+from vhost_rpmb.driver.errors import BackendError
+from vhost_rpmb.driver.frontend import Frontend
+from vhost_rpmb.driver.memory import GuestMemory
+from vhost_rpmb.driver.ring import Ring, Segment
+from vhost_rpmb.driver.rpmb import RpmbClient
 from vhost_rpmb.vhost_user import wire
 from vhost_rpmb.vhost_user.wire import MemoryRegion, Request
+from vhost_rpmb.virtio import spec as virtio
 
 SOON = 0.1  # seconds of processor time
 LONG = 3.0  # seconds of starving
@@ -110,10 +110,12 @@ def test_a_ring_that_is_always_full(programmed: Daemon, kind: str) -> None:
         memory.write(data, request)
         for index in range(0, QUEUE, 2):
             if request:
-                ring.write_descriptor(index, data, len(request), spec.VIRTQ_DESC_F_NEXT, index + 1)
-                ring.write_descriptor(index + 1, answers, room, spec.VIRTQ_DESC_F_WRITE)
+                ring.write_descriptor(
+                    index, data, len(request), virtio.VIRTQ_DESC_F_NEXT, index + 1
+                )
+                ring.write_descriptor(index + 1, answers, room, virtio.VIRTQ_DESC_F_WRITE)
             else:  # a loop, which takes the queue's size to find out
-                ring.write_descriptor(index, data, 1, spec.VIRTQ_DESC_F_NEXT, index)
+                ring.write_descriptor(index, data, 1, virtio.VIRTQ_DESC_F_NEXT, index)
         for position in range(QUEUE):
             ring.write_available(position, 2 * position % QUEUE)
         with Frontend.connect(programmed.socket_path) as frontend:
@@ -155,10 +157,12 @@ def test_the_time_of_a_batch(make_rig: RigFactory, kind: str) -> None:
     rig.ring.set_available_index(0)
     for index in range(0, QUEUE, 2):
         if request:
-            rig.ring.write_descriptor(index, data, len(request), spec.VIRTQ_DESC_F_NEXT, index + 1)
-            rig.ring.write_descriptor(index + 1, answers, room, spec.VIRTQ_DESC_F_WRITE)
+            rig.ring.write_descriptor(
+                index, data, len(request), virtio.VIRTQ_DESC_F_NEXT, index + 1
+            )
+            rig.ring.write_descriptor(index + 1, answers, room, virtio.VIRTQ_DESC_F_WRITE)
         else:
-            rig.ring.write_descriptor(index, data, 1, spec.VIRTQ_DESC_F_NEXT, index)
+            rig.ring.write_descriptor(index, data, 1, virtio.VIRTQ_DESC_F_NEXT, index)
     for position in range(QUEUE):
         rig.ring.write_available(position, 2 * position % QUEUE)
     times = []

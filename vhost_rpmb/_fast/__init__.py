@@ -2,8 +2,8 @@
 """The data path compiled: the twin of vhost_rpmb._pure, same names, same behaviour."""
 
 from vhost_rpmb._fast.device import RpmbDevice
-from vhost_rpmb._fast.frame import Authenticator
 from vhost_rpmb._fast.loop import IDLE, UNSIGNALLED, Loop
+from vhost_rpmb._fast.mac import Authenticator
 from vhost_rpmb._fast.memory import GuestMemory, GuestMemoryError
 from vhost_rpmb._fast.virtqueue import BROKEN, FAULTS, MORE, NOTIFY, Virtqueue
 

@@ -15,7 +15,7 @@ from libc.string cimport memcmp, memcpy, memset
 
 from cpython.bytes cimport PyBytes_FromStringAndSize
 
-from vhost_rpmb._fast.frame cimport Authenticator, new_authenticator
+from vhost_rpmb._fast.mac cimport Authenticator, new_authenticator
 from vhost_rpmb._fast.memory cimport GuestMemory
 from vhost_rpmb._fast.spec cimport *
 from vhost_rpmb._fast.virtqueue cimport Chain, Segments, Virtqueue

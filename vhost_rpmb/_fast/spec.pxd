@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The numbers of vhost_rpmb.spec, for C; a test compares the two."""
+"""The numbers of vhost_rpmb.rpmb.spec, for C; a test compares the two."""
 
 cdef enum:
     VIRTIO_F_INDIRECT_DESC = 28

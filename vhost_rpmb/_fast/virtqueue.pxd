@@ -6,7 +6,7 @@ from vhost_rpmb._fast.memory cimport GuestMemory
 
 
 cdef enum:
-    # The rules of vhost_rpmb.rules, in its order.
+    # The rules of vhost_rpmb.virtio.rules, in its order.
     CHAIN_TOO_LONG = 0
     CHAIN_NEXT
     CHAIN_BUFFER

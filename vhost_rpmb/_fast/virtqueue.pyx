@@ -24,7 +24,7 @@ from vhost_rpmb._fast.spec cimport (
     VIRTQ_USED_F_NO_NOTIFY,
 )
 
-from vhost_rpmb import rules
+from vhost_rpmb.virtio import rules
 
 __all__ = ["BROKEN", "FAULTS", "MORE", "NOTIFY", "Virtqueue"]
 

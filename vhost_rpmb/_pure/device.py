@@ -11,10 +11,11 @@ import logging
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
-from vhost_rpmb import spec
-from vhost_rpmb._pure.frame import Authenticator, Frame
+from vhost_rpmb._pure.mac import Authenticator, Frame
 from vhost_rpmb._pure.memory import GuestMemory
 from vhost_rpmb._pure.virtqueue import Virtqueue
+from vhost_rpmb.rpmb import spec
+from vhost_rpmb.virtio import spec as virtio
 
 __all__ = ["RpmbDevice"]
 
@@ -33,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 class Store(Protocol):
-    """The durable state, as the device sees it (vhost_rpmb.store implements it).
+    """The durable state, as the device sees it (vhost_rpmb.storage.local.store implements it).
 
     ``image``: the blocks, a buffer of a multiple of 128 KiB; ``damaged``: one byte a block,
     non-zero where the block is not what was stored; ``counter``: the write counter; ``key``: 32
@@ -123,9 +124,9 @@ class RpmbDevice:
     device_id = spec.VIRTIO_ID_RPMB
     num_queues = spec.RPMB_NUM_QUEUES
     features = (
-        1 << spec.VIRTIO_F_VERSION_1
-        | 1 << spec.VIRTIO_F_INDIRECT_DESC
-        | 1 << spec.VIRTIO_F_EVENT_IDX
+        1 << virtio.VIRTIO_F_VERSION_1
+        | 1 << virtio.VIRTIO_F_INDIRECT_DESC
+        | 1 << virtio.VIRTIO_F_EVENT_IDX
     )
     served = 0  # chains answered so far, broken ones included
 

@@ -13,8 +13,9 @@ import threading
 from collections import Counter
 from typing import NamedTuple
 
-from vhost_rpmb import rules, spec
 from vhost_rpmb._pure.memory import GuestMemory, GuestMemoryError
+from vhost_rpmb.virtio import rules
+from vhost_rpmb.virtio import spec as virtio
 
 __all__ = ["BROKEN", "FAULTS", "MORE", "NOTIFY", "Virtqueue"]
 
@@ -109,7 +110,7 @@ class Virtqueue:
 
     def set_size(self, size: int) -> None:
         """Set the number of descriptors; ValueError unless a power of two from 1 to 32768."""
-        if not 0 < size <= spec.VIRTQ_MAX_SIZE or size & (size - 1):
+        if not 0 < size <= virtio.VIRTQ_MAX_SIZE or size & (size - 1):
             raise ValueError(f"a queue size is a power of two from 1 to 32768, not {size}")
         self._size = size
 
@@ -128,8 +129,8 @@ class Virtqueue:
 
     def set_features(self, features: int) -> None:
         """Set the negotiated virtio feature bits."""
-        self._indirect = bool(features >> spec.VIRTIO_F_INDIRECT_DESC & 1)
-        self._event_index = bool(features >> spec.VIRTIO_F_EVENT_IDX & 1)
+        self._indirect = bool(features >> virtio.VIRTIO_F_INDIRECT_DESC & 1)
+        self._event_index = bool(features >> virtio.VIRTIO_F_EVENT_IDX & 1)
 
     @property
     def base(self) -> int:
@@ -208,7 +209,7 @@ class Virtqueue:
             return rules.RING_NO_SIZE
         size = self._size
         wanted = (
-            (rules.RING_DESCRIPTOR_TABLE, size * spec.VIRTQ_DESC_SIZE, 16),
+            (rules.RING_DESCRIPTOR_TABLE, size * virtio.VIRTQ_DESC_SIZE, 16),
             (rules.RING_AVAILABLE, 6 + 2 * size, 2),
             (rules.RING_USED, 6 + 8 * size, 4),
         )
@@ -279,24 +280,24 @@ class Virtqueue:
         while True:
             self._walked += 1
             if indirect:
-                raw = table[index * spec.VIRTQ_DESC_SIZE :][: spec.VIRTQ_DESC_SIZE]
+                raw = table[index * virtio.VIRTQ_DESC_SIZE :][: virtio.VIRTQ_DESC_SIZE]
             else:
-                start = index * spec.VIRTQ_DESC_SIZE
-                raw = bytes(descriptors[start : start + spec.VIRTQ_DESC_SIZE])
+                start = index * virtio.VIRTQ_DESC_SIZE
+                raw = bytes(descriptors[start : start + virtio.VIRTQ_DESC_SIZE])
             address, length, flags, following = _DESCRIPTOR.unpack(raw)
-            if flags & spec.VIRTQ_DESC_F_INDIRECT:
+            if flags & virtio.VIRTQ_DESC_F_INDIRECT:
                 if not self._indirect:
                     raise _BrokenChainError(rules.CHAIN_INDIRECT_FEATURE)
-                if indirect or flags & spec.VIRTQ_DESC_F_NEXT:
+                if indirect or flags & virtio.VIRTQ_DESC_F_NEXT:
                     raise _BrokenChainError(rules.CHAIN_INDIRECT_FLAGS)
-                if not length or length % spec.VIRTQ_DESC_SIZE:
+                if not length or length % virtio.VIRTQ_DESC_SIZE:
                     raise _BrokenChainError(rules.CHAIN_INDIRECT_LENGTH)
-                if length // spec.VIRTQ_DESC_SIZE > self._size:
+                if length // virtio.VIRTQ_DESC_SIZE > self._size:
                     raise _BrokenChainError(rules.CHAIN_INDIRECT_SIZE)
                 self._check_buffer(address, length, rules.CHAIN_INDIRECT_TABLE)
                 table = self._memory.read(address, length)
                 indirect = True
-                index, entries = 0, length // spec.VIRTQ_DESC_SIZE
+                index, entries = 0, length // virtio.VIRTQ_DESC_SIZE
                 continue
             count += 1
             if count > self._size:
@@ -306,14 +307,14 @@ class Virtqueue:
             total += length
             if total > _MAX_CHAIN_BYTES:
                 raise _BrokenChainError(rules.CHAIN_BYTES)
-            if flags & spec.VIRTQ_DESC_F_WRITE:
+            if flags & virtio.VIRTQ_DESC_F_WRITE:
                 writable.append((address, length))
             elif writable:
                 raise _BrokenChainError(rules.CHAIN_ORDER)
             else:
                 readable.append((address, length))
             self._check_buffer(address, length, rules.CHAIN_BUFFER)
-            if not flags & spec.VIRTQ_DESC_F_NEXT:
+            if not flags & virtio.VIRTQ_DESC_F_NEXT:
                 return Chain(head, readable, writable)
             if following >= entries:
                 raise _BrokenChainError(rules.CHAIN_NEXT)
@@ -382,11 +383,11 @@ class Virtqueue:
     def _refuse_kicks(self) -> None:
         """Ask for none; with the event index, the one before last stays asked for, and is past."""
         if not self._event_index:
-            self._used_flags.store(spec.VIRTQ_USED_F_NO_NOTIFY)
+            self._used_flags.store(virtio.VIRTQ_USED_F_NO_NOTIFY)
 
     def _wants_notification(self, old: int) -> bool:
         """Tell whether the driver asked to hear of the step from ``old`` to the used index."""
         if not self._event_index:
-            return not self._available_flags.load() & spec.VIRTQ_AVAIL_F_NO_INTERRUPT
+            return not self._available_flags.load() & virtio.VIRTQ_AVAIL_F_NO_INTERRUPT
         event = self._used_event.load()
         return (self._next_used - event - 1) & 0xFFFF < (self._next_used - old) & 0xFFFF

@@ -10,12 +10,13 @@ import argparse
 import re
 from collections.abc import Callable, Sequence
 
-from vhost_rpmb import __version__, signals, spec
+from vhost_rpmb import __version__, signals
 from vhost_rpmb.arguments import Parser, path_argument
 from vhost_rpmb.client import commands
-from vhost_rpmb.client.errors import ClientError, RpmbResultError
 from vhost_rpmb.client.files import PROG, say, write_stdout
+from vhost_rpmb.driver.errors import ClientError, RpmbResultError
 from vhost_rpmb.errors import OperatorError
+from vhost_rpmb.rpmb import spec
 
 DESCRIPTION = """\
 Talk to the RPMB device that a vhost-user-rpmb daemon serves, without a virtual machine: program
@@ -260,7 +261,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signals.reset_inherited()
     try:
         arguments = build_parser().parse_args(argv)
-        from vhost_rpmb import sandbox
+        from vhost_rpmb.daemon import sandbox
 
         sandbox.hide_memory()  # before a key is read
         result = arguments.run(arguments)

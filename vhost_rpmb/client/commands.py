@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vhost_rpmb import spec
-from vhost_rpmb.client.errors import RpmbResultError
 from vhost_rpmb.client.files import (
     PROG,
     STANDARD_STREAM,
@@ -27,10 +25,12 @@ from vhost_rpmb.client.files import (
     write_file,
     write_stdout,
 )
+from vhost_rpmb.driver.errors import RpmbResultError
 from vhost_rpmb.errors import OperatorError, StateError, UsageError
+from vhost_rpmb.rpmb import spec
 
 if TYPE_CHECKING:
-    from vhost_rpmb.client.rpmb import RpmbClient
+    from vhost_rpmb.driver.rpmb import RpmbClient
 
 __all__ = [
     "IMAGE_NAME",
@@ -236,8 +236,8 @@ def verify(arguments: argparse.Namespace) -> Result:
 
 
 def _report(arguments: argparse.Namespace) -> Result:
-    from vhost_rpmb import store
-    from vhost_rpmb.paths import Paths
+    from vhost_rpmb.storage.local import store
+    from vhost_rpmb.storage.paths import Paths
 
     report = store.verify(
         Paths.resolve(arguments.flash_path, arguments.state_path, arguments.key_path),
@@ -277,13 +277,13 @@ def _report(arguments: argparse.Namespace) -> Result:
 
 def _addresses(blocks: list[int]) -> str:
     """Write block addresses for people."""
-    from vhost_rpmb.image import ranges
+    from vhost_rpmb.storage.local.image import ranges
 
     return f"{len(blocks)}, address {ranges(blocks, None)}" if blocks else "none"
 
 
 def _connect(arguments: argparse.Namespace, key: bytes | None) -> "RpmbClient":
-    from vhost_rpmb.client.rpmb import RpmbClient
+    from vhost_rpmb.driver.rpmb import RpmbClient
 
     if arguments.socket_path is None:
         raise UsageError(f"--socket-path=PATH is required (see {PROG} --help)")

@@ -10,9 +10,9 @@ import tempfile
 import time
 from contextlib import suppress
 
-from vhost_rpmb import spec
-from vhost_rpmb.client.errors import ClientError
+from vhost_rpmb.driver.errors import ClientError
 from vhost_rpmb.errors import UsageError
+from vhost_rpmb.rpmb import spec
 
 __all__ = [
     "STANDARD_STREAM",
@@ -35,7 +35,7 @@ _FIFO_PAUSE = 0.05  # seconds between two looks for a reader
 
 def read_key(path: str) -> bytes:
     """Read a key, 32 bytes; UsageError where there are fewer."""
-    from vhost_rpmb.keyfile import exposure
+    from vhost_rpmb.storage.local.keyfile import exposure
 
     key, mode = _read_input(path, spec.KEY_SIZE + 1)
     if len(key) < spec.KEY_SIZE:
@@ -173,7 +173,7 @@ def create_file(path: str, data: bytes, size: int | None = None) -> None:
 
     UsageError where something is there already or no file can be made.
     """
-    from vhost_rpmb.image import sync_folder
+    from vhost_rpmb.storage.local.image import sync_folder
 
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -201,7 +201,7 @@ def create_folder(path: str) -> None:
 
     UsageError where something is there already or no folder can be made.
     """
-    from vhost_rpmb.image import sync_folder
+    from vhost_rpmb.storage.local.image import sync_folder
 
     path = os.path.abspath(path)
     if os.path.lexists(path):

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Signals that the parent left blocked or ignored: both programs work all the same."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import is_asleep, until
+from tests.support.rig import PATIENCE, SANDBOX, read_counter
+from vhost_rpmb.driver.frontend import Frontend
+from vhost_rpmb.driver.memory import GuestMemory
+from vhost_rpmb.driver.ring import Ring, Segment
+from vhost_rpmb.engine import Engine
+from vhost_rpmb.testing import RunningDevice
+
+KEY = bytes(range(32))
+# Starts a command as the worst of parents would.
+START = """
+import os, signal, sys
+for number in (signal.SIGALRM, signal.SIGPIPE, signal.SIGBUS):
+    signal.signal(number, signal.SIG_IGN)
+signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+PARENT = [sys.executable, "-c", START]
+
+
+def wait_for_sleep(pid: int) -> None:
+    """Wait until a process sleeps in a system call."""
+    until(lambda: is_asleep(pid))
+
+
+@pytest.fixture
+def device(engine: Engine, tmp_path: Path) -> Iterator[RunningDevice]:
+    """A running device with a key whose parent blocked every signal and ignored some."""
+    device = RunningDevice(tmp_path, *SANDBOX)
+    device.command_line = [*PARENT, *device.command_line]
+    device.environment["VHOST_RPMB_ENGINE"] = engine.name
+    device.start()
+    with device.client() as client:
+        client.program_key(KEY)
+    yield device
+    device.kill()
+
+
+@pytest.fixture
+def frontend(device: RunningDevice) -> Iterator[Frontend]:
+    with Frontend.connect(str(device.socket_path)) as frontend:
+        frontend.handshake()
+        frontend.start_device(0)
+        yield frontend
+
+
+@pytest.fixture
+def memory() -> Iterator[GuestMemory]:
+    with GuestMemory() as memory:
+        yield memory
+
+
+def ask(ring: Ring) -> None:
+    """Add a request and kick."""
+    request = ring.memory.allocate(1024)
+    ring.memory.write(request, read_counter())
+    ring.add([Segment(request, 512)], [Segment(request + 512, 512)])
+    ring.publish()
+    ring.kick()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_daemon_ends_at_its_signals(device: RunningDevice, number: int) -> None:
+    process = device._process
+    assert process is not None
+    process.send_signal(number)
+    assert process.wait(PATIENCE) == 0, device.log
+
+
+def test_a_full_call_eventfd_does_not_hold_the_daemon(
+    device: RunningDevice, frontend: Frontend, memory: GuestMemory
+) -> None:
+    """The front-end's eventfd blocks the write to it; the stop is served all the same."""
+    with Ring(memory) as ring:
+        frontend.share_memory(memory)
+        frontend.start_ring(ring)
+        os.set_blocking(ring.call_fd, True)
+        os.eventfd_read(ring.call_fd)  # the signal that comes when a vring starts
+        os.eventfd_write(ring.call_fd, 2**64 - 2)
+        ask(ring)
+        until(lambda: ring.used_index == 1)
+        wait_for_sleep(device.pid)
+        process = device._process
+        assert process is not None
+        process.terminate()
+        assert process.wait(PATIENCE) == 0, device.log
+
+
+def test_guest_memory_that_is_truncated_does_not_end_the_daemon(
+    device: RunningDevice, frontend: Frontend, memory: GuestMemory
+) -> None:
+    with Ring(memory) as ring:
+        frontend.share_memory(memory)
+        frontend.start_ring(ring)
+        os.set_blocking(ring.error_fd, True)
+        os.ftruncate(memory.regions[0].fd, 0)
+        ring.kick()
+        assert os.eventfd_read(ring.error_fd)  # the ring is broken
+        frontend.get_status()
+    frontend.close()
+    with device.client(KEY) as client:
+        assert client.read_counter() == 0
+    device.stop()
+
+
+def test_a_reader_that_is_gone_ends_the_client_with_its_error(device: RunningDevice) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [
+            *(*PARENT, sys.executable, "-m", "vhost_rpmb.client"),
+            *(f"--socket-path={device.socket_path}", "info"),
+        ],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        timeout=PATIENCE,
+        check=False,
+    )
+    os.close(writer)
+    assert (done.returncode, b"Broken pipe" in done.stderr) == (1, True), done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_client_ends_at_its_signals(tmp_path: Path, number: int) -> None:
+    path = str(tmp_path / "socket")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        with subprocess.Popen(
+            [
+                *(*PARENT, sys.executable, "-m", "vhost_rpmb.client"),
+                *(f"--socket-path={path}", "read-counter"),
+            ]
+        ) as client:
+            connection, _ = listener.accept()
+            with connection:
+                assert connection.recv(12)  # now it waits for the answer
+                client.send_signal(number)
+                assert client.wait(PATIENCE) == (
+                    130 if number == signal.SIGINT else -signal.SIGTERM
+                )

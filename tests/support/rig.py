@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A device of one engine, a real store and a driver's ring, in one process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from vhost_rpmb._pure.mac import Authenticator, Frame
+from vhost_rpmb.driver.memory import DEFAULT_REGIONS, GuestMemory
+from vhost_rpmb.driver.ring import Ring, Segment, Used
+from vhost_rpmb.engine import Engine
+from vhost_rpmb.rpmb import spec
+from vhost_rpmb.storage.local.store import Store, open_store
+from vhost_rpmb.storage.paths import Paths
+from vhost_rpmb.vhost_user.wire import MemoryRegion
+from vhost_rpmb.virtio import spec as virtio
+
+KEY = bytes(range(100, 132))
+NONCE = bytes(range(16))
+ALL_FEATURES = 1 << virtio.VIRTIO_F_INDIRECT_DESC | 1 << virtio.VIRTIO_F_EVENT_IDX
+# What a daemon of a test is started with: under coverage it writes a file at its end, which the
+# sandbox refuses; and QEMU's user emulation has no sandbox.
+NO_SANDBOX = "COVERAGE_PROCESS" in str(os.environ.keys()) or "VHOST_RPMB_EMULATED" in os.environ
+SANDBOX = ["--sandbox=off"] if NO_SANDBOX else []
+# Seconds to wait for a state that comes at once on a machine without other work.
+PATIENCE = 120.0
+UNIT_BLOCKS = spec.CAPACITY_UNIT // spec.BLOCK_SIZE  # blocks in the smallest image
+
+
+def make_image(path: Path, units: int = 1) -> Path:
+    """Make a sparse image of ``units`` times 128 KiB."""
+    path.touch()
+    os.truncate(path, units * spec.CAPACITY_UNIT)
+    return path
+
+
+def write_key(path: Path, key: bytes) -> None:
+    """Write a key file that only its owner can read."""
+    path.touch(0o600)
+    path.write_bytes(key)
+
+
+def resolved(flash: Path, options: dict[str, object]) -> Paths:
+    """Resolve the paths of a device; takes state_path and key_path out of the options."""
+    return Paths.resolve(str(flash), options.pop("state_path", None), options.pop("key_path", None))  # type: ignore[arg-type]
+
+
+def request(req_resp: int, **fields: int | bytes) -> bytes:
+    """Build one request frame; block_count is 1 unless given."""
+    return Frame(**({"block_count": 1} | fields), req_resp=req_resp).pack()  # type: ignore[arg-type]
+
+
+def program_key(key: bytes = KEY, block_count: int = 1) -> bytes:
+    return request(spec.VIRTIO_RPMB_REQ_PROGRAM_KEY, key_mac=key, block_count=block_count)
+
+
+def read_counter(nonce: bytes = NONCE, block_count: int = 1) -> bytes:
+    return request(spec.VIRTIO_RPMB_REQ_GET_WRITE_COUNTER, nonce=nonce, block_count=block_count)
+
+
+def read_result(block_count: int = 1) -> bytes:
+    return request(spec.VIRTIO_RPMB_REQ_RESULT_READ, block_count=block_count)
+
+
+def read_data(address: int, block_count: int = 1, nonce: bytes = NONCE) -> bytes:
+    return request(
+        spec.VIRTIO_RPMB_REQ_DATA_READ, address=address, block_count=block_count, nonce=nonce
+    )
+
+
+def write_data(
+    counter: int,
+    address: int,
+    *blocks: bytes,
+    key: bytes = KEY,
+    block_count: int | None = None,
+) -> bytes:
+    """Build a write request, one frame a block, with its MAC in the last frame."""
+    frames = [
+        Frame(
+            data=block,
+            write_counter=counter,
+            address=address,
+            block_count=len(blocks) if block_count is None else block_count,
+            req_resp=spec.VIRTIO_RPMB_REQ_DATA_WRITE,
+        )
+        for block in blocks
+    ]
+    mac = Authenticator(key).mac([frame.pack() for frame in frames])
+    frames[-1] = frames[-1]._replace(key_mac=mac)
+    return b"".join(frame.pack() for frame in frames)
+
+
+def split(raw: bytes) -> list[Frame]:
+    """Cut an answer into its frames; every stuff byte has to be zero."""
+    assert not len(raw) % spec.FRAME_SIZE
+    frames = [raw[start : start + 512] for start in range(0, len(raw), 512)]
+    assert all(not any(frame[: spec.FRAME_KEY_MAC]) for frame in frames)
+    return [Frame.unpack(frame) for frame in frames]
+
+
+def mac_of(*frames: Frame, key: bytes = KEY) -> bytes:
+    return Authenticator(key).mac([frame.pack() for frame in frames])
+
+
+class Rig:
+    """One queue between a driver and a device; ``flags`` is what the last batch returned."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        flash: Path,
+        *,
+        size: int = 64,
+        features: int = ALL_FEATURES,
+        regions: Sequence[MemoryRegion] = DEFAULT_REGIONS,
+        store: dict[str, object] | None = None,
+        **options: object,
+    ) -> None:
+        self.engine = engine
+        given = dict(store or {})
+        self.store: Store = open_store(resolved(flash, given), **given)  # type: ignore[arg-type]
+        try:
+            self.device = engine.RpmbDevice(self.store, **options)  # type: ignore[arg-type]
+        except ValueError:
+            self.store.close()
+            raise
+        self.guest = GuestMemory(regions)
+        self.ring = Ring(self.guest, size, features=features)
+        self.memory = engine.GuestMemory()
+        for region in self.guest.regions:
+            place = region.place
+            self.memory.add_region(
+                place.guest_address, place.size, place.user_address, place.mmap_offset, region.fd
+            )
+        self.queue = engine.Virtqueue(self.memory)
+        self.start(features)
+        self.flags = 0
+
+    def start(self, features: int, base: int = 0) -> None:
+        """Give the queue what a front-end would give it before the first kick."""
+        self.queue.set_size(self.ring.size)
+        self.queue.set_features(features)
+        self.queue.set_addresses(
+            self.guest.user_address(self.ring.descriptor_table),
+            self.guest.user_address(self.ring.available_ring),
+            self.guest.user_address(self.ring.used_ring),
+        )
+        self.queue.set_base(base)
+
+    def close(self) -> None:
+        self.memory.clear()
+        self.ring.close()
+        self.guest.close()
+        self.store.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def put(self, data: bytes, sizes: Sequence[int] = ()) -> list[Segment]:
+        """Lay bytes out in guest memory, cut into pieces of ``sizes`` (the last takes the rest)."""
+        return self._lay_out(len(data), sizes, data)
+
+    def room(self, length: int, sizes: Sequence[int] = ()) -> list[Segment]:
+        """Give device-writable memory, filled with 0xAA, cut like put()."""
+        return self._lay_out(length, sizes, b"\xaa" * length)
+
+    def _lay_out(self, length: int, sizes: Sequence[int], data: bytes) -> list[Segment]:
+        segments: list[Segment] = []
+        start = 0
+        while start < length:
+            size = sizes[len(segments)] if len(segments) < len(sizes) else length - start
+            size = min(size, length - start)
+            address = self.guest.allocate(size)
+            self.guest.write(address, data[start : start + size])
+            segments.append(Segment(address, size))
+            start += size
+        return segments
+
+    def process(self) -> list[Used]:
+        """Run the device until nothing is left; return what came back."""
+        self.ring.publish()
+        used = []
+        while True:
+            self.flags = self.device.process(self.queue)
+            used += self.ring.collect()
+            if not self.flags & self.engine.MORE:
+                return used
+
+    def chain(self, data: bytes, room: int = 1) -> list[Frame]:
+        """Run one chain with ``room`` frames for the answer; return the answer's frames."""
+        return split(self.raw_chain(data, room * spec.FRAME_SIZE))
+
+    def raw_chain(self, data: bytes, room: int) -> bytes:
+        """Run one chain with ``room`` bytes for the answer; return what was written."""
+        readable, writable = self.put(data), self.room(room)
+        head = self.ring.add(readable, writable)
+        used = self.process()
+        assert [element.head for element in used] == [head]
+        answer = b"".join(self.guest.read(*segment) for segment in writable)
+        for segment in (*readable, *writable):
+            self.guest.free(segment.address)
+        assert answer[used[0].length :] == b"\xaa" * (room - used[0].length)
+        return answer[: used[0].length]
+
+    def program(self, key: bytes = KEY) -> None:
+        """Program the key, as a test's first step."""
+        (answer,) = self.chain(program_key(key) + read_result())
+        assert answer.req_resp == spec.VIRTIO_RPMB_RESP_PROGRAM_KEY
+        assert not answer.result & ~spec.VIRTIO_RPMB_RES_WRITE_COUNTER_EXPIRED
+
+    def write(self, counter: int, address: int, *blocks: bytes) -> Frame:
+        """Write blocks and return the answer."""
+        (answer,) = self.chain(write_data(counter, address, *blocks) + read_result())
+        return answer
+
+    def read(self, address: int, count: int = 1) -> list[bytes]:
+        """Read blocks that have to be readable, with a MAC that has to be right."""
+        answers = self.chain(read_data(address, count), count)
+        assert [answer.result for answer in answers] == [0] * count
+        return [answer.data for answer in answers]

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two engines have the same names, signatures and numbers."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import vhost_rpmb
+from vhost_rpmb import _fast, _pure, engine
+from vhost_rpmb.errors import OperatorError
+from vhost_rpmb.rpmb import spec
+from vhost_rpmb.virtio import rules
+from vhost_rpmb.virtio import spec as virtio
+
+PACKAGE = Path(vhost_rpmb.__file__).parent
+MODULES = ("memory", "virtqueue", "loop", "mac", "device")
+CLASSES = ("Authenticator", "GuestMemory", "Loop", "Virtqueue", "RpmbDevice")
+
+
+def test_the_engines_export_the_same_names() -> None:
+    assert sorted(_fast.__all__) == sorted(_pure.__all__)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_each_module_has_a_twin_with_the_same_names(name: str) -> None:
+    twins = [vars(package)[name] for package in (_fast, _pure)]
+    assert all(isinstance(twin, ModuleType) for twin in twins)
+    assert twins[0].__all__ == twins[1].__all__
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_classes_have_the_same_public_attributes(name: str) -> None:
+    fast, pure = getattr(_fast, name), getattr(_pure, name)
+    public = {attribute for attribute in dir(pure) if not attribute.startswith("_")}
+    assert {attribute for attribute in dir(fast) if not attribute.startswith("_")} == public
+    for attribute in public:
+        assert callable(getattr(fast, attribute)) == callable(getattr(pure, attribute))
+        if callable(getattr(pure, attribute)):
+            assert inspect.getdoc(getattr(fast, attribute)) == inspect.getdoc(
+                getattr(pure, attribute)
+            )
+
+
+def signatures(path: Path) -> dict[str, str]:
+    """Read the signatures of public methods out of a Python or stub file."""
+    found = {}
+    for node in ast.parse(path.read_text()).body:
+        if not isinstance(node, ast.ClassDef) or node.name not in CLASSES:
+            continue
+        for method in node.body:
+            if isinstance(method, ast.FunctionDef) and (
+                not method.name.startswith("_") or method.name == "__init__"
+            ):
+                arguments, returns = ast.unparse(method.args), method.returns
+                found[f"{node.name}.{method.name}"] = (
+                    f"({arguments}) -> {ast.unparse(returns) if returns else ''}"
+                )
+    return found
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_signatures_are_the_same(name: str) -> None:
+    """Of the stubs, which lint checks against the compiled modules, and the reference."""
+    stub = signatures(PACKAGE / "_fast" / f"{name}.pyi")
+    assert stub == signatures(PACKAGE / "_pure" / f"{name}.py")
+    assert stub
+
+
+@pytest.mark.parametrize("name", ["device_id", "num_queues", "features"])
+def test_the_device_is_the_same_kind(name: str) -> None:
+    assert getattr(_fast.RpmbDevice, name) == getattr(_pure.RpmbDevice, name)
+
+
+@pytest.mark.parametrize("name", ["NOTIFY", "MORE", "BROKEN", "FAULTS", "UNSIGNALLED", "IDLE"])
+def test_flags_are_the_same(name: str) -> None:
+    assert getattr(_fast, name) == getattr(_pure, name)
+
+
+@pytest.mark.needs_sources
+def test_the_numbers_of_the_specifications_are_the_same() -> None:
+    lines = (PACKAGE / "_fast" / "spec.pxd").read_text()
+    numbers = re.findall(r"^    (\w+) = (\w+)$", lines, re.MULTILINE)
+    assert len(numbers) > 30
+    for name, value in numbers:
+        assert (vars(virtio) | vars(spec))[name] == int(value, 0), name
+
+
+@pytest.mark.needs_sources
+def test_the_limits_are_the_same() -> None:
+    lines = (PACKAGE / "_fast" / "device.pyx").read_text()
+    numbers = dict(re.findall(r"^    (MAX_\w+) = (\w+)$", lines, re.MULTILINE))
+    assert int(numbers["MAX_REQUEST_FRAMES"]) * spec.FRAME_SIZE == _pure.device.MAX_REQUEST_BYTES
+    for name in ("MAX_RESPONSE_FRAMES", "MAX_BATCH_FRAMES", "MAX_BATCH_DESCRIPTORS"):
+        assert int(numbers[name]) == getattr(_pure.device, name)
+    assert int(numbers["MAX_WRITE_COUNTER"], 0) == spec.MAX_WRITE_COUNTER
+
+
+@pytest.mark.needs_sources
+def test_the_limits_of_memory_and_chains_are_the_same() -> None:
+    for name, limits in {
+        "memory": {"MAX_TOUCHED_AREAS": _pure.memory.MAX_TOUCHED_AREAS},
+        "virtqueue": {"MAX_CROSSINGS": rules.MAX_CROSSINGS},
+    }.items():
+        lines = (PACKAGE / "_fast" / f"{name}.pxd").read_text()
+        numbers = dict(re.findall(r"^    (MAX_\w+) = (\d+)$", lines, re.MULTILINE))
+        assert {limit: int(value) for limit, value in numbers.items()} == limits
+
+
+@pytest.mark.needs_sources
+def test_the_rules_are_numbered_the_same() -> None:
+    lines = (PACKAGE / "_fast" / "virtqueue.pxd").read_text()
+    names = re.findall(r"^    ((?:CHAIN|RING)_\w+)(?: = 0)?$", lines, re.MULTILINE)
+    chain = names[: names.index("CHAIN_RULES")]
+    ring = names[names.index("CHAIN_RULES") + 1 :]
+    assert [getattr(rules, name) for name in chain] == list(range(len(rules.CHAIN_RULES)))
+    assert [getattr(rules, name) for name in ring] == list(range(len(rules.RING_RULES)))
+
+
+def test_an_engine_that_is_neither_is_refused() -> None:
+    with pytest.raises(ValueError, match="fast, pure"):
+        engine.load("slow")
+
+
+def test_a_compiled_engine_that_cannot_be_loaded_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(name: str) -> ModuleType:
+        raise ImportError(f"undefined symbol in {name}")
+
+    monkeypatch.setattr(engine, "import_module", broken)
+    with pytest.raises(OperatorError, match=r"undefined symbol.*--debug"):
+        engine.load("fast")

@@ -1,0 +1,388 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Driver side of a split virtqueue (virtio specification, "Split Virtqueues").
+
+`Ring.add`, `Ring.flush` and `Ring.wait` are what a well-behaved driver does. Everything below
+them, under "Raw access", stores whatever it is told, so that tests can build malformed rings.
+"""
+
+import os
+import select
+import struct
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from types import TracebackType
+from typing import NamedTuple, Self
+
+from vhost_rpmb.driver.errors import BackendError, QueueError
+from vhost_rpmb.driver.memory import GuestMemory
+from vhost_rpmb.virtio import spec as virtio
+
+_DESCRIPTOR = struct.Struct("<QIHH")
+_USED_ELEMENT = struct.Struct("<II")
+_AVAILABLE_RING = 4  # bytes: flags and index come first
+_USED_RING = 4  # bytes, the same
+
+_lock = threading.Lock()
+
+
+def full_barrier() -> None:
+    """Order all loads and stores before against all after it, as other processes see them.
+
+    Taking a CPython lock is an atomic acquire, giving it back an atomic release, each of them a
+    full barrier on x86. On machines that order less, an acquire stays behind the release before
+    it, and so the second round keeps everything ahead of the first from passing what follows.
+    """
+    for _ in range(2):
+        _lock.acquire()
+        _lock.release()
+
+
+class Segment(NamedTuple):
+    """A piece of guest memory: guest physical address and length in bytes."""
+
+    address: int
+    length: int
+
+
+class Used(NamedTuple):
+    """A used ring element: the head index of the chain and the bytes written into it."""
+
+    head: int
+    length: int
+
+
+class _Chain(NamedTuple):
+    descriptors: list[int]
+    indirect_table: int | None
+    writable: int  # bytes
+
+
+class Ring:
+    """A split virtqueue of ``size`` descriptors in guest memory, with its eventfds.
+
+    ``features`` are the negotiated feature bits: with VIRTIO_F_INDIRECT_DESC chains of two and
+    more segments go through an indirect table, with VIRTIO_F_EVENT_IDX notifications follow the
+    event index. ``first_index`` is where both ring indices start. A context manager.
+    """
+
+    def __init__(
+        self, memory: GuestMemory, size: int = 64, *, features: int = 0, first_index: int = 0
+    ) -> None:
+        self.memory = memory
+        self.size = size
+        self.indirect = bool(features >> virtio.VIRTIO_F_INDIRECT_DESC & 1)
+        self.event_idx = bool(features >> virtio.VIRTIO_F_EVENT_IDX & 1)
+        self._fds: list[int] = []
+        self._broken = False  # the error eventfd was signalled since the last reset
+        # Edge-triggered, so that nothing is ever read from the eventfds: the back-end shares their
+        # flags and counters, and a read could wait for as long as it likes.
+        self._events = select.epoll()
+        self._lengths = (virtio.VIRTQ_DESC_SIZE * size, 6 + 2 * size, 6 + 8 * size)
+        self.descriptor_table = memory.allocate(self._lengths[0], 16)
+        self.available_ring = memory.allocate(self._lengths[1], 2)
+        self.used_ring = memory.allocate(self._lengths[2], 4)
+        self._chains: dict[int, _Chain] = {}
+        self._offered: Counter[int] = Counter()
+        self.reset(first_index)
+        try:
+            for _ in range(3):
+                self._fds.append(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+        except BaseException:
+            self.close()
+            raise
+        self.kick_fd, self.call_fd, self.error_fd = self._fds
+        for fd in (self.call_fd, self.error_fd):
+            self._events.register(fd, select.EPOLLIN | select.EPOLLET)
+
+    def close(self) -> None:
+        """Close the eventfds and give the ring memory back."""
+        self._events.close()
+        while self._fds:
+            os.close(self._fds.pop())
+        self._drop_chains()
+        for address in (self.descriptor_table, self.available_ring, self.used_ring):
+            self.memory.free(address)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def reset(self, first_index: int = 0) -> None:
+        """Forget all chains and signals of the device, and zero the ring memory.
+
+        Only while the back-end has the vring stopped.
+        """
+        self._drop_chains()
+        self._look_at_events()
+        self._broken = False
+        addresses = (self.descriptor_table, self.available_ring, self.used_ring)
+        for address, length in zip(addresses, self._lengths, strict=True):
+            self.memory.write(address, bytes(length))
+        self._free = list(reversed(range(self.size)))
+        self._next_available = first_index
+        self._published = first_index
+        self._next_used = first_index
+        self.memory.store16(self.available_ring + 2, first_index)
+        self.memory.store16(self.used_ring + 2, first_index)
+
+    # What a driver does
+
+    @property
+    def base(self) -> int:
+        """The index of the first chain that has not come back yet, for SET_VRING_BASE."""
+        return self._next_used
+
+    @property
+    def free_descriptors(self) -> int:
+        """How many entries of the descriptor table no chain holds."""
+        return len(self._free)
+
+    @property
+    def in_flight(self) -> int:
+        """How many chains were added or offered and have not come back."""
+        return len(self._chains) + self._offered.total()
+
+    def add(
+        self,
+        readable: Sequence[Segment],
+        writable: Sequence[Segment] = (),
+        *,
+        indirect: bool | None = None,
+    ) -> int:
+        """Put a chain into the descriptor table and the available ring; return its head index.
+
+        The device does not see it before `publish` or `flush`. ``indirect`` overrides the choice
+        that the features made. QueueError when too few descriptors are free.
+        """
+        segments = [*readable, *writable]
+        if indirect is None:
+            indirect = self.indirect and len(segments) > 1
+        needed = 1 if indirect else len(segments)
+        if not 0 < needed <= len(self._free):
+            raise QueueError(
+                f"a chain of {needed} descriptors does not fit: {len(self._free)} of {self.size} "
+                "descriptors are free"
+            )
+        table = (
+            self.memory.allocate(virtio.VIRTQ_DESC_SIZE * len(segments), 16) if indirect else None
+        )
+        indices = [self._free.pop() for _ in range(needed)]
+        links = range(len(segments)) if indirect else indices
+        for position, segment in enumerate(segments):
+            last = position == len(segments) - 1
+            flags = 0 if last else virtio.VIRTQ_DESC_F_NEXT
+            if position >= len(readable):
+                flags |= virtio.VIRTQ_DESC_F_WRITE
+            self.write_descriptor(
+                links[position],
+                segment.address,
+                segment.length,
+                flags,
+                0 if last else links[position + 1],
+                table=table,
+            )
+        head = indices[0]
+        if table is not None:
+            length = virtio.VIRTQ_DESC_SIZE * len(segments)
+            self.write_descriptor(head, table, length, virtio.VIRTQ_DESC_F_INDIRECT, 0)
+        self._chains[head] = _Chain(indices, table, sum(segment.length for segment in writable))
+        self._append(head)
+        return head
+
+    def publish(self) -> bool:
+        """Make all added chains available to the device; return whether it wants a kick."""
+        old, new = self._published, self._next_available
+        full_barrier()
+        self.memory.store16(self.available_ring + 2, new)
+        self._published = new
+        full_barrier()
+        if self.event_idx:
+            return _need_event(self.available_event, new, old)
+        return not self.used_flags & virtio.VIRTQ_USED_F_NO_NOTIFY
+
+    def kick(self) -> None:
+        """Signal the kick eventfd, wanted or not."""
+        os.eventfd_write(self.kick_fd, 1)
+
+    def flush(self) -> None:
+        """Publish all added chains and kick the device if it asks for that."""
+        if self.publish():
+            self.kick()
+
+    def collect(self) -> list[Used]:
+        """The chains that have come back since the last call, without waiting.
+
+        QueueError when the device returned something that was not in flight or claims to have
+        written more than there was room for.
+        """
+        ahead = (self.used_index - self._next_used) & 0xFFFF
+        if not ahead:
+            return []
+        if ahead > self.in_flight:
+            raise QueueError(
+                f"the used index moved by {ahead}, but only {self.in_flight} chains are in flight"
+            )
+        full_barrier()
+        used = []
+        for _ in range(ahead):
+            element = self.used_element(self._next_used % self.size)
+            self._next_used = (self._next_used + 1) & 0xFFFF
+            self._take_back(element)
+            used.append(element)
+        return used
+
+    def wait(self, timeout: float, *, peer: int | None = None) -> list[Used]:
+        """Chains that have come back, at least one, in the device's order.
+
+        Sleeps on the call eventfd. ``peer`` is the vhost-user socket, whose end is noticed.
+        BackendError after ``timeout`` seconds or when the peer is gone, QueueError when the error
+        eventfd is signalled. Answers that came before count first.
+        """
+        deadline = time.monotonic() + timeout
+        poll = select.poll()
+        poll.register(self._events, select.POLLIN)
+        if peer is not None:
+            poll.register(peer, select.POLLRDHUP)
+        gone = False
+        while True:
+            self._ask_for_call()
+            if used := self.collect():
+                return used
+            if self._broken:
+                raise QueueError("the device reports the queue broken (error eventfd)")
+            if gone:
+                raise BackendError(
+                    f"the back-end closed the connection with {self.in_flight} requests in flight"
+                )
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise BackendError(
+                    f"the device did not answer a request within {timeout:g} s; "
+                    f"{self.in_flight} in flight"
+                )
+            gone = any(fd == peer for fd, _events in poll.poll(left * 1000))
+            self._look_at_events()
+
+    def _look_at_events(self) -> None:
+        """Take the edges of the eventfds; a call needs nothing more."""
+        if any(fd == self.error_fd for fd, _events in self._events.poll(0)):
+            self._broken = True
+
+    def _ask_for_call(self) -> None:
+        if self.event_idx:
+            self.set_used_event(self._next_used)
+        else:
+            self.set_available_flags(0)
+        full_barrier()
+
+    def suppress_calls(self) -> None:
+        """Ask the device for no notifications, until the next wait()."""
+        if self.event_idx:
+            # The index that was just passed comes round again after 65,536 chains.
+            self.set_used_event((self._next_used - 1) & 0xFFFF)
+        else:
+            self.set_available_flags(virtio.VIRTQ_AVAIL_F_NO_INTERRUPT)
+
+    def _append(self, head: int) -> None:
+        self.write_available(self._next_available % self.size, head)
+        self._next_available = (self._next_available + 1) & 0xFFFF
+
+    def _take_back(self, used: Used) -> None:
+        chain = self._chains.get(used.head)
+        if chain is None:
+            if not self._offered[used.head]:
+                raise QueueError(f"the device returned head index {used.head}: not in flight")
+            self._offered[used.head] -= 1
+            return
+        if used.length > chain.writable:
+            raise QueueError(
+                f"the device claims {used.length} bytes written into {chain.writable} bytes"
+            )
+        del self._chains[used.head]
+        self._free += reversed(chain.descriptors)
+        if chain.indirect_table is not None:
+            self.memory.free(chain.indirect_table)
+
+    def _drop_chains(self) -> None:
+        for chain in self._chains.values():
+            if chain.indirect_table is not None:
+                self.memory.free(chain.indirect_table)
+        self._chains.clear()
+        self._offered.clear()
+
+    # Raw access
+
+    def write_descriptor(
+        self,
+        index: int,
+        address: int,
+        length: int,
+        flags: int = 0,
+        next_index: int = 0,
+        *,
+        table: int | None = None,
+    ) -> None:
+        """Store a descriptor at ``index`` of the descriptor table, or of an indirect ``table``."""
+        place = self.descriptor_table if table is None else table
+        packed = _DESCRIPTOR.pack(address, length, flags, next_index)
+        self.memory.write(place + virtio.VIRTQ_DESC_SIZE * index, packed)
+
+    def offer(self, head: int) -> None:
+        """Append any head index (16 bits) to the available ring; `publish` makes it visible.
+
+        The descriptors are the caller's own business, and so is their being free.
+        """
+        self._offered[head] += 1
+        self._append(head)
+
+    def write_available(self, position: int, head: int) -> None:
+        """Store a head index at ``position`` of the available ring."""
+        self.memory.store16(self.available_ring + _AVAILABLE_RING + 2 * position, head)
+
+    def set_available_index(self, index: int) -> None:
+        """Store the available index; `add` and `publish` go on from there."""
+        self._next_available = self._published = index
+        full_barrier()
+        self.memory.store16(self.available_ring + 2, index)
+
+    def set_available_flags(self, flags: int) -> None:
+        """Store the flags of the available ring."""
+        self.memory.store16(self.available_ring, flags)
+
+    def set_used_event(self, index: int) -> None:
+        """Store used_event: the used index after which the driver wants a call."""
+        self.memory.store16(self.available_ring + _AVAILABLE_RING + 2 * self.size, index)
+
+    @property
+    def used_index(self) -> int:
+        """The index of the used ring, as the device stored it."""
+        return self.memory.load16(self.used_ring + 2)
+
+    @property
+    def used_flags(self) -> int:
+        """The flags of the used ring, as the device stored them."""
+        return self.memory.load16(self.used_ring)
+
+    @property
+    def available_event(self) -> int:
+        """avail_event: the available index after which the device wants a kick."""
+        return self.memory.load16(self.used_ring + _USED_RING + 8 * self.size)
+
+    def used_element(self, position: int) -> Used:
+        """The element at ``position`` of the used ring."""
+        raw = self.memory.read(self.used_ring + _USED_RING + 8 * position, _USED_ELEMENT.size)
+        return Used(*_USED_ELEMENT.unpack(raw))
+
+
+def _need_event(event: int, new: int, old: int) -> bool:
+    """Whether moving an index from ``old`` to ``new`` passed ``event``, all modulo 65,536."""
+    return (new - event - 1) & 0xFFFF < (new - old) & 0xFFFF

@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Numbers of the virtio specification, under the names they have there.
+
+Source: "Basic Facilities of a Virtio Device", "Split Virtqueues" and "Reserved Feature Bits". The
+compiled engine has the same numbers in ``_fast/spec.pxd``.
+"""
+
+# Feature bits (bit numbers), "Reserved Feature Bits".
+VIRTIO_F_INDIRECT_DESC = 28
+VIRTIO_F_EVENT_IDX = 29
+VIRTIO_F_VERSION_1 = 32
+
+# Device status bits, "Device Status Field".
+VIRTIO_STATUS_ACKNOWLEDGE = 1
+VIRTIO_STATUS_DRIVER = 2
+VIRTIO_STATUS_DRIVER_OK = 4
+VIRTIO_STATUS_FEATURES_OK = 8
+VIRTIO_STATUS_NEEDS_RESET = 64
+VIRTIO_STATUS_FAILED = 128
+
+# Split virtqueue, "Split Virtqueues".
+VIRTQ_MAX_SIZE = 32768
+VIRTQ_DESC_SIZE = 16
+VIRTQ_DESC_F_NEXT = 1
+VIRTQ_DESC_F_WRITE = 2
+VIRTQ_DESC_F_INDIRECT = 4
+VIRTQ_AVAIL_F_NO_INTERRUPT = 1
+VIRTQ_USED_F_NO_NOTIFY = 1
