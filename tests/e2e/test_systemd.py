@@ -24,7 +24,7 @@ WAITING = "waiting for a front-end; write counter {}; {} requests served"
 
 
 # What an operator types or writes.
-INSTALL, ENABLE, DROP_IN, OPTIONS, GIVE, _CAPABILITIES = (
+INSTALL, ENABLE, DROP_IN, USER, OPTIONS, GIVE, _CAPABILITIES = (
     block.text for block in blocks_of_guide("systemd")
 )
 
@@ -39,6 +39,7 @@ def guest(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config)
     with Guest(machine.command_line(disk)) as guest:
         disk.unlink()  # QEMU has it open
         guest.put_file("/root/key", KEY)
+        succeed(guest, "chmod 600 /root/key")
         guest.put_file("/root/data", LETTER)
         yield guest
 
@@ -84,7 +85,9 @@ class Unit:
     def attempt(self, words: str, user: str = "root") -> tuple[int, str]:
         """Run the client as a user: its exit status, and what it said."""
         client = f"vhost-rpmb-client --json --socket-path=/run/vhost-user-rpmb/{self.name}.sock"
-        return self.guest.run(f"runuser -u {user} -- {client} {words}")
+        # The daemon may have to start first, in an emulated machine.
+        timeout = f"--timeout={TIMEOUT:.0f}"
+        return self.guest.run(f"runuser -u {user} -- {client} {timeout} {words}", 2 * TIMEOUT)
 
     def client(self, words: str, user: str = "root") -> dict[str, object]:
         """Run the client, which has to succeed: its report."""
@@ -204,6 +207,27 @@ def test_instances_are_kept_apart(guest: Guest) -> None:
         assert sorted(files.splitlines()) == [
             f"{owner} vhost-user-rpmb/{unit.name}/{name}" for name in state
         ]
+
+
+def test_a_user_for_each_machine(guest: Guest) -> None:
+    """By the template's drop-in; a name that is too long for a user has a drop-in of its own."""
+    units = [Unit(guest, name) for name in ("Name_with-26-characters-xy", "c" * 36)]
+    for unit in units:
+        unit.start()
+        unit.program()
+    assert len({unit.process("Uid") for unit in units}) == 1
+    template = "vhost-user-rpmb@.service"
+    named = USER.replace("%i", "7f3b")
+    units[0].run(f"systemctl edit --stdin {template} <<'EOF'\n{USER}EOF")
+    units[1].run(f"systemctl edit --stdin {units[1].unit}.service <<'EOF'\n{named}EOF")
+    try:
+        for unit, user in zip(units, (f"rpmb-{units[0].name}", "rpmb-7f3b"), strict=True):
+            unit.run(f"systemctl restart {unit.unit}.service")
+            assert unit.client("write-block 4 data key")["write_counter"] == 2
+            assert unit.show("User") == {"User": user}
+        assert len({unit.process("Uid") for unit in units}) == 2
+    finally:
+        units[0].run(f"rm -r /etc/systemd/system/{template}.d; systemctl daemon-reload")
 
 
 def test_a_service_that_cannot_start(guest: Guest) -> None:
