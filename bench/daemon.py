@@ -103,6 +103,7 @@ def daemon(
     """Run a daemon with a fresh programmed device of ``units`` times 128 KiB on one processor."""
     with tempfile.TemporaryDirectory(dir=folder) as name:
         home = Path(name)
+        (home / "key").touch(0o600)
         (home / "key").write_bytes(KEY)
         (home / "flash").touch()
         os.truncate(home / "flash", units * spec.CAPACITY_UNIT)
