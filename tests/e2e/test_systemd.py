@@ -245,9 +245,8 @@ def test_a_service_that_cannot_start(guest: Guest) -> None:
         "NRestarts": "0",
     }
     (line,) = unit.journal("-p", "err")
-    assert line.startswith(  # links are resolved
-        f"vhost-user-rpmb: error: the image /var/lib/private/vhost-user-rpmb/{unit.name}/rpmb.img does not exist"
-    )
+    image = f"/var/lib/private/vhost-user-rpmb/{unit.name}/rpmb.img"  # links are resolved
+    assert line.startswith(f"vhost-user-rpmb: error: the image {image} does not exist")
     assert unit.show("ActiveState", suffix="socket") == {"ActiveState": "active"}
     unit.run(f"mv {unit.folder}/elsewhere {unit.folder}/rpmb.img")
     assert unit.client("info")["write_counter"] is None
