@@ -97,6 +97,7 @@ def in_sandbox(
 import ctypes, errno, fcntl, mmap, os, signal, socket, stat
 from vhost_rpmb.daemon import server as daemon
 from vhost_rpmb.daemon import sandbox
+from vhost_rpmb.storage.local.store import resources
 from vhost_rpmb.storage.paths import Paths
 inside, outside = {str(inside)!r}, {str(outside)!r}
 paths = Paths.resolve(inside + "/flash", inside + "/state/s", inside + "/keys/key")
@@ -109,7 +110,7 @@ datagrams, _ = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
 if not {landlock}:
     sandbox._restrict_files = lambda folders: None
 sandbox.hide_memory()
-sandbox.enter(daemon._needed(paths, inside + "/run/socket", {programmed}))
+sandbox.enter(daemon._folders(resources(paths, {programmed}), inside + "/run/socket"))
 try:
     {statement}
 except OSError as error:
@@ -213,7 +214,7 @@ from vhost_rpmb.storage.paths import Paths
 from vhost_rpmb.storage.local.store import open_store
 paths = Paths.resolve({str(flash)!r})
 store = open_store(paths)
-sandbox.enter(daemon._needed(paths, None, True))
+sandbox.enter(daemon._folders(store.resources(), None))
 store._database._close_connection()
 """
     done = subprocess.run(

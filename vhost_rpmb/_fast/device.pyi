@@ -2,7 +2,7 @@
 from typing import final
 
 from vhost_rpmb._fast.virtqueue import Virtqueue
-from vhost_rpmb._pure.device import Store
+from vhost_rpmb.storage.interface import DeviceStore
 
 __all__ = ["RpmbDevice"]
 
@@ -14,7 +14,7 @@ class RpmbDevice:
     served: int
     def __init__(
         self,
-        store: Store,
+        store: DeviceStore,
         *,
         max_write_blocks: int = 32,
         max_read_blocks: int = 255,

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 from vhost_rpmb._pure.mac import Authenticator, Frame
 from vhost_rpmb._pure.memory import GuestMemory
 from vhost_rpmb._pure.virtqueue import Virtqueue
 from vhost_rpmb.rpmb import spec
 from vhost_rpmb.virtio import spec as virtio
+
+if TYPE_CHECKING:
+    from vhost_rpmb.storage.interface import DeviceStore
 
 __all__ = ["RpmbDevice"]
 
@@ -31,30 +34,6 @@ MAX_BATCH_DESCRIPTORS = 4096
 _FRAMES = 1  # the level of logging at which frames are written down; no other engine has it
 
 logger = logging.getLogger(__name__)
-
-
-class Store(Protocol):
-    """The durable state, as the device sees it (vhost_rpmb.storage.local.store implements it).
-
-    ``image``: the blocks, a buffer of a multiple of 128 KiB; ``damaged``: one byte a block,
-    non-zero where the block is not what was stored; ``counter``: the write counter; ``key``: 32
-    bytes, or None while no key is programmed.
-    """
-
-    @property
-    def image(self) -> memoryview: ...
-    @property
-    def damaged(self) -> bytearray: ...
-    @property
-    def counter(self) -> int: ...
-    @property
-    def key(self) -> bytes | None: ...
-
-    def commit(self, counter: int, blocks: list[tuple[int, bytes]], key: bytes | None) -> bool:
-        """Make a counter, blocks (address, 256 bytes) and a new key durable as one step.
-
-        Return False, with everything as before, where that cannot be done.
-        """
 
 
 class _Result(NamedTuple):
@@ -83,7 +62,9 @@ class _Work(NamedTuple):
 class _View:
     """The state that a batch sees: the durable one, and what the batch has staged on top."""
 
-    def __init__(self, store: Store, authenticator: Authenticator | None, register: _Result | None):
+    def __init__(
+        self, store: DeviceStore, authenticator: Authenticator | None, register: _Result | None
+    ):
         self.store = store
         self.authenticator = authenticator
         self.register = register
@@ -132,7 +113,7 @@ class RpmbDevice:
 
     def __init__(
         self,
-        store: Store,
+        store: DeviceStore,
         *,
         max_write_blocks: int = 32,
         max_read_blocks: int = 255,

@@ -24,7 +24,8 @@ from vhost_rpmb import engine, signals
 from vhost_rpmb.daemon import notify as service
 from vhost_rpmb.daemon import sandbox
 from vhost_rpmb.errors import PeerError, UsageError
-from vhost_rpmb.storage.local.store import Store, open_store
+from vhost_rpmb.storage.interface import Access, Resources, Store
+from vhost_rpmb.storage.local.store import open_store
 from vhost_rpmb.storage.paths import Paths
 from vhost_rpmb.vhost_user.session import Backend, Device, LimitedLog
 
@@ -106,7 +107,7 @@ def run(options: Options) -> None:
         server = _Server(loop, sock, device, chosen, once=once, poll_us=options.poll_us)
         stack.callback(server.close)
         if options.sandbox:
-            sandbox.enter(_needed(paths, options.socket_path, store.key is not None))
+            sandbox.enter(_folders(store.resources(), options.socket_path))
         if listening:
             server.listen()
         else:
@@ -118,23 +119,24 @@ def run(options: Options) -> None:
         logger.info("ending")
 
 
-def _needed(paths: Paths, socket_path: str | None, programmed: bool) -> dict[str, int]:
-    """The folders in which serving and a clean end make, write or remove files, and the rights.
+_RIGHTS = {
+    Access.CREATE: sandbox.MAKE,
+    Access.REMOVE: sandbox.REMOVE,
+    Access.SYNC: sandbox.OPEN_FOLDER,
+    Access.WRITE: sandbox.WRITE,
+}
 
-    The image, the state and its log stay open. SQLite removes the log at the end; if that cannot be
-    noted in the state, an empty log is made in its place. A key file is written once.
-    """
-    uses = [(paths.state, sandbox.MAKE | sandbox.OPEN_FOLDER | sandbox.REMOVE)]
-    if paths.key is not None and not programmed:
-        rights = sandbox.MAKE | sandbox.OPEN_FOLDER | sandbox.REMOVE | sandbox.WRITE
-        uses.append((paths.key, rights))
+
+def _folders(resources: Resources, socket_path: str | None) -> dict[str, int]:
+    """The folders that stay usable in the sandbox, and the rights in each."""
+    uses = dict(resources.folders)
     if socket_path is not None:
-        uses.append((os.path.realpath(socket_path), sandbox.REMOVE))
-    folders: dict[str, int] = {}
-    for path, rights in uses:
-        folder = os.path.dirname(path)
-        folders[folder] = folders.get(folder, 0) | rights
-    return folders
+        folder = os.path.dirname(os.path.realpath(socket_path))
+        uses[folder] = uses.get(folder, Access(0)) | Access.REMOVE
+    return {
+        folder: sum(right for flag, right in _RIGHTS.items() if flag in access)
+        for folder, access in uses.items()
+    }
 
 
 def _serve(

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from vhost_rpmb.errors import StateError, UsageError
 from vhost_rpmb.rpmb import spec
+from vhost_rpmb.storage.interface import Access, Resources
 from vhost_rpmb.storage.local.database import (
     NO_DIGESTS,
     Database,
@@ -34,7 +35,7 @@ from vhost_rpmb.storage.local.image import ImageFile, Stamp, digest, is_zeros, r
 from vhost_rpmb.storage.local.keyfile import fingerprint, read_key_file, require_key, write_key_file
 from vhost_rpmb.storage.paths import Paths
 
-__all__ = ["Report", "Store", "open_store", "verify"]
+__all__ = ["Report", "Store", "open_store", "resources", "verify"]
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +89,7 @@ def open_store(
                         f"--initial-counter={initial_counter} was not applied: the write counter in"
                         f" {state_path} is {row.counter}, and it only goes up"
                     )
-                store = Store(database, image, key_path, row.counter, key, contents)
+                store = Store(paths, database, image, row.counter, key, contents)
                 if new is not None:
                     database.program(None, new)
                 database.warm_log()
@@ -238,6 +239,19 @@ def _load(image: ImageFile, database: StateReader, row: DeviceRow, state_path: s
     return contents._replace(disagreement=why)
 
 
+def resources(paths: Paths, programmed: bool) -> Resources:
+    """Give the folders that an open store still uses, ``programmed`` with a key or not.
+
+    The image, the state file and its log stay open. SQLite removes the log at the end; if the state
+    file cannot be marked as closed, an empty log replaces it. A key file is written once.
+    """
+    access = Access.CREATE | Access.REMOVE | Access.SYNC
+    folders = {os.path.dirname(paths.state): access}
+    if paths.key is not None and not programmed:
+        folders[os.path.dirname(paths.key)] = access | Access.WRITE
+    return Resources(folders)
+
+
 class Store:
     """The durable state of one device.
 
@@ -248,16 +262,16 @@ class Store:
 
     def __init__(
         self,
+        paths: Paths,
         database: Database,
         image_file: ImageFile,
-        key_path: str | None,
         counter: int,
         key: bytes | None,
         contents: _Contents,
     ) -> None:
+        self._paths = paths
         self._database = database
         self._image_file = image_file
-        self._key_path = key_path
         self._closed = False
         self._in_doubt = False  # the database may hold a commit that was reported as failed
         self._said = ""  # the trouble that was logged last, while it lasts
@@ -290,8 +304,8 @@ class Store:
         """
         try:
             self._settle_doubt()
-            if key is not None and self._key_path is not None:
-                write_key_file(self._key_path, key)
+            if key is not None and self._paths.key is not None:
+                write_key_file(self._paths.key, key)
             self._in_doubt = True
             if key is None:
                 self._database.add_pending(counter, blocks)
@@ -328,14 +342,14 @@ class Store:
 
     def _kept(self, key: bytes) -> tuple[bytes | None, bytes | None]:
         """Give what the database keeps of a key: itself, or a fingerprint where a file has it."""
-        return (key, None) if self._key_path is None else (None, fingerprint(key))
+        return (key, None) if self._paths.key is None else (None, fingerprint(key))
 
     def _undo(self, key: bytes | None) -> None:
         """After a failed commit: see to it that it stays undone, now or before the next one."""
         with suppress(*_FAILURES):
             self._settle_doubt()
-            if key is not None and self._key_path is not None:
-                os.unlink(self._key_path)  # only now: no state can need it any more
+            if key is not None and self._paths.key is not None:
+                os.unlink(self._paths.key)  # only now: no state can need it any more
 
     def _settle_doubt(self) -> None:
         """Write down what is true behind what came before a failed commit, in place of that one.
@@ -402,6 +416,10 @@ class Store:
         self._kept_blocks = 0
         self._checkpoint_at = MAX_PENDING
         return True
+
+    def resources(self) -> Resources:
+        """Give the folders in which serving and closing create, write or remove files."""
+        return resources(self._paths, self.key is not None)
 
     def close(self) -> None:
         """Complete the image, leave the state marked as clean, and release the locks.

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contract of a store: what the device and the daemon need of the durable state of a device.
+
+`vhost_rpmb.storage.local` implements it. A further home of the state implements `Store` as well, in
+a folder of its own; the device and the daemon know nothing else of it.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
+
+__all__ = ["Access", "DeviceStore", "Resources", "Store"]
+
+
+class Access(enum.Flag):
+    """Operations on the files in a folder and in all folders below it."""
+
+    CREATE = enum.auto()
+    REMOVE = enum.auto()
+    WRITE = enum.auto()  # open for writing; files that are open already need no access
+    SYNC = enum.auto()  # open the folder itself and sync it
+
+
+class Resources(NamedTuple):
+    """What a store uses that is not open yet, up to and including `Store.close`.
+
+    ``folders``: paths without symbolic links, and the access needed in each. A kind of resource
+    that another store needs (network ports, for instance) becomes a field with an empty default.
+    """
+
+    folders: Mapping[str, Access]
+
+
+class DeviceStore(Protocol):
+    """The durable state as the device uses it, from one thread.
+
+    The attributes change only in `commit`. ``image`` and ``damaged`` stay the same objects, whose
+    content changes; ``counter`` and ``key`` are replaced.
+    """
+
+    @property
+    def image(self) -> memoryview:
+        """The blocks in private memory: a multiple of 128 KiB, at most 16 MiB."""
+
+    @property
+    def damaged(self) -> bytearray:
+        """One byte a block: non-zero where the block differs from what was stored.
+
+        Such a block must not be served. A commit that writes it sets the byte to zero.
+        """
+
+    @property
+    def counter(self) -> int:
+        """The write counter, 0 to 0xFFFF_FFFF."""
+
+    @property
+    def key(self) -> bytes | None:
+        """The programmed key, 32 bytes; None while no key is programmed."""
+
+    def commit(self, counter: int, blocks: list[tuple[int, bytes]], key: bytes | None) -> bool:
+        """Make a write counter, blocks (address, 256 bytes) and a new key durable atomically.
+
+        ``counter`` is never below the present one. Of blocks with the same address the last one
+        counts. ``key``: the key that the guest programs, None to keep the present one.
+
+        True: all of it is durable and visible in the attributes. False: nothing has changed, now
+        and after any crash, and the reason is logged; a later commit may succeed. Never raises for
+        failures of the storage.
+        """
+
+
+class Store(DeviceStore, Protocol):
+    """The durable state as the daemon uses it: opened, served by the device, closed once."""
+
+    @property
+    def checkpoint_due(self) -> bool:
+        """Whether `checkpoint` has work; cheap, asked before each wait of the event loop."""
+
+    def checkpoint(self) -> bool:
+        """Do deferred work that no commit waits for; called while the device is idle.
+
+        Return False if it failed: nothing is lost, the reason is logged, and it stays due.
+        """
+
+    def resources(self) -> Resources:
+        """What serving and closing will still use; asked once, before the sandbox is entered."""
+
+    def close(self) -> None:
+        """Complete deferred work, mark the state as closed, release locks and descriptors.
+
+        Idempotent. Never raises for failures of the storage: they are logged, and the next start
+        recovers the state.
+        """
