@@ -24,7 +24,7 @@ def test_a_failed_create_leaves_no_file(tmp_path: Path, failing: str) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (LIMITS[failing], limits[1]))
     try:
-        with pytest.raises(ClientError, match=f"{paths[failing]} cannot be made: File too large"):
+        with pytest.raises(ClientError, match=f"cannot create {paths[failing]}: File too large"):
             arguments.run(arguments)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

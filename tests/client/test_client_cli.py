@@ -35,7 +35,7 @@ PROGRAM = [sys.executable, "-m", "vhost_rpmb.client"]
 TIMEOUT = 60  # seconds
 KEY = b"the key bytes that nobody prints"
 OTHER_KEY = bytes(32)
-NOT_VERIFIED = "vhost-rpmb-client: warning: no KEYFILE given: the answer is not verified\n"
+NOT_VERIFIED = "vhost-rpmb-client: warning: no KEYFILE given: answers are not authenticated\n"
 
 
 def run(
@@ -154,8 +154,8 @@ class TestCommands:
         done = device("write-key", "-", given=KEY + b"\n")
         assert done.returncode == 0
         assert done.stderr.decode() == (
-            "vhost-rpmb-client: warning: standard input: a key has 32 bytes, what follows them is "
-            "ignored\n"
+            "vhost-rpmb-client: warning: standard input: expected a key of 32 bytes, "
+            "found more: the rest is ignored\n"
         )
         device.succeeds("read-counter", device.key_file)
 
@@ -205,7 +205,7 @@ class TestOutputFile:
         old = keyed.folder / "old"
         old.write_bytes(b"precious")
         wrong = keyed.file("wrong.key", OTHER_KEY)
-        fails(keyed("read-block", "0", "1", str(old), wrong), 1, "another key than the device's")
+        fails(keyed("read-block", "0", "1", str(old), wrong), 1, "the device has another key")
         assert old.read_bytes() == b"precious"
         fails(keyed("read-block", "0", "1", str(keyed.folder / "new"), wrong), 1, "another key")
         assert not (keyed.folder / "new").exists()
@@ -234,7 +234,7 @@ class TestDeviceFailures:
         fails(
             keyed("write-key", keyed.key_file),
             1,
-            "PROGRAM_KEY failed: WRITE_FAILURE (result 0x0005); a device takes a key only once",
+            "PROGRAM_KEY failed: WRITE_FAILURE (result 0x0005); a key is programmed once",
         )
         fails(keyed("write-key", "-", given=OTHER_KEY), 1, "WRITE_FAILURE")
         keyed.succeeds("read-counter", keyed.key_file)
@@ -254,7 +254,7 @@ class TestDeviceFailures:
             ("read-counter", wrong),
             ("write-block", "0", keyed.file("data", bytes(256)), wrong),
         ):
-            fails(keyed(*arguments), 1, "the MAC of the answer does not fit the key")
+            fails(keyed(*arguments), 1, "the MAC of the answer does not match the key")
 
 
 class TestConnectionFailures:
@@ -349,7 +349,7 @@ class TestConnectionFailures:
             timeout=TIMEOUT,
             check=False,
         )
-        fails(done, 1, "cannot play a virtual machine here: File too large")
+        fails(done, 1, "cannot set up a front-end on this machine: File too large")
 
     def test_an_interrupt_ends_it_quietly(self, tmp_path: Path) -> None:
         path = str(tmp_path / "socket")
@@ -482,13 +482,13 @@ class TestUsage:
         fails(
             keyed("write-block", "0", "-", keyed.key_file, given=bytes(33 * 256)),
             2,
-            "expected at most 32 blocks of 256 bytes, which the device takes in one write, found",
+            "expected at most 32 blocks of 256 bytes, the device's limit for one write, found",
         )
         for arguments in (
             ("write-block", "512", keyed.file("data", bytes(256)), keyed.key_file),
             ("read-block", "511", "2", "-", keyed.key_file),
         ):
-            fails(keyed(*arguments), 2, "found that it has 512, counted from 0")
+            fails(keyed(*arguments), 2, "expected block addresses below 512")
         assert keyed.succeeds("read-counter", keyed.key_file) == b"Counter value: 0x00000000\n"
 
     def test_help_and_version(self) -> None:
@@ -536,11 +536,11 @@ class TestCreate:
     def test_nothing_is_replaced_and_nothing_left_behind(self, tmp_path: Path) -> None:
         image, key = tmp_path / "new.img", tmp_path / "new.key"
         image.write_bytes(b"precious")
-        fails(run("create", str(image), f"--random-key={key}"), 2, "new.img is there already")
+        fails(run("create", str(image), f"--random-key={key}"), 2, "new.img exists already")
         assert (image.read_bytes(), key.exists()) == (b"precious", False)
         key.write_bytes(b"secret")
         other = tmp_path / "other.img"
-        fails(run("create", str(other), f"--random-key={key}"), 2, "new.key is there already")
+        fails(run("create", str(other), f"--random-key={key}"), 2, "new.key exists already")
         assert (key.read_bytes(), other.exists()) == (b"secret", False)
         fails(run("create", str(tmp_path / "no" / "new.img")), 2, "No such file or directory")
 
@@ -564,16 +564,16 @@ class TestCreate:
         folder = tmp_path / "vm1"
         assert run("create", f"--folder={folder}", umask=0).returncode == 0
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-        fails(run("create", f"--folder={folder}"), 2, f"{folder} is there already")
+        fails(run("create", f"--folder={folder}"), 2, f"{folder} exists already")
         assert [path.name for path in folder.iterdir()] == ["rpmb.img"]
         below = folder / "rpmb.img" / "vm2"
-        fails(run("create", f"--folder={below}"), 2, f"{below} cannot be made: File exists")
+        fails(run("create", f"--folder={below}"), 2, f"cannot create {below}: File exists")
 
     def test_no_folder_is_left_behind(self, tmp_path: Path) -> None:
         key = tmp_path / "old.key"
         key.write_bytes(b"secret")
         done = run("create", f"--folder={tmp_path / 'vm1'}", f"--random-key={key}")
-        fails(done, 2, "old.key is there already")
+        fails(done, 2, "old.key exists already")
         assert list(tmp_path.iterdir()) == [key]
 
     @pytest.mark.parametrize("arguments", [(), ("rpmb.img", "--folder=vm1")])
@@ -585,14 +585,14 @@ class TestInfo:
     def test_a_running_device(self, device: Device) -> None:
         assert device.succeeds("info", device.key_file).decode().splitlines() == [
             "capacity: 131072 bytes, 512 blocks",
-            "limits: 32 blocks a write, 255 a read",
+            "limits: 32 blocks per write, 255 per read",
             "key: not programmed",
         ]
         device.succeeds("write-key", device.key_file)
         lines = device.succeeds("info", device.key_file).decode().splitlines()
         assert lines[2:] == ["key: programmed", "write counter: 0x00000000"]
         lines = device.succeeds("info").decode().splitlines()
-        assert lines[3] == "write counter: 0x00000000 (not verified: no KEYFILE given)"
+        assert lines[3] == "write counter: 0x00000000 (not authenticated: no KEYFILE given)"
 
     def test_files(self, tmp_path: Path) -> None:
         flash = make_image(tmp_path / "flash.img")
@@ -603,7 +603,7 @@ class TestInfo:
 
     def test_what_does_not_go_together(self, tmp_path: Path) -> None:
         fails(run("info"), 2, "--flash-path=PATH is required")
-        fails(run("info", "--flash-path=f", "KEYFILE"), 2, "KEYFILE is for --socket-path")
+        fails(run("info", "--flash-path=f", "KEYFILE"), 2, "KEYFILE needs --socket-path")
 
 
 class TestDumpAndLoad:
@@ -625,7 +625,7 @@ class TestDumpAndLoad:
             ("dump", "--address=512", "-", keyed.key_file),
             ("dump", "--address=510", "--count=3", "-", keyed.key_file),
         ):
-            fails(keyed(*arguments), 2, "found that it has 512, counted from 0")
+            fails(keyed(*arguments), 2, "expected block addresses below 512")
         fails(
             keyed("load", "-", keyed.key_file, given=bytes(65537 * 256)),
             2,
@@ -757,7 +757,7 @@ class TestVerify:
         assert lines[2:] == [
             "write counter: 0x0000002a",
             "key: programmed, in the state file",
-            "blocks that wait in the state file: none",
+            "blocks pending in the state file: none",
             "damaged blocks: none",
         ]
 

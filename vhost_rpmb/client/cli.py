@@ -20,8 +20,8 @@ from vhost_rpmb.rpmb import spec
 
 DESCRIPTION = """\
 Talk to the RPMB device that a vhost-user-rpmb daemon serves, without a virtual machine: program
-its key, read its write counter, write and read blocks. Or make the image of a new device, and tell
-about and verify the files of one whose daemon does not run.
+its key, read its write counter, write and read blocks. Or create the image of a new device, and
+report on and verify the files of a device whose daemon is not running.
 
 The daemon serves one front-end at a time, so this works while no virtual machine is connected to
 it. Addresses and counts are in blocks of 256 bytes, decimal or with 0x in front. A file named -
@@ -37,10 +37,10 @@ _UNITS = {"": 1, "K": 1024, "M": 1024 * 1024}
 
 _HINTS = {
     ("PROGRAM_KEY", spec.VIRTIO_RPMB_RES_WRITE_FAILURE): (
-        "; a device takes a key only once: it has one, or could not store this one"
+        "; a key is programmed once: the device has one already, or could not store this one"
     ),
     ("DATA_WRITE", spec.VIRTIO_RPMB_RES_COUNT_FAILURE): (
-        "; somebody else wrote to the device at the same time: try again"
+        "; another program wrote to the device at the same time: try again"
     ),
 }
 _NO_KEY_HINT = "; no key is programmed yet: use write-key"
@@ -96,18 +96,16 @@ def build_parser() -> argparse.ArgumentParser:
         "--socket-path",
         metavar="PATH",
         type=path_argument,
-        help="the UNIX socket of the daemon; required for all that talks to a daemon",
+        help="the UNIX socket of the daemon; required by every command that uses a daemon",
     )
     parser.add_argument(
         "--timeout",
         metavar="SECONDS",
         type=_seconds,
         default=10.0,
-        help="how long to wait for an answer of the daemon; default %(default)g",
+        help="how long to wait for each answer of the daemon; default %(default)g",
     )
-    parser.add_argument(
-        "--json", action="store_true", help="report as one JSON object on standard output"
-    )
+    parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
     verbs = parser.add_subparsers(metavar="COMMAND", required=True, title="commands")
 
     def command(
@@ -139,15 +137,15 @@ def build_parser() -> argparse.ArgumentParser:
             "data_file",
             metavar="DATAFILE",
             type=path_argument,
-            help=f"the data, a multiple of 256 bytes up to what the device {most}",
+            help=f"the data, a multiple of 256 bytes up to {most}",
         )
-        key_file(added, "the key, to authenticate the requests and to verify the answers")
+        key_file(added, "the key, which authenticates requests and answers")
 
     def out_file(added: Parser) -> None:
         added.add_argument(
-            "out_file", metavar="OUTFILE", type=path_argument, help="where to put the data"
+            "out_file", metavar="OUTFILE", type=path_argument, help="the file for the data"
         )
-        key_file(added, "the key, to verify the answers; without it they are believed", True)
+        key_file(added, "the key; without it, answers are not authenticated", True)
 
     def files(added: Parser, *, required: bool) -> None:
         for name, needed, text in (
@@ -163,7 +161,7 @@ def build_parser() -> argparse.ArgumentParser:
                 f"--{name}-path", metavar="PATH", type=path_argument, required=needed, help=text
             )
 
-    added = command("create", commands.create, "make the sparse image of a new device")
+    added = command("create", commands.create, "create the sparse image of a new device")
     place = added.add_mutually_exclusive_group(required=True)
     place.add_argument(
         "image", metavar="IMAGE", type=path_argument, nargs="?", help="the image; a new file"
@@ -172,7 +170,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--folder",
         metavar="DIR",
         type=path_argument,
-        help=f"make a folder for the device, mode 0700, with the image {commands.IMAGE_NAME} in it",
+        help=f"create a folder for the device, mode 0700, with {commands.IMAGE_NAME} in it",
     )
     added.add_argument(
         "--size",
@@ -185,28 +183,28 @@ def build_parser() -> argparse.ArgumentParser:
         "--random-key",
         metavar="PATH",
         type=path_argument,
-        help="make a key file with a random key as well, mode 0600",
+        help="also create a key file with a random key, mode 0600",
     )
 
     added = command(
-        "info", commands.info, "tell about a device, by its daemon's socket or by its files"
+        "info", commands.info, "report on a device, through its daemon's socket or from its files"
     )
     files(added, required=False)
-    key_file(added, "the key, to verify the write counter that the daemon answers", True)
+    key_file(added, "the key; without it, the write counter is not authenticated", True)
 
     added = command(
-        "write-key", commands.write_key, "program the device's key, which works only once"
+        "write-key", commands.write_key, "program the device's key, which is possible once"
     )
     key_file(added, "the key, 32 bytes")
 
     added = command("read-counter", commands.read_counter, "print the write counter")
-    key_file(added, "the key, to verify the answer; without it the answer is believed", True)
+    key_file(added, "the key; without it, the answer is not authenticated", True)
 
     added = command(
         "write-block", commands.write_block, "write blocks in one atomic, authenticated request"
     )
     address(added)
-    data_file(added, "takes in one write")
+    data_file(added, "the device's limit for one write")
 
     added = command("read-block", commands.read, "read blocks into a file, which is replaced")
     address(added)
@@ -215,9 +213,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     out_file(added)
 
-    added = command(
-        "load", commands.load, "write a file's blocks, by as many requests as that takes"
-    )
+    added = command("load", commands.load, "write a file's blocks, in as many requests as needed")
     added.add_argument(
         "--address",
         metavar="ADDRESS",
@@ -225,7 +221,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=0,
         help="the first block; default %(default)s",
     )
-    data_file(added, "has")
+    data_file(added, "the device's capacity")
 
     added = command("dump", commands.read, "read the whole device, or a range of it, into a file")
     added.add_argument(
@@ -280,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ClientError as error:
         return _fail(str(error), FAILURE)
     except OSError as error:
-        return _fail(f"cannot play a virtual machine here: {error.strerror}", FAILURE)
+        return _fail(f"cannot set up a front-end on this machine: {error.strerror}", FAILURE)
     except KeyboardInterrupt:
         return 130  # what a shell reports for a program ended by SIGINT
     return 0

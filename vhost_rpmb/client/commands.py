@@ -108,7 +108,8 @@ def write_block(arguments: argparse.Namespace) -> Result:
         if count > limit:
             raise UsageError(
                 f"{name_of(arguments.data_file)}: expected at most {limit} blocks of "
-                f"{spec.BLOCK_SIZE} bytes, which the device takes in one write, found {count}"
+                f"{spec.BLOCK_SIZE} bytes, the device's limit for one write, found {count}: "
+                "use load"
             )
         _check_range(client, arguments.address, count)
         counter = client.write(arguments.address, data)
@@ -140,7 +141,7 @@ def load(arguments: argparse.Namespace) -> Result:
 
 def _data_and_key(arguments: argparse.Namespace, most: int) -> tuple[bytes, bytes]:
     if arguments.data_file == arguments.key_file == STANDARD_STREAM:
-        raise UsageError("DATAFILE and KEYFILE cannot both be standard input")
+        raise UsageError("DATAFILE and KEYFILE cannot both be standard input: name a file for one")
     return read_blocks(arguments.data_file, most), read_key(arguments.key_file)
 
 
@@ -194,7 +195,7 @@ def info(arguments: argparse.Namespace) -> Result:
     """Tell about a device: through its daemon, or from its files."""
     if arguments.flash_path is not None:
         if arguments.key_file is not None:
-            raise UsageError("KEYFILE is for --socket-path; for files there is --key-path")
+            raise UsageError("KEYFILE needs --socket-path: use --key-path with --flash-path")
         return _report(arguments)
     if arguments.socket_path is None:
         raise UsageError(
@@ -221,11 +222,11 @@ def info(arguments: argparse.Namespace) -> Result:
     }
     lines = [
         f"capacity: {values['size']} bytes, {config.blocks} blocks",
-        f"limits: {config.max_wr_cnt} blocks a write, {config.max_rd_cnt} a read",
+        f"limits: {config.max_wr_cnt} blocks per write, {config.max_rd_cnt} per read",
         f"key: {'not programmed' if counter is None else 'programmed'}",
     ]
     if counter is not None:
-        trust = "" if key else " (not verified: no KEYFILE given)"
+        trust = "" if key else " (not authenticated: no KEYFILE given)"
         lines.append(f"write counter: 0x{counter:08x}{trust}")
     return Result(values, lines)
 
@@ -268,7 +269,7 @@ def _report(arguments: argparse.Namespace) -> Result:
             f"state: {report.state_path}, {'closed' if report.clean else 'not closed'}",
             f"write counter: 0x{report.counter:08x}",
             f"key: {f'programmed, {where}' if report.programmed else 'not programmed'}",
-            f"blocks that wait in the state file: {_addresses(report.pending)}",
+            f"blocks pending in the state file: {_addresses(report.pending)}",
             f"damaged blocks: {_addresses(report.damaged)}",
         ],
         error,
@@ -293,6 +294,6 @@ def _connect(arguments: argparse.Namespace, key: bytes | None) -> "RpmbClient":
 def _check_range(client: "RpmbClient", address: int, count: int) -> None:
     if address + count > client.config.blocks:
         raise UsageError(
-            f"blocks {address} to {address + count - 1}: expected blocks of the device, found that "
-            f"it has {client.config.blocks}, counted from 0"
+            f"expected block addresses below {client.config.blocks}, the device's capacity, found "
+            f"{address} to {address + count - 1}: choose a lower address or fewer blocks"
         )

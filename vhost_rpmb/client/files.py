@@ -46,8 +46,8 @@ def read_key(path: str) -> bytes:
         say(f"warning: the key file {exposed}")
     if len(key) > spec.KEY_SIZE:
         say(
-            f"warning: {name_of(path)}: a key has {spec.KEY_SIZE} bytes, what follows them is"
-            " ignored"
+            f"warning: {name_of(path)}: expected a key of {spec.KEY_SIZE} bytes, found more: the"
+            " rest is ignored"
         )
     return key[: spec.KEY_SIZE]
 
@@ -55,7 +55,7 @@ def read_key(path: str) -> bytes:
 def read_optional_key(path: str | None) -> bytes | None:
     """Read a key where one is given, and warn where none is."""
     if path is None:
-        say("warning: no KEYFILE given: the answer is not verified")
+        say("warning: no KEYFILE given: answers are not authenticated")
         return None
     return read_key(path)
 
@@ -171,16 +171,16 @@ def _write_special(path: str, data: bytes) -> None:
 def create_file(path: str, data: bytes, size: int | None = None) -> None:
     """Make a new file, mode 0600, whole and durable or not at all; sparse up to ``size`` bytes.
 
-    UsageError where something is there already or no file can be made.
+    UsageError where the path exists already or the file cannot be created.
     """
     from vhost_rpmb.storage.local.image import sync_folder
 
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except FileExistsError:
-        raise UsageError(f"{path} is there already: name another one, or remove it") from None
+        raise UsageError(f"{path} exists already: choose another path, or remove it") from None
     except OSError as error:
-        raise UsageError(f"{path} cannot be made: {error.strerror}") from None
+        raise UsageError(f"cannot create {path}: {error.strerror}") from None
     try:
         try:
             _write_all(fd, data)
@@ -192,26 +192,26 @@ def create_file(path: str, data: bytes, size: int | None = None) -> None:
     except BaseException as error:
         os.unlink(path)
         if isinstance(error, OSError):
-            raise ClientError(f"{path} cannot be made: {error.strerror}") from None
+            raise ClientError(f"cannot create {path}: {error.strerror}") from None
         raise
 
 
 def create_folder(path: str) -> None:
     """Make a new folder, mode 0700, and the folders above it where they are missing.
 
-    UsageError where something is there already or no folder can be made.
+    UsageError where the path exists already or the folder cannot be created.
     """
     from vhost_rpmb.storage.local.image import sync_folder
 
     path = os.path.abspath(path)
     if os.path.lexists(path):
-        raise UsageError(f"{path} is there already: name another one, or remove it")
+        raise UsageError(f"{path} exists already: choose another path, or remove it")
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         os.mkdir(path, 0o700)
         sync_folder(path)
     except OSError as error:
-        raise UsageError(f"{path} cannot be made: {error.strerror}") from None
+        raise UsageError(f"cannot create {path}: {error.strerror}") from None
 
 
 def _write_all(fd: int, data: bytes) -> None:

@@ -118,7 +118,7 @@ class Frontend:
             except EOFError as error:
                 raise BackendError(f"the back-end closed the connection: {error}") from None
             except PeerError as error:
-                raise BackendError(f"the back-end broke the protocol: {error}") from None
+                raise BackendError(f"the back-end violated the protocol: {error}") from None
             if message is not None:
                 return message
             left = deadline - time.monotonic()
@@ -183,15 +183,16 @@ class Frontend:
         if self.protocol_features & ProtocolFeature.STATUS:
             status = self.get_status()
             if not status & virtio.VIRTIO_STATUS_FEATURES_OK:
-                raise BackendError(
-                    f"the back-end did not keep FEATURES_OK: device status 0x{status:x}"
-                )
+                raise BackendError(f"expected FEATURES_OK in the device status, found 0x{status:x}")
         self.features = accepted & ~wire.F_PROTOCOL_FEATURES
 
     def read_config(self, size: int) -> bytes:
         """The first ``size`` bytes of the device's config space."""
         if not self.protocol_features & ProtocolFeature.CONFIG:
-            raise BackendError("the back-end does not offer CONFIG: it has no config space")
+            raise BackendError(
+                "expected the protocol feature CONFIG, found "
+                f"0x{self.protocol_features:x}: {_NOT_RPMB}"
+            )
         asked = wire.Config(0, size, wire.CONFIG_FLAG_WRITABLE, bytes(size))
         payload = self.ask(Request.GET_CONFIG, asked.pack())
         if not payload:  # the protocol's way of refusing
@@ -216,7 +217,7 @@ class Frontend:
             slots = self.ask_u64(Request.GET_MAX_MEM_SLOTS)
             if slots < len(memory.regions):
                 raise BackendError(
-                    f"the back-end takes {slots} memory regions, there are {len(memory.regions)}"
+                    f"expected room for {len(memory.regions)} memory regions, found {slots}"
                 )
             for region in memory.regions:
                 payload = wire.pack_single_region(region.place)
@@ -253,7 +254,7 @@ class Frontend:
         except ValueError as error:
             raise BackendError(f"GET_VRING_BASE: {error}") from None
         if state.vring != index:
-            raise BackendError(f"GET_VRING_BASE: asked for vring {index}, found {state.vring}")
+            raise BackendError(f"GET_VRING_BASE: expected vring {index}, found {state.vring}")
         return state.num
 
     def set_status(self, status: int) -> None:

@@ -132,14 +132,14 @@ def _check(
         if not untyped:
             _expect(name, "req_resp", response_type, frame.req_resp)
             if frame.nonce != nonce:
-                raise VerificationError(f"{name}: the answer does not carry the request's nonce")
+                raise VerificationError(f"{name}: expected the request's nonce, found another")
     authentic = authenticator is not None and authenticator.verify(raw, frames[-1].key_mac)
     if failed:
         raise RpmbResultError(name, result, authentic)
     if authenticator is not None and not authentic:
         raise VerificationError(
-            f"{name}: the MAC of the answer does not fit the key: another key than the device's, "
-            "or the answer was changed"
+            f"{name}: the MAC of the answer does not match the key: the device has another key, or "
+            "the answer was altered"
         )
     return frames
 

@@ -305,7 +305,7 @@ class Ring:
             return
         if used.length > chain.writable:
             raise QueueError(
-                f"the device claims {used.length} bytes written into {chain.writable} bytes"
+                f"expected at most {chain.writable} bytes written, found {used.length}"
             )
         del self._chains[used.head]
         self._free += reversed(chain.descriptors)
