@@ -104,8 +104,11 @@ ARM64 = Architecture(
     modules=("virtio_mmio",),
     foreign="arm64",
 )
-GUEST_FOLDER = Path(__file__).resolve().parent / "guest"
-GUEST_SOURCES = ("Kbuild", "Makefile", "init", "rpmb-send.c", "virtio_rpmb.c")
+DRIVER_FOLDER = Path(__file__).resolve().parents[2] / "guest" / "linux"
+DRIVER_SOURCES = ("Kbuild", "Makefile", "virtio_rpmb.c")
+TOOLS_FOLDER = Path(__file__).resolve().parent / "guest"
+TOOLS_SOURCES = ("init", "rpmb-send.c")
+RPMB_SEND_FLAGS = ("-std=c11", "-O2", "-Wall", "-Wextra", "-Werror", "-static")
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,15 +166,19 @@ def make_kit(architecture: Architecture = AMD64, say: Say = say_it) -> Kit:
 
 def _guest_sources() -> list[Path]:
     """What the guest is made from, this recipe included."""
-    return [Path(__file__), *(GUEST_FOLDER / name for name in GUEST_SOURCES)]
+    return [
+        Path(__file__),
+        *(DRIVER_FOLDER / name for name in DRIVER_SOURCES),
+        *(TOOLS_FOLDER / name for name in TOOLS_SOURCES),
+    ]
 
 
 def _make_guest(architecture: Architecture, system: Path, folder: Path, steps: Steps) -> None:
     build = Path(tempfile.mkdtemp(prefix="build-", dir=system / "tmp"))
     try:
         with steps.step("guest driver"):
-            for name in GUEST_SOURCES:
-                shutil.copy(GUEST_FOLDER / name, build)
+            for source in _guest_sources()[1:]:
+                shutil.copy(source, build)
             inside = Path("/tmp") / build.name
             (headers,) = (system / "lib/modules").glob("*/build")
             kdir = Path("/") / headers.relative_to(system)
@@ -180,6 +187,9 @@ def _make_guest(architecture: Architecture, system: Path, folder: Path, steps: S
                 steps.run_inside(system, "make", "-C", inside, *variables, "W=1e")
                 strip = f"{architecture.compiler_prefix}strip"
                 steps.run_inside(system, strip, "--strip-debug", inside / "virtio_rpmb.ko")
+                compiler = f"{architecture.compiler_prefix}gcc"
+                program = (inside / "rpmb-send", inside / "rpmb-send.c")
+                steps.run_inside(system, compiler, *RPMB_SEND_FLAGS, "-o", *program)
             except subprocess.CalledProcessError as error:
                 raise RuntimeError(
                     f"the guest driver does not build, the log ends with:\n{error.output}"

@@ -16,7 +16,7 @@ import pytest
 
 from tests.e2e.cache import Steps
 from tests.e2e.daemon import DaemonProcess
-from tests.e2e.kit import AMD64, GUEST_FOLDER, GUEST_SOURCES, Kit
+from tests.e2e.kit import AMD64, DRIVER_FOLDER, DRIVER_SOURCES, Kit
 from tests.e2e.vm import BOOT_TIMEOUT, READY, Guest, VirtualMachine
 from tests.support.documents import ROOT, blocks_of_guide, blocks_that_begin, commands
 
@@ -70,10 +70,10 @@ def test_the_driver_is_built_and_loaded(kit: Kit, daemon: DaemonProcess, tmp_pat
     build, load = commands(block)
     folder = Path(tempfile.mkdtemp(prefix="guide-", dir=kit.system / "tmp"))
     try:
-        here = folder / GUEST_FOLDER.relative_to(ROOT)
+        here = folder / DRIVER_FOLDER.relative_to(ROOT)
         here.mkdir(parents=True)
-        for name in GUEST_SOURCES:
-            shutil.copy(GUEST_FOLDER / name, here)
+        for name in DRIVER_SOURCES:
+            shutil.copy(DRIVER_FOLDER / name, here)
         command = build.replace("$(uname -r)", kit.kernel.name.removeprefix("vmlinuz-"))
         inside = f"cd /{folder.relative_to(kit.system)} && {command}"
         Steps("guide", tmp_path / "log", print).run_inside(kit.system, "sh", "-c", inside)
@@ -85,7 +85,7 @@ def test_the_driver_is_built_and_loaded(kit: Kit, daemon: DaemonProcess, tmp_pat
     daemon.start()
     with VirtualMachine(kit, daemon.socket_path) as vm:
         succeed(vm, "rmmod virtio_rpmb && test ! -e /dev/rpmb0")
-        succeed(vm, f"mkdir -p {GUEST_FOLDER.relative_to(ROOT)}")
+        succeed(vm, f"mkdir -p {DRIVER_FOLDER.relative_to(ROOT)}")
         succeed(vm, f"ln -s /virtio_rpmb.ko {load.removeprefix('insmod ')} && {load}")
         succeed(vm, "test -c /dev/rpmb0")
     daemon.stop()

@@ -206,7 +206,7 @@ def test_source_archive_is_complete(archives: Archives) -> None:
         names = {name.removeprefix(top) for name in archive.getnames()}
     sources = {
         str(path.relative_to(ROOT))
-        for folder in ("vhost_rpmb", "tests", "bench", "docs", "tools")
+        for folder in ("vhost_rpmb", "tests", "bench", "docs", "guest", "tools")
         for path in (ROOT / folder).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".so"
     }
