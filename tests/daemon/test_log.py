@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Log lines that a guest can cause are limited."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from vhost_rpmb.vhost_user.session import LimitedLog
+
+
+def test_one_line_per_rule_and_interval(caplog: pytest.LogCaptureFixture) -> None:
+    log = LimitedLog(logging.getLogger("vhost_rpmb.test"), interval=1000)
+    for _ in range(3):
+        log.report("one", "the first")
+        log.report("other", "the second")
+    assert [record.getMessage() for record in caplog.records] == ["the first", "the second"]
+
+
+def test_next_line_counts_what_was_left_out(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 5.0
+    monkeypatch.setattr("vhost_rpmb.vhost_user.session.time.monotonic", lambda: now)
+    log = LimitedLog(logging.getLogger("vhost_rpmb.test"), interval=10)
+    for _ in range(4):
+        log.report("rule", "text")
+    now = 15.0
+    log.report("rule", "text")
+    now = 25.0
+    log.report("rule", "text")
+    assert [record.getMessage() for record in caplog.records] == [
+        "text",
+        "text (3 more before)",
+        "text",
+    ]

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A connection over a real socket, with real eventfds and guest memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.peer import PAGE, EchoDevice, Peer, open_fds
+from vhost_rpmb.driver.memory import GuestMemory
+from vhost_rpmb.driver.ring import Ring
+from vhost_rpmb.engine import Engine
+from vhost_rpmb.vhost_user import wire
+
+
+@pytest.fixture(autouse=True)
+def _no_descriptor_leaks() -> Iterator[None]:
+    before = open_fds()
+    yield
+    assert open_fds() == before
+
+
+@pytest.fixture
+def device() -> EchoDevice:
+    return EchoDevice()
+
+
+@pytest.fixture
+def fresh(engine: Engine, device: EchoDevice, _no_descriptor_leaks: None) -> Iterator[Peer]:
+    """A connection on which nothing was said yet."""
+    peer = Peer(engine, device)
+    yield peer
+    peer.close()
+
+
+@pytest.fixture
+def peer(fresh: Peer) -> Peer:
+    """A connection with everything negotiated."""
+    fresh.negotiate()
+    return fresh
+
+
+@pytest.fixture
+def memory(_no_descriptor_leaks: None) -> Iterator[GuestMemory]:
+    with GuestMemory() as memory:
+        yield memory
+
+
+@pytest.fixture
+def ring(memory: GuestMemory) -> Iterator[Ring]:
+    with Ring(memory, 8) as ring:
+        yield ring
+
+
+@pytest.fixture
+def eventfds(_no_descriptor_leaks: None) -> Iterator[list[int]]:
+    fds = [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(2)]
+    yield fds
+    wire.close_fds(fds)
+
+
+@pytest.fixture
+def memfd(_no_descriptor_leaks: None) -> Iterator[int]:
+    fd = os.memfd_create("memory")
+    os.ftruncate(fd, 16 * PAGE)
+    yield fd
+    os.close(fd)
