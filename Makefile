@@ -145,6 +145,7 @@ lint: $(STAMP) ## Check style, types, spelling, the compiled modules' stubs, wor
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	PATH="$$PWD/.venv/bin:$$PATH" cython-lint vhost_rpmb
+	.venv/bin/python tools/constants.py --check
 	.venv/bin/mypy
 	.venv/bin/stubtest --concise vhost_rpmb._fast
 	.venv/bin/codespell

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, NamedTuple
 
 from vhost_rpmb.errors import OperatorError
+from vhost_rpmb.virtio import flags
 
 if TYPE_CHECKING:
     # The reference stands for both in types: a test holds the twins to the same signatures.
@@ -56,10 +57,10 @@ def load(name: str) -> Engine:
         Loop=module.Loop,
         Virtqueue=module.Virtqueue,
         RpmbDevice=module.RpmbDevice,
-        NOTIFY=module.NOTIFY,
-        MORE=module.MORE,
-        BROKEN=module.BROKEN,
-        FAULTS=module.FAULTS,
-        UNSIGNALLED=module.UNSIGNALLED,
-        IDLE=module.IDLE,
+        NOTIFY=flags.NOTIFY,
+        MORE=flags.MORE,
+        BROKEN=flags.BROKEN,
+        FAULTS=flags.FAULTS,
+        UNSIGNALLED=flags.UNSIGNALLED,
+        IDLE=flags.IDLE,
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import ast
 import inspect
-import re
 from pathlib import Path
 from types import ModuleType
 
@@ -14,9 +13,6 @@ import pytest
 import vhost_rpmb
 from vhost_rpmb import _fast, _pure, engine
 from vhost_rpmb.errors import OperatorError
-from vhost_rpmb.rpmb import spec
-from vhost_rpmb.virtio import rules
-from vhost_rpmb.virtio import spec as virtio
 
 PACKAGE = Path(vhost_rpmb.__file__).parent
 MODULES = ("memory", "virtqueue", "loop", "mac", "device")
@@ -75,51 +71,6 @@ def test_signatures_are_the_same(name: str) -> None:
 @pytest.mark.parametrize("name", ["device_id", "num_queues", "features"])
 def test_the_device_is_the_same_kind(name: str) -> None:
     assert getattr(_fast.RpmbDevice, name) == getattr(_pure.RpmbDevice, name)
-
-
-@pytest.mark.parametrize("name", ["NOTIFY", "MORE", "BROKEN", "FAULTS", "UNSIGNALLED", "IDLE"])
-def test_flags_are_the_same(name: str) -> None:
-    assert getattr(_fast, name) == getattr(_pure, name)
-
-
-@pytest.mark.needs_sources
-def test_the_numbers_of_the_specifications_are_the_same() -> None:
-    lines = (PACKAGE / "_fast" / "spec.pxd").read_text()
-    numbers = re.findall(r"^    (\w+) = (\w+)$", lines, re.MULTILINE)
-    assert len(numbers) > 30
-    for name, value in numbers:
-        assert (vars(virtio) | vars(spec))[name] == int(value, 0), name
-
-
-@pytest.mark.needs_sources
-def test_the_limits_are_the_same() -> None:
-    lines = (PACKAGE / "_fast" / "device.pyx").read_text()
-    numbers = dict(re.findall(r"^    (MAX_\w+) = (\w+)$", lines, re.MULTILINE))
-    assert int(numbers["MAX_REQUEST_FRAMES"]) * spec.FRAME_SIZE == _pure.device.MAX_REQUEST_BYTES
-    for name in ("MAX_RESPONSE_FRAMES", "MAX_BATCH_FRAMES", "MAX_BATCH_DESCRIPTORS"):
-        assert int(numbers[name]) == getattr(_pure.device, name)
-    assert int(numbers["MAX_WRITE_COUNTER"], 0) == spec.MAX_WRITE_COUNTER
-
-
-@pytest.mark.needs_sources
-def test_the_limits_of_memory_and_chains_are_the_same() -> None:
-    for name, limits in {
-        "memory": {"MAX_TOUCHED_AREAS": _pure.memory.MAX_TOUCHED_AREAS},
-        "virtqueue": {"MAX_CROSSINGS": rules.MAX_CROSSINGS},
-    }.items():
-        lines = (PACKAGE / "_fast" / f"{name}.pxd").read_text()
-        numbers = dict(re.findall(r"^    (MAX_\w+) = (\d+)$", lines, re.MULTILINE))
-        assert {limit: int(value) for limit, value in numbers.items()} == limits
-
-
-@pytest.mark.needs_sources
-def test_the_rules_are_numbered_the_same() -> None:
-    lines = (PACKAGE / "_fast" / "virtqueue.pxd").read_text()
-    names = re.findall(r"^    ((?:CHAIN|RING)_\w+)(?: = 0)?$", lines, re.MULTILINE)
-    chain = names[: names.index("CHAIN_RULES")]
-    ring = names[names.index("CHAIN_RULES") + 1 :]
-    assert [getattr(rules, name) for name in chain] == list(range(len(rules.CHAIN_RULES)))
-    assert [getattr(rules, name) for name in ring] == list(range(len(rules.RING_RULES)))
 
 
 def test_an_engine_that_is_neither_is_refused() -> None:

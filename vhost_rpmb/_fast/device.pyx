@@ -15,9 +15,9 @@ from libc.string cimport memcmp, memcpy, memset
 
 from cpython.bytes cimport PyBytes_FromStringAndSize
 
+from vhost_rpmb._fast.constants cimport *
 from vhost_rpmb._fast.mac cimport Authenticator, new_authenticator
 from vhost_rpmb._fast.memory cimport GuestMemory
-from vhost_rpmb._fast.spec cimport *
 from vhost_rpmb._fast.virtqueue cimport Chain, Segments, Virtqueue
 
 __all__ = ["RpmbDevice"]
@@ -54,15 +54,6 @@ cdef extern from *:
     uint32_t load32(const unsigned char *) noexcept nogil
     void store16(unsigned char *, uint16_t) noexcept nogil
     void store32(unsigned char *, uint32_t) noexcept nogil
-
-cdef enum:
-    # The limits of vhost_rpmb._pure.device.
-    MAX_REQUEST_FRAMES = 512
-    MAX_RESPONSE_FRAMES = 2048
-    MAX_BATCH_FRAMES = 1024
-    MAX_BATCH_DESCRIPTORS = 4096
-
-    MAX_WRITE_COUNTER = 0xFFFFFFFF
 
 cdef struct Work:
     # One chain of a batch: where its frames and answer lie in the arenas.

@@ -4,10 +4,7 @@ from typing import Protocol, final
 
 from vhost_rpmb._fast.virtqueue import Virtqueue
 
-__all__ = ["IDLE", "UNSIGNALLED", "Loop"]
-
-UNSIGNALLED: int
-IDLE: int
+__all__ = ["Loop"]
 
 class _Device(Protocol):
     def process(self, queue: Virtqueue) -> int: ...

@@ -16,29 +16,23 @@ from posix.unistd cimport write
 
 from cpython.exc cimport PyErr_CheckSignals
 
+from vhost_rpmb._fast.constants cimport (
+    BROKEN,
+    FAULTS,
+    IDLE,
+    MORE,
+    NOTIFY,
+    SLEEP_MS,
+    UNSIGNALLED,
+)
 from vhost_rpmb._fast.virtqueue cimport Virtqueue
 
-from vhost_rpmb._fast import virtqueue
-
-__all__ = ["IDLE", "UNSIGNALLED", "Loop"]
-
-UNSIGNALLED = _UNSIGNALLED  # the call descriptor could not be signalled
-IDLE = _IDLE  # no event for SLEEP
+__all__ = ["Loop"]
 
 cdef enum:
-    _UNSIGNALLED = 16
-    _IDLE = 32
-
-    # The numbers of vhost_rpmb._pure.loop.
-    SLEEP = 1000  # ms without an event, then the caller may have something to do
     MAX_AWAY = 1000000  # ns of watching without a look at the other descriptors
     FIRST_WATCH = 8000  # ns that a first watch takes; then they double
     MAX_EVENTS = 8
-
-cdef int NOTIFY = virtqueue.NOTIFY
-cdef int MORE = virtqueue.MORE
-cdef int BROKEN = virtqueue.BROKEN
-cdef int FAULTS = virtqueue.FAULTS
 
 cdef extern from "<sys/epoll.h>" nogil:
     ctypedef union epoll_data:
@@ -99,8 +93,8 @@ cdef class Loop:
             queue.watched = self._watch > 0
             flags = self._process(queue)
             if flags & NOTIFY and not _signal(call_fd):
-                flags |= _UNSIGNALLED
-            if once or flags & (BROKEN | FAULTS | _UNSIGNALLED):
+                flags |= UNSIGNALLED
+            if once or flags & (BROKEN | FAULTS | UNSIGNALLED):
                 return self._leave(queue, flags & ~NOTIFY)
             if flags & MORE:
                 if self._others_ready(kick_fd, 0) > 0:
@@ -113,12 +107,12 @@ cdef class Loop:
             elif not queue.arm():
                 if self._most:
                     start = _now()
-                others = self._others_ready(kick_fd, SLEEP)
+                others = self._others_ready(kick_fd, SLEEP_MS)
                 if self._most:
                     self._adapt(_now() - start)
                 self._away = 0
                 if others:
-                    return self._leave(queue, 0 if others > 0 else _IDLE)
+                    return self._leave(queue, 0 if others > 0 else IDLE)
 
     cdef int _leave(self, Virtqueue queue, int flags) noexcept:
         """Make sure that the driver kicks while nobody looks at the ring; complete the flags."""

@@ -7,7 +7,7 @@ from libc.stddef cimport size_t
 
 from cpython.bytes cimport PyBytes_AS_STRING
 
-from vhost_rpmb._fast.spec cimport FRAME_DATA, FRAME_SIZE, KEY_SIZE, MAC_SIZE
+from vhost_rpmb._fast.constants cimport FRAME_DATA, FRAME_SIZE, KEY_SIZE, MAC_SIZE
 
 __all__ = ["Authenticator"]
 

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 from libc.stdint cimport uint32_t, uint64_t
 
+from vhost_rpmb._fast.constants cimport MAX_TOUCHED_AREAS, TOUCHED_AREA_BITS
+
 cdef enum:
-    # The limit of vhost_rpmb._pure.memory, and how many of the latest areas are told from new ones.
-    MAX_TOUCHED_AREAS = 1024
-    AREA_BITS = 21
-    KNOWN_AREAS = 256
+    KNOWN_AREAS = 256  # how many of the latest areas are told from new ones
 
 
 cdef struct Region:
@@ -29,8 +28,8 @@ cdef class GuestMemory:
     cdef bint lost(self) noexcept nogil
     cdef inline void touch(self, const unsigned char *host, uint64_t length) noexcept nogil:
         """Count what an access costs in page tables, and free those of all regions in time."""
-        cdef uint64_t area = <uint64_t>host >> AREA_BITS
-        cdef uint64_t last = (<uint64_t>host + length - 1) >> AREA_BITS
+        cdef uint64_t area = <uint64_t>host >> TOUCHED_AREA_BITS
+        cdef uint64_t last = (<uint64_t>host + length - 1) >> TOUCHED_AREA_BITS
         while area <= last:
             if self._areas[area % KNOWN_AREAS] != <uint32_t>area:
                 self._areas[area % KNOWN_AREAS] = <uint32_t>area

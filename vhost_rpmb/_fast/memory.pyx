@@ -14,6 +14,8 @@ from libc.string cimport memcpy, memmove, memset
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 
+from vhost_rpmb._fast.constants cimport MAX_MAPPED, MAX_RENEWED
+
 __all__ = ["GuestMemory", "GuestMemoryError"]
 
 cdef extern from "<sys/mman.h>" nogil:
@@ -103,10 +105,9 @@ cdef extern from *:
     /* Map a region anew, in place: frees its page tables. A size of 0 has mremap() map the same
        pages a second time; moving that there takes the place of the first mapping. Nothing is freed
        where there are no addresses for it, or for huge pages, which have no tables of that size. */
-    #define RENEWED_AT_ONCE ((size_t)1 << 36)  /* _pure/memory.py says why */
-    static void renew_mapping(char *place, size_t length, int *lost) {
+    static void renew_mapping(char *place, size_t length, size_t at_once, int *lost) {
         while (length) {
-            size_t part = length < RENEWED_AT_ONCE ? length : RENEWED_AT_ONCE;
+            size_t part = length < at_once ? length : at_once;
             void *second = mremap(place, 0, part, MREMAP_MAYMOVE);
             if (second != MAP_FAILED
                 && mremap(second, part, part, MREMAP_MAYMOVE | MREMAP_FIXED, place) == MAP_FAILED
@@ -127,14 +128,12 @@ cdef extern from *:
     """
     void compiler_barrier() noexcept nogil
     int guard_add(void *, size_t, int *) noexcept nogil
-    void renew_mapping(char *, size_t, int *) noexcept nogil
+    void renew_mapping(char *, size_t, size_t, int *) noexcept nogil
     void guard_remove(void *) noexcept nogil
 
 _ADDRESS_END = 1 << 64
 _FILE_END = 1 << 63
 _PAGE_SIZE = mmap.ALLOCATIONGRANULARITY
-
-MAX_MAPPED = 1 << 46  # _pure/memory.py says why
 
 
 class GuestMemoryError(Exception):
@@ -208,7 +207,7 @@ cdef class GuestMemory:
             and self._table[index].guest_address - region.guest_address < region.size
         ):
             raise ValueError("the memory region overlaps another one")
-        if sum([other[1] for other in self.regions]) + size > MAX_MAPPED:
+        if sum([other[1] for other in self.regions]) + size > <uint64_t>MAX_MAPPED:
             raise ValueError("the memory regions have more than 64 TiB")
         status = os.fstat(fd)
         if stat.S_ISREG(status.st_mode) and mmap_offset + size > status.st_size:
@@ -373,7 +372,10 @@ cdef class GuestMemory:
             return
         for index in range(self._count):
             renew_mapping(
-                <char *>self._table[index].mapping, self._table[index].mapping_length, &self._lost
+                <char *>self._table[index].mapping,
+                self._table[index].mapping_length,
+                MAX_RENEWED,
+                &self._lost,
             )
 
     cdef void _drop(self, size_t index) noexcept:

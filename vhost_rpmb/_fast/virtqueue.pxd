@@ -2,37 +2,12 @@
 from libc.stddef cimport size_t
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 
+from vhost_rpmb._fast.constants cimport NUM_CHAIN_RULES
 from vhost_rpmb._fast.memory cimport GuestMemory
 
 
 cdef enum:
-    # The rules of vhost_rpmb.virtio.rules, in its order.
-    CHAIN_TOO_LONG = 0
-    CHAIN_NEXT
-    CHAIN_BUFFER
-    CHAIN_ORDER
-    CHAIN_INDIRECT_FEATURE
-    CHAIN_INDIRECT_FLAGS
-    CHAIN_INDIRECT_LENGTH
-    CHAIN_INDIRECT_SIZE
-    CHAIN_INDIRECT_TABLE
-    CHAIN_EMPTY_DESCRIPTOR
-    CHAIN_BYTES
-    CHAIN_CROSSINGS
-    CHAIN_RULES
-
-    RING_OK = 0
-    RING_NO_SIZE
-    RING_DESCRIPTOR_TABLE
-    RING_AVAILABLE
-    RING_USED
-    RING_AVAILABLE_INDEX
-    RING_HEAD
-    RING_MEMORY_LOST
-
-    CHAIN_GOOD = -1
-
-    MAX_CROSSINGS = 4096
+    CHAIN_GOOD = -1  # it breaks none of the rules
 
 
 cdef struct Segment:
@@ -67,7 +42,7 @@ cdef class Virtqueue:
     cdef uint32_t unpushed
     cdef size_t walked
     cdef size_t crossings
-    cdef uint64_t[CHAIN_RULES] faults
+    cdef uint64_t[NUM_CHAIN_RULES] faults
     cdef bint faulty
     cdef bint watched  # somebody watches the available ring, so no kick is needed
     # The parts of the ring, as mapped when ``generation`` was the memory's.

@@ -3,12 +3,7 @@ from typing import final
 
 from vhost_rpmb._fast.memory import GuestMemory
 
-__all__ = ["BROKEN", "FAULTS", "MORE", "NOTIFY", "Virtqueue"]
-
-NOTIFY: int
-MORE: int
-BROKEN: int
-FAULTS: int
+__all__ = ["Virtqueue"]
 
 @final
 class Virtqueue:

@@ -11,34 +11,12 @@ from libc.stddef cimport size_t
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport realloc
 
+from vhost_rpmb._fast.constants cimport *
 from vhost_rpmb._fast.memory cimport GuestMemory
-from vhost_rpmb._fast.spec cimport (
-    VIRTIO_F_EVENT_IDX,
-    VIRTIO_F_INDIRECT_DESC,
-    VIRTQ_AVAIL_F_NO_INTERRUPT,
-    VIRTQ_DESC_F_INDIRECT,
-    VIRTQ_DESC_F_NEXT,
-    VIRTQ_DESC_F_WRITE,
-    VIRTQ_DESC_SIZE,
-    VIRTQ_MAX_SIZE,
-    VIRTQ_USED_F_NO_NOTIFY,
-)
 
 from vhost_rpmb.virtio import rules
 
-__all__ = ["BROKEN", "FAULTS", "MORE", "NOTIFY", "Virtqueue"]
-
-# What a batch asks of its caller, or-ed together.
-NOTIFY = _NOTIFY  # signal the call eventfd
-MORE = _MORE  # more is available: go on after serving other events
-BROKEN = _BROKEN  # Virtqueue.error says why; signal the error eventfd
-FAULTS = _FAULTS  # Virtqueue.take_faults() has something to report
-
-cdef enum:
-    _NOTIFY = 1
-    _MORE = 2
-    _BROKEN = 4
-    _FAULTS = 8
+__all__ = ["Virtqueue"]
 
 cdef extern from *:
     """
@@ -152,7 +130,7 @@ cdef class Virtqueue:
         """Return how often each rule was broken by a chain since the last call."""
         cdef int rule
         faults = {}
-        for rule in range(CHAIN_RULES):
+        for rule in range(NUM_CHAIN_RULES):
             if self.faults[rule]:
                 faults[rules.CHAIN_RULES[rule]] = self.faults[rule]
                 self.faults[rule] = 0
@@ -392,14 +370,14 @@ cdef class Virtqueue:
                     self._ask_for_kick()
             full_barrier()
             if self.unpushed and self._wants_notification(old):
-                flags |= _NOTIFY
+                flags |= NOTIFY
             if load_index(self.available + 2) != self.next_available:
-                flags |= _MORE
+                flags |= MORE
         if self.faulty:
-            flags |= _FAULTS
+            flags |= FAULTS
         self.memory_lost()
         if self.rule:
-            flags = (flags & ~_MORE) | _BROKEN
+            flags = (flags & ~MORE) | BROKEN
         return flags
 
     cdef void _ask_for_kick(self) noexcept nogil:

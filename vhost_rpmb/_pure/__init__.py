@@ -2,18 +2,12 @@
 """The data path in Python: the readable reference of the compiled engine."""
 
 from vhost_rpmb._pure.device import RpmbDevice
-from vhost_rpmb._pure.loop import IDLE, UNSIGNALLED, Loop
+from vhost_rpmb._pure.loop import Loop
 from vhost_rpmb._pure.mac import Authenticator
 from vhost_rpmb._pure.memory import GuestMemory, GuestMemoryError
-from vhost_rpmb._pure.virtqueue import BROKEN, FAULTS, MORE, NOTIFY, Virtqueue
+from vhost_rpmb._pure.virtqueue import Virtqueue
 
 __all__ = [
-    "BROKEN",
-    "FAULTS",
-    "IDLE",
-    "MORE",
-    "NOTIFY",
-    "UNSIGNALLED",
     "Authenticator",
     "GuestMemory",
     "GuestMemoryError",

@@ -14,22 +14,13 @@ from typing import TYPE_CHECKING, NamedTuple
 from vhost_rpmb._pure.mac import Authenticator, Frame
 from vhost_rpmb._pure.memory import GuestMemory
 from vhost_rpmb._pure.virtqueue import Virtqueue
-from vhost_rpmb.rpmb import spec
+from vhost_rpmb.rpmb import limits, spec
 from vhost_rpmb.virtio import spec as virtio
 
 if TYPE_CHECKING:
     from vhost_rpmb.storage.interface import DeviceStore
 
 __all__ = ["RpmbDevice"]
-
-# The virtio specification lets a device have a reasonable limit; these bound the memory and the
-# time that one chain and one batch can cost. The largest request that the configuration space
-# allows has 256 frames.
-MAX_REQUEST_BYTES = 512 * spec.FRAME_SIZE
-MAX_RESPONSE_FRAMES = 2048
-MAX_BATCH_FRAMES = 1024
-MAX_BATCH_DESCRIPTORS = 4096
-
 
 _FRAMES = 1  # the level of logging at which frames are written down; no other engine has it
 
@@ -128,7 +119,7 @@ class RpmbDevice:
             raise ValueError(f"an image has 1 to 128 units of 128 KiB, not {size} bytes")
         self._store = store
         self._max_write_blocks = max_write_blocks
-        self._max_read_blocks = max_read_blocks or MAX_RESPONSE_FRAMES
+        self._max_read_blocks = max_read_blocks or limits.MAX_RESPONSE_FRAMES
         self._announced_read_blocks = max_read_blocks
         self._strict = strict
         self._capacity_blocks = size // spec.BLOCK_SIZE
@@ -175,16 +166,19 @@ class RpmbDevice:
         batch: list[_Work] = []
         frames = 0
         for _ in range(queue._open()):
-            if frames >= MAX_BATCH_FRAMES or queue._walked >= MAX_BATCH_DESCRIPTORS:
+            if frames >= limits.MAX_BATCH_FRAMES or queue._walked >= limits.MAX_BATCH_DESCRIPTORS:
                 return batch, False
             chain = queue._pop()
             if chain is None:
                 return batch, False
             length = sum(length for _, length in chain.readable)
             room = sum(length for _, length in chain.writable) // spec.FRAME_SIZE
-            room = min(room, MAX_RESPONSE_FRAMES)
+            room = min(room, limits.MAX_RESPONSE_FRAMES)
             request: list[bytes] | None = None
-            if not length % spec.FRAME_SIZE and 0 < length <= MAX_REQUEST_BYTES:
+            if (
+                not length % spec.FRAME_SIZE
+                and 0 < length <= limits.MAX_REQUEST_FRAMES * spec.FRAME_SIZE
+            ):
                 data = b"".join(queue._memory.read(*buffer) for buffer in chain.readable)
                 request = [
                     data[start : start + spec.FRAME_SIZE]
@@ -228,7 +222,7 @@ class _ChainRun:
                     "request: expected whole frames of %d bytes, 1 to %d of them, found %d bytes: "
                     "GENERAL_FAILURE",
                     spec.FRAME_SIZE,
-                    MAX_REQUEST_BYTES // spec.FRAME_SIZE,
+                    limits.MAX_REQUEST_FRAMES,
                     self._work.length,
                 )
                 self._log_answer(0)

@@ -13,17 +13,15 @@ import os
 import time
 from typing import TYPE_CHECKING, Protocol
 
-from vhost_rpmb._pure.virtqueue import BROKEN, FAULTS, MORE, NOTIFY, Virtqueue
+from vhost_rpmb._pure.virtqueue import Virtqueue
+from vhost_rpmb.virtio.flags import BROKEN, FAULTS, IDLE, MORE, NOTIFY, UNSIGNALLED
+from vhost_rpmb.virtio.limits import SLEEP_MS
 
 if TYPE_CHECKING:
     import select
 
-__all__ = ["IDLE", "UNSIGNALLED", "Loop"]
+__all__ = ["Loop"]
 
-UNSIGNALLED = 16  # the call descriptor could not be signalled
-IDLE = 32  # no event for SLEEP
-
-SLEEP = 1.0  # seconds without an event, then the caller may have something to do
 MAX_AWAY = 1_000_000  # ns of watching without a look at the other descriptors
 FIRST_WATCH = 8_000  # ns that a first watch takes; then they double
 
@@ -79,7 +77,7 @@ class Loop:
                         return self._leave(queue, 0)
             elif not queue._arm():
                 start = time.monotonic_ns()
-                others = self._others_ready(kick_fd, SLEEP)
+                others = self._others_ready(kick_fd, SLEEP_MS / 1000)
                 self._adapt(time.monotonic_ns() - start)
                 self._away = 0
                 if others is not False:

@@ -13,22 +13,13 @@ from collections.abc import Iterator
 from operator import attrgetter
 from weakref import WeakSet
 
+from vhost_rpmb.virtio import limits
+
 __all__ = ["GuestMemory", "GuestMemoryError"]
 
 _ADDRESS_END = 1 << 64
 _FILE_END = 1 << 63
 _BY_GUEST_ADDRESS = attrgetter("guest_address")
-
-# Each access costs the process the page tables of the address, 4 KiB for 2 MiB of addresses and as
-# much again for 1 GiB, and they stay until the mapping goes. A guest could make them grow to 1/512
-# of a sparse file. So the mappings are made anew, in place, after so many areas of 2 MiB.
-MAX_TOUCHED_AREAS = 1024
-_AREA_BITS = 21
-# A mapping is made anew in parts of that size, each of which needs as many free addresses for a
-# moment. Where the regions take half of a 47-bit address space at most, 510 gaps between them
-# cannot all be smaller.
-_RENEWED_AT_ONCE = 1 << 36
-MAX_MAPPED = 1 << 46
 
 
 class GuestMemoryError(Exception):
@@ -139,9 +130,9 @@ def _renew(region: _Region) -> None:
     the first mapping. Nothing is freed where there are no addresses for it, or for huge pages,
     which have no tables of that size.
     """
-    for offset in range(0, region.length, _RENEWED_AT_ONCE):
+    for offset in range(0, region.length, limits.MAX_RENEWED):
         place = region.start + offset
-        length = min(region.length - offset, _RENEWED_AT_ONCE)
+        length = min(region.length - offset, limits.MAX_RENEWED)
         second = _remap_memory(place, 0, length, _MREMAP_MAYMOVE, 0)
         if second == _MAP_FAILED:
             continue
@@ -222,7 +213,7 @@ class GuestMemory:
             after and guest_address + size > after.guest_address
         ):
             raise ValueError("the memory region overlaps another one")
-        if sum(region.size for region in self._regions) + size > MAX_MAPPED:
+        if sum(region.size for region in self._regions) + size > limits.MAX_MAPPED:
             raise ValueError("the memory regions have more than 64 TiB")
         region = _Region(guest_address, size, user_address, mmap_offset, fd)
         _guard(region)
@@ -305,8 +296,13 @@ class GuestMemory:
     def _touch(self, region: _Region, start: int, length: int) -> None:
         """Count what an access costs in page tables, and free those of all regions in time."""
         first = region.start + start
-        self._touched.update(range(first >> _AREA_BITS, (first + length - 1 >> _AREA_BITS) + 1))
-        if len(self._touched) >= MAX_TOUCHED_AREAS:
+        self._touched.update(
+            range(
+                first >> limits.TOUCHED_AREA_BITS,
+                (first + length - 1 >> limits.TOUCHED_AREA_BITS) + 1,
+            )
+        )
+        if len(self._touched) >= limits.MAX_TOUCHED_AREAS:
             self._touched.clear()
             for mapped in self._regions:
                 if not mapped.lost:

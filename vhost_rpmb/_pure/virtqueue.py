@@ -14,16 +14,11 @@ from collections import Counter
 from typing import NamedTuple
 
 from vhost_rpmb._pure.memory import GuestMemory, GuestMemoryError
-from vhost_rpmb.virtio import rules
+from vhost_rpmb.virtio import limits, rules
 from vhost_rpmb.virtio import spec as virtio
+from vhost_rpmb.virtio.flags import BROKEN, FAULTS, MORE, NOTIFY
 
-__all__ = ["BROKEN", "FAULTS", "MORE", "NOTIFY", "Virtqueue"]
-
-# What a batch asks of its caller, or-ed together.
-NOTIFY = 1  # signal the call eventfd
-MORE = 2  # more is available: go on after serving other events
-BROKEN = 4  # Virtqueue.error says why; signal the error eventfd
-FAULTS = 8  # Virtqueue.take_faults() has something to report
+__all__ = ["Virtqueue"]
 
 _DESCRIPTOR = struct.Struct("<QIHH")  # addr, len, flags, next
 _USED_ELEMENT = struct.Struct("<II")  # id, len
@@ -331,7 +326,7 @@ class Virtqueue:
                 if length:
                     self._walked += 1
                     self._crossings += 1
-                    if self._crossings > rules.MAX_CROSSINGS:
+                    if self._crossings > limits.MAX_CROSSINGS:
                         raise _BrokenChainError(rules.CHAIN_CROSSINGS)
         except GuestMemoryError:
             raise _BrokenChainError(outside) from None

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Numbers of the RPMB device, under the names they have in the specifications.
 
-Sources: virtio specification, "RPMB Device"; JEDEC JESD84-B51 (eMMC 5.1) section 6.6.22. The
-compiled engine has the same numbers in ``_fast/spec.pxd``.
+Sources: virtio specification, "RPMB Device"; JEDEC JESD84-B51 (eMMC 5.1) section 6.6.22.
 """
 
 # RPMB device, "RPMB Device".

@@ -1,14 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a driver can break in a virtqueue, in the words that the log uses.
-
-The order is the numbering of the compiled engine (``_fast/virtqueue.pxd``).
-"""
+"""The rules of a virtqueue that a driver can break, in the words of the log, with their numbers."""
 
 from __future__ import annotations
 
-# How often the buffers of one chain may continue in the next memory region. A real guest has few
-# regions that adjoin; without a bound each descriptor could be as much work as there are regions.
-MAX_CROSSINGS = 4096
+from vhost_rpmb.virtio.limits import MAX_CROSSINGS as _CROSSINGS
 
 # A broken chain costs the guest that chain.
 CHAIN_RULES = (
@@ -23,7 +18,7 @@ CHAIN_RULES = (
     "an indirect table lies outside every memory region",
     "a descriptor has length zero",
     "a descriptor chain is longer than 2^32 bytes",
-    f"the buffers of a descriptor chain cross borders of memory regions over {MAX_CROSSINGS} times",
+    f"the buffers of a descriptor chain cross borders of memory regions over {_CROSSINGS} times",
 )
 (
     CHAIN_TOO_LONG,
@@ -39,6 +34,7 @@ CHAIN_RULES = (
     CHAIN_BYTES,
     CHAIN_CROSSINGS,
 ) = range(len(CHAIN_RULES))
+NUM_CHAIN_RULES = len(CHAIN_RULES)
 
 # A broken ring stops the queue until the driver resets it.
 RING_RULES = (

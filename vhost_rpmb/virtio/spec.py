@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Numbers of the virtio specification, under the names they have there.
 
-Source: "Basic Facilities of a Virtio Device", "Split Virtqueues" and "Reserved Feature Bits". The
-compiled engine has the same numbers in ``_fast/spec.pxd``.
+Source: "Basic Facilities of a Virtio Device", "Split Virtqueues" and "Reserved Feature Bits".
 """
 
 # Feature bits (bit numbers), "Reserved Feature Bits".

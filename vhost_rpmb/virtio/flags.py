@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Flags that serving a virtqueue returns to its caller, or-ed together."""
+
+NOTIFY = 1  # signal the call eventfd
+MORE = 2  # more is available: go on after serving other events
+BROKEN = 4  # Virtqueue.error has the reason; signal the error eventfd
+FAULTS = 8  # Virtqueue.take_faults() has something to report
+UNSIGNALLED = 16  # the call descriptor could not be signalled
+IDLE = 32  # no event for limits.SLEEP_MS
