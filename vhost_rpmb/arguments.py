@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the command lines of both programs have in common."""
+"""The argument parser that both programs use."""
 
 import argparse
 import re
@@ -15,10 +15,10 @@ _WRONG_CHOICE = re.compile(r"invalid choice: '([^']*)'")
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports what is wrong as a ``UsageError`` that names the nearest right word.
+    """Raises ``UsageError`` for a wrong argument and suggests the nearest valid word.
 
-    The usage is not printed and the process does not end. Options cannot be abbreviated: a new one
-    would change what an abbreviation means.
+    It neither prints the usage nor ends the process. Options cannot be abbreviated: a new option
+    could change the meaning of an abbreviation.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -27,52 +27,52 @@ class Parser(argparse.ArgumentParser):
             formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=98),
             **options,
         )
-        self._given: Sequence[str] | None = None
+        self._arguments: Sequence[str] | None = None  # as parsed
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Remember what is parsed, for the message of an error."""
-        self._given = sys.argv[1:] if args is None else args
+        """Parse as usual, and keep the arguments for the text of an error."""
+        self._arguments = sys.argv[1:] if args is None else args
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Raise UsageError."""
-        raise UsageError(f"{message}{self._nearest(message)} (see {self.prog} --help)")
+        raise UsageError(f"{message}{self._suggestion(message)} (see {self.prog} --help)")
 
-    def _nearest(self, message: str) -> str:
-        import difflib  # only here: it is not for a start as usual
+    def _suggestion(self, message: str) -> str:
+        import difflib  # imported lazily: not needed on a normal start
 
         if choice := _WRONG_CHOICE.search(message):
-            wrong = [choice[1]]
+            unknown = [choice[1]]
             choices = [action.choices for action in self._actions if action.choices]
-            candidates = [(wrong, {str(word) for row in choices for word in row})]
+            candidates = [(unknown, {str(word) for row in choices for word in row})]
         else:
-            candidates = list(self._options_in_use())
-        for wrong, right in candidates:
-            for word in wrong:
-                if found := difflib.get_close_matches(word, sorted(right), 1):
+            candidates = list(self._unknown_options())
+        for unknown, valid in candidates:
+            for word in unknown:
+                if found := difflib.get_close_matches(word, sorted(valid), 1):
                     return f"; did you mean {found[0]} instead of {word}?"
         return ""
 
-    def _options_in_use(self) -> Iterator[tuple[list[str], set[str]]]:
-        """Give the unknown options, and those known there: behind the command, then before it.
+    def _unknown_options(self) -> Iterator[tuple[list[str], set[str]]]:
+        """Yield the unknown and the valid options: after the command's name, then before it.
 
-        A command that is in use has been given the words behind its name.
+        The parser of the command in use has parsed the arguments after its name.
         """
-        given = [
-            (parser, parser._given)
+        used = [
+            (parser, parser._arguments)
             for parser in parsers(self)
-            if isinstance(parser, Parser) and parser._given is not None
+            if isinstance(parser, Parser) and parser._arguments is not None
         ]
-        behind = 0
-        for parser, words in reversed(given):
-            right = set(parser._option_string_actions)
-            own = [word.partition("=")[0] for word in words[: len(words) - behind]]
-            yield [word for word in own if word.startswith("--") and word not in right], right
-            behind = len(words)
+        after = 0
+        for parser, arguments in reversed(used):
+            valid = set(parser._option_string_actions)
+            own = [word.partition("=")[0] for word in arguments[: len(arguments) - after]]
+            yield [word for word in own if word.startswith("--") and word not in valid], valid
+            after = len(arguments)
 
 
 def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
-    """Give the parser and those of its commands."""
+    """Yield the parser and the parsers of its commands."""
     yield parser
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
@@ -81,7 +81,7 @@ def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser
 
 
 def path_argument(text: str) -> str:
-    """Return ``text``, which has to be usable as a path."""
+    """Return ``text`` if it is usable as a path."""
     if not text:
         raise argparse.ArgumentTypeError("expected a path, found an empty string")
     return text

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line of ``vhost-user-rpmb``: options in, validated ``Options`` out.
+"""The command line of ``vhost-user-rpmb``: parsed and validated into ``Options``.
 
-What can be told from the options alone is checked here; what needs a look at a file is checked
-where the file is opened. Nothing heavy is imported before the options are known to be right, and
-the man page is made from ``build_parser()`` at build time, when only the standard library is there.
+Everything that the options alone decide is checked here; a file is checked where it is opened. The
+parser has every default value. Modules that take time to import are imported after the options are
+validated. The man page is made from ``build_parser()`` at build time, with nothing but the standard
+library installed.
 """
 
 import argparse
@@ -27,9 +28,9 @@ DESCRIPTION = """\
 Serve a virtio RPMB (replay protected memory block) device to a virtual machine over vhost-user.
 
 A virtual machine monitor, such as QEMU, connects to the socket and hands over a virtqueue and the
-guest's memory. What a guest writes is authenticated with a key that is programmed once and cannot
-be read back, and protected against replay by a write counter that only ever goes up. An answer
-that says success leaves only after data and counter are durable.
+guest's memory. Writes are authenticated with a key that is programmed once and cannot be read
+back, and protected against replay by a write counter that only increases. A write is acknowledged
+only after data and counter are durable.
 
 One daemon serves one image to one front-end at a time. It stays in the foreground, logs to
 standard error, and ends cleanly on SIGTERM and SIGINT.
@@ -40,12 +41,12 @@ DEBUG_VERBOSITY = 3
 
 MAX_FD = 0x7FFF_FFFF
 MAX_BLOCKS = 255  # max_wr_cnt and max_rd_cnt have 8 bits
-MAX_POLL_US = 10_000  # a signal may wait that long
-MAX_GID = 0xFFFF_FFFE  # the next one means "unchanged"
-MAX_DIGITS = 10  # of any number that an option takes
+MAX_POLL_US = 10_000  # the longest delay of a signal
+MAX_GID = 0xFFFF_FFFE  # chown() takes the next number for "unchanged"
+MAX_DIGITS = 10  # of a number
 
 # vhost-user "Backend program conventions". QEMU's vhost-user.json has no type for this device;
-# docs/decisions/0003-capabilities-type.md says why it is this one.
+# docs/decisions/0003-capabilities-type.md explains the choice.
 CAPABILITIES = {"type": "rpmb"}
 
 
@@ -63,8 +64,8 @@ def _number(low: int, high: int) -> Callable[[str], int]:
 
 
 def _group(text: str) -> int:
-    """Return the ID of the group that has this name or, where none has it, this number."""
-    import grp  # only here: most starts name no group
+    """Return the ID of the group with this name or, if there is none, with this number."""
+    import grp  # imported lazily: few starts name a group
 
     try:
         return grp.getgrnam(text).gr_gid
@@ -72,16 +73,13 @@ def _group(text: str) -> int:
         if text.isascii() and text.isdigit() and len(text) <= MAX_DIGITS and int(text) <= MAX_GID:
             return int(text)
     raise argparse.ArgumentTypeError(
-        f"expected a group's name or number, found {text!r}: make it with groupadd or name another"
+        f"expected a group name or number, found {text!r}: create it with groupadd or name another"
     )
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line; the man page is made from it."""
-    parser = Parser(
-        prog=PROG,
-        description=DESCRIPTION,
-    )
+    parser = Parser(prog=PROG, description=DESCRIPTION)
     add = parser.add_argument
     add(
         "-V",
@@ -90,8 +88,8 @@ def build_parser() -> argparse.ArgumentParser:
         version=f"{PROG} {__version__}",
         help="print the version and exit",
     )
-    add("-v", "--verbose", action="count", default=0, help="more output; may be repeated")
-    add("--debug", action="store_true", help="debug output, on the pure-Python engine")
+    add("-v", "--verbose", action="count", default=0, help="log more; may be repeated")
+    add("--debug", action="store_true", help="log everything; use the pure-Python engine")
     socket = parser.add_mutually_exclusive_group(required=True)
     socket.add_argument(
         "--socket-path",
@@ -103,100 +101,100 @@ def build_parser() -> argparse.ArgumentParser:
         "--fd",
         metavar="FDNUM",
         type=_number(0, MAX_FD),
-        help="accept on an already listening UNIX socket inherited as FDNUM (one that is connected "
-        "already is served, and its end ends the daemon); not with --socket-path",
+        help="accept on a listening UNIX socket inherited as FDNUM (a connected socket is served, "
+        "and the daemon ends when it disconnects); not with --socket-path",
     )
     add(
         "--socket-group",
         metavar="GROUP",
         type=_group,
-        help="let this group, a name or a number, connect to the socket of --socket-path too: its "
-        "mode is 0660 then; default: only the daemon's user, mode 0600",
+        help="group, a name or a number, that may also connect to the socket of --socket-path: the "
+        "socket gets mode 0660; default: only the daemon's user, mode 0600",
     )
     add(
         "--flash-path",
         metavar="PATH",
         type=path_argument,
         required=True,
-        help="the raw backing image: a multiple of 128 KiB, up to 32 MiB, of which the first "
-        "16 MiB are served; required",
+        help="raw backing image: a multiple of 128 KiB, up to 32 MiB, of which the first 16 MiB "
+        "are served; required",
     )
     add(
         "--key-path",
         metavar="PATH",
         type=path_argument,
-        help="the 32-byte key file; without --key-set, where a key programmed by the guest is "
-        "kept; default: the key is kept in the state database",
+        help="32-byte key file; without --key-set, the file that stores a key programmed by the "
+        "guest; default: the key is stored in the state database",
     )
     add(
         "--key-set",
         action="store_true",
-        help="the key in --key-path counts as programmed: the guest cannot program one",
+        help="use the key in --key-path as programmed: the guest cannot program one",
     )
     add(
         "--initial-counter",
         metavar="N",
         type=_number(0, MAX_WRITE_COUNTER),
-        help=f"start value of the write counter of a new device, 0 to {MAX_WRITE_COUNTER}; "
-        "default 0; a stored counter always wins; required to make a new device of an image that "
-        "holds data",
+        help=f"initial write counter of a new device, 0 to {MAX_WRITE_COUNTER}; default 0; ignored "
+        "if a counter is stored; required to create a new device from an image that holds data",
     )
     add(
         "--print-capabilities",
         action="store_true",
-        help="print what this back-end can do as JSON (vhost-user back-end convention) and exit; "
-        "other options are ignored",
+        help="print the capabilities of this back-end as JSON (vhost-user back-end convention) and "
+        "exit; other options are ignored",
     )
     add(
         "--state-path",
         metavar="PATH",
         type=path_argument,
-        help="where the durable state is kept; default: the flash path, symbolic links resolved, "
-        "with .state behind it",
+        help="state database; default: the flash path, symbolic links resolved, with .state "
+        "appended",
     )
     add(
         "--max-write-blocks",
         metavar="N",
         type=_number(1, MAX_BLOCKS),
         default=32,
-        help=f"blocks of 256 bytes that one write may have, 1 to {MAX_BLOCKS}; default %(default)s",
+        help=f"maximum number of 256-byte blocks in one write, 1 to {MAX_BLOCKS}; "
+        "default %(default)s",
     )
     add(
         "--max-read-blocks",
         metavar="N",
         type=_number(0, MAX_BLOCKS),
         default=MAX_BLOCKS,
-        help=f"blocks of 256 bytes that one read may have, 1 to {MAX_BLOCKS}, or 0 for no limit "
-        "but the room for the answer, up to 2048; default %(default)s",
+        help=f"maximum number of 256-byte blocks in one read, 1 to {MAX_BLOCKS}, or 0 for the room "
+        "in the answer, up to 2048; default %(default)s",
     )
     add(
         "--poll-us",
         metavar="N",
         type=_number(0, MAX_POLL_US),
         default=64,
-        help="microseconds that the daemon may watch for the next request before it sleeps, 0 to "
-        f"{MAX_POLL_US}; it watches only while requests come that fast; 0 turns it off; "
+        help=f"maximum time of busy polling for the next request, 0 to {MAX_POLL_US} microseconds; "
+        "the daemon polls only while requests arrive that fast; 0 disables polling; "
         "default %(default)s",
     )
     add(
         "--strict",
         action="store_true",
-        help="answer by the letter of the virtio specification, although deployed software may "
-        "not take it: a block count of 0 is a general failure everywhere, and an expired write "
-        "counter is answered with the bare result 0x80",
+        help="follow the letter of the virtio specification, which deployed software may reject: "
+        "a block count of 0 is always a general failure, and an expired write counter is answered "
+        "with the bare result 0x80",
     )
     add(
         "--once",
         action="store_true",
-        help="end when the first front-end disconnects; otherwise the next one is served",
+        help="end when the first front-end disconnects; default: serve the next one",
     )
     add(
         "--sandbox",
         metavar="on|off",
         choices=("on", "off"),
         default="on",
-        help="off: keep what the daemon otherwise gives up before it serves anybody (other files, "
-        "new sockets, other programs), to debug it; default %(default)s",
+        help="off: keep access to other files, new sockets and other programs, for debugging; on: "
+        "give it up before the first front-end is served; default %(default)s",
     )
     return parser
 
@@ -215,9 +213,10 @@ def _engine(debug: bool, environment: Mapping[str, str]) -> str:
 
 
 def parse_options(arguments: Sequence[str], environment: Mapping[str, str]) -> "Options":
-    """Return the options that `arguments` (without the program's name) stand for.
+    """Return the options in `arguments` (without the program's name), validated.
 
-    Raises `UsageError` for a wrong one, and `SystemExit` after --help and --version.
+    Each field of `Options` is the value that the parser stores under the same name. Raises
+    `UsageError` for a wrong option, and `SystemExit` after --help and --version.
     """
     namespace = build_parser().parse_args(arguments)
     if namespace.key_set and namespace.key_path is None:
@@ -227,31 +226,18 @@ def parse_options(arguments: Sequence[str], environment: Mapping[str, str]) -> "
         )
     if namespace.socket_group is not None and namespace.socket_path is None:
         raise UsageError(
-            "--socket-group needs --socket-path=PATH, the socket that the daemon makes: set the "
-            f"group of an inherited socket where it is made (see {PROG} --help)"
+            "--socket-group needs --socket-path=PATH, the socket that the daemon creates: set the "
+            f"group of an inherited socket where it is created (see {PROG} --help)"
         )
-    engine = _engine(namespace.debug, environment)
+    values = vars(namespace) | {
+        "engine": _engine(namespace.debug, environment),
+        "sandbox": namespace.sandbox == "on",
+        "verbosity": max(namespace.verbose, DEBUG_VERBOSITY if namespace.debug else 0),
+    }
 
     from vhost_rpmb.daemon.server import Options
 
-    return Options(
-        flash_path=namespace.flash_path,
-        socket_path=namespace.socket_path,
-        socket_group=namespace.socket_group,
-        fd=namespace.fd,
-        key_path=namespace.key_path,
-        key_set=namespace.key_set,
-        initial_counter=namespace.initial_counter,
-        state_path=namespace.state_path,
-        max_write_blocks=namespace.max_write_blocks,
-        max_read_blocks=namespace.max_read_blocks,
-        poll_us=namespace.poll_us,
-        strict=namespace.strict,
-        once=namespace.once,
-        sandbox=namespace.sandbox == "on",
-        engine=engine,
-        verbosity=max(namespace.verbose, DEBUG_VERBOSITY if namespace.debug else 0),
-    )
+    return Options(**{name: values[name] for name in Options._fields})
 
 
 def _fail(message: str, status: int) -> int:
@@ -265,8 +251,8 @@ def _fail(message: str, status: int) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the daemon with the options in `argv` (default: the process's own).
 
-    Returns the exit status: 0 after a clean end, 1 for what goes wrong with the device's state or
-    the machine, 2 for a wrong option or a file that cannot serve its purpose.
+    Returns the exit status: 0 after a clean end, 1 for an error of the device's state or of the
+    machine, 2 for a wrong option or an unsuitable file.
     """
     arguments = sys.argv[1:] if argv is None else argv
     if "--print-capabilities" in arguments:
@@ -274,7 +260,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(json.dumps(CAPABILITIES))
         return 0
-    gc.disable()  # what imports make stays; looking through it would take 5 % of the start
+    gc.disable()  # objects made by imports live on; scanning them takes 5 % of the start
     try:
         options = parse_options(arguments, os.environ)
 
@@ -288,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = f"{error.filename}: " if error.filename is not None else ""
         return _fail(f"{where}{error.strerror or error}", OperatorError.exit_status)
     except KeyboardInterrupt:
-        return 130  # before the daemon took over SIGINT: what a shell reports for it
+        return 130  # before the daemon handles SIGINT: the status that a shell reports for it
     finally:
         gc.enable()
     return 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A running RPMB device for the test suites of others: `RunningDevice`.
+"""A running RPMB device for test suites of other projects: `RunningDevice`.
 
 ::
 
@@ -15,24 +15,23 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from vhost_rpmb.driver.rpmb import RpmbClient
 from vhost_rpmb.rpmb import spec
 
 _TIMEOUT = 60.0  # seconds for a start or a stop
-_LOOK = 0.1  # seconds between two looks whether a daemon that has not said READY is still there
+_POLL_INTERVAL = 0.1  # seconds between checks that a starting daemon still runs
 
 
 class RunningDevice:
-    """A daemon in a process of its own, on one image in ``folder``; a context manager.
+    """A daemon in its own process, with one image in ``folder``; a context manager.
 
-    The image gets ``capacity`` bytes, a multiple of 128 KiB up to 16 MiB, unless it is there
-    already. ``options`` are further ones of vhost-user-rpmb's command line. Entering the context
-    starts the daemon, leaving it stops it; `kill` and `start` in between are a crash and what comes
-    after. A VMM attaches to ``socket_path``; `client` is a front-end without a virtual machine.
-    ``command_line`` and ``environment`` are those of the next start.
+    The image is created with ``capacity`` bytes, a multiple of 128 KiB up to 16 MiB, unless it
+    exists. ``options`` are further options of vhost-user-rpmb. Entering the context starts the
+    daemon, leaving it stops the daemon; `kill` and `start` in between simulate a crash and a
+    restart. A VMM attaches to ``socket_path``; `client` is a front-end without a virtual machine.
+    ``command_line`` and ``environment`` apply to the next start.
     """
 
     def __init__(
@@ -55,23 +54,23 @@ class RunningDevice:
 
     @property
     def log(self) -> str:
-        """What the daemon has said so far, in all its starts."""
+        """The log of the daemon, of all starts so far."""
         return self._log.read_text(errors="replace") if self._log.exists() else ""
 
     @property
     def pid(self) -> int:
-        """The running daemon's process; RuntimeError if there is none."""
+        """The process ID of the running daemon; RuntimeError if there is none."""
         if self._process is None:
             raise RuntimeError("the device is not running")
         return self._process.pid
 
     def start(self) -> None:
-        """Start the daemon, wait until it serves; RuntimeError with its words if it does not."""
+        """Start the daemon and wait until it serves; RuntimeError with its log if it does not."""
         if self._process is not None:
             raise RuntimeError("the device is running already")
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
             manager.bind("")  # an abstract name that the kernel chooses
-            manager.settimeout(_LOOK)
+            manager.settimeout(_POLL_INTERVAL)
             process = self._launch("@" + os.fsdecode(manager.getsockname()[1:]))
             ends = time.monotonic() + _TIMEOUT
             while not _is_ready(manager):
@@ -92,7 +91,7 @@ class RunningDevice:
         return self._process
 
     def stop(self) -> None:
-        """End the daemon as an operator would; RuntimeError with its words unless it ends well."""
+        """Stop the daemon by SIGTERM; RuntimeError with its log unless it ends with status 0."""
         if self._process is None:
             return
         self._process.terminate()
@@ -105,16 +104,16 @@ class RunningDevice:
             raise RuntimeError(f"the device ended with status {status}: {self.log}")
 
     def kill(self) -> None:
-        """End the daemon at once, as a crash would; everything acknowledged is there at `start`."""
+        """Kill the daemon, as a crash would; every acknowledged write is there after `start`."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
             self._process = None
 
     def client(self, key: bytes | None = None) -> RpmbClient:
-        """Connect as a virtual machine would; with the key every answer is verified.
+        """Connect as a virtual machine would; with ``key``, every answer is verified.
 
-        One front-end is served at a time: the client waits while another one is connected.
+        The daemon serves one front-end at a time: the client waits while another is connected.
         """
         return RpmbClient.connect(self.socket_path, key)
 
@@ -122,19 +121,14 @@ class RunningDevice:
         self.start()
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if exc is None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
             self.stop()
         self.kill()
 
 
 def _is_ready(manager: socket.socket) -> bool:
-    """Look for the daemon's notification, for a moment."""
+    """Wait up to the socket's timeout for the daemon's READY notification."""
     try:
         return manager.recv(4096).startswith(b"READY=1")
     except TimeoutError:

@@ -61,7 +61,7 @@ def frontend(device: RunningDevice) -> Iterator[Frontend]:
 
 @pytest.fixture
 def memory() -> Iterator[GuestMemory]:
-    with GuestMemory() as memory:
+    with GuestMemory(sealed=False) as memory:
         yield memory
 
 

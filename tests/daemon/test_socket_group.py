@@ -142,7 +142,7 @@ def test_nobody_can_connect_before_mode_and_group_are_right(tmp_path: Path) -> N
 def test_an_unknown_group_is_refused(group: str) -> None:
     with pytest.raises(UsageError) as caught:
         parse_options(["--flash-path=f", "--socket-path=s", f"--socket-group={group}"], {})
-    assert f"expected a group's name or number, found {group!r}" in str(caught.value)
+    assert f"expected a group name or number, found {group!r}" in str(caught.value)
 
 
 def test_the_group_is_only_for_a_socket_of_the_daemon() -> None:

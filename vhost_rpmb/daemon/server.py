@@ -49,27 +49,28 @@ logger = logging.getLogger(__name__)
 
 
 class Options(NamedTuple):
-    """What the daemon is started with; validated by the command line, not checked again.
+    """The daemon's options; validated by the command line, not checked again.
 
+    The command line fills each field from the parser's value of the same name and has the defaults.
     Exactly one of `socket_path` and `fd` is given; `socket_group` only with the former.
     """
 
     flash_path: str
-    socket_path: str | None = None
-    socket_group: int | None = None  # a group that may connect too
-    fd: int | None = None
-    key_path: str | None = None
-    key_set: bool = False
-    initial_counter: int | None = None  # None: not given
-    state_path: str | None = None  # None: beside the image, see vhost_rpmb.storage.paths
-    max_write_blocks: int = 32
-    max_read_blocks: int = 255
-    strict: bool = False
-    once: bool = False
-    poll_us: int = 64  # microseconds
-    sandbox: bool = True  # give up what serving does not need
-    engine: str = "fast"  # "fast" or "pure"
-    verbosity: int = 0  # 0 warnings, 1 what happens, 2 the protocol's messages, 3 everything
+    socket_path: str | None
+    socket_group: int | None  # a group that may also connect
+    fd: int | None
+    key_path: str | None
+    key_set: bool
+    initial_counter: int | None  # None: not given
+    state_path: str | None  # None: beside the image, see `Paths`
+    max_write_blocks: int
+    max_read_blocks: int
+    strict: bool
+    once: bool
+    poll_us: int  # microseconds
+    sandbox: bool  # restrict the process before it serves
+    engine: str  # "fast" or "pure"
+    verbosity: int  # 0 warnings, 1 connections, 2 messages of the protocol, 3 everything
 
 
 def run(options: Options) -> None:

@@ -8,9 +8,9 @@ import threading
 import time
 from collections.abc import Sequence
 from os import PathLike, fspath
-from types import TracebackType
 from typing import Self
 
+from vhost_rpmb.closing import Closing
 from vhost_rpmb.driver.errors import BackendError, RequestRefusedError
 from vhost_rpmb.driver.memory import GuestMemory
 from vhost_rpmb.driver.ring import Ring
@@ -36,7 +36,7 @@ _CONNECT_HINTS = {
 }
 
 
-class Frontend:
+class Frontend(Closing):
     """A connection to a back-end, which it owns; a context manager.
 
     Every message is acknowledged once REPLY_ACK is negotiated. All methods raise BackendError when
@@ -73,17 +73,6 @@ class Frontend:
         closing = threading.Thread(target=self._sock.close, daemon=True)
         closing.start()
         closing.join(self._timeout)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def fileno(self) -> int:
         """The socket, for `Ring.wait` to notice its end."""

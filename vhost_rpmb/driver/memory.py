@@ -6,9 +6,8 @@ import mmap
 import os
 import sys
 from collections.abc import Sequence
-from types import TracebackType
-from typing import Self
 
+from vhost_rpmb.closing import Closing
 from vhost_rpmb.vhost_user.wire import MemoryRegion
 
 #: One region of 4 MiB: rings, and room for 16 answers of the largest size. Guest physical and user
@@ -47,7 +46,7 @@ class Region:
         os.close(self.fd)
 
 
-class GuestMemory:
+class GuestMemory(Closing):
     """Memory regions at chosen addresses, with an allocator for rings and buffers.
 
     Addresses are guest physical, sizes are bytes. Sizes and mmap offsets of the regions have to be
@@ -72,17 +71,6 @@ class GuestMemory:
         """Unmap all regions. The memory object is empty afterwards."""
         while self.regions:
             self.regions.pop().close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     # Allocation
 

@@ -12,9 +12,9 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
-from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
+from vhost_rpmb.closing import Closing
 from vhost_rpmb.driver.errors import BackendError, QueueError
 from vhost_rpmb.driver.memory import GuestMemory
 from vhost_rpmb.virtio import spec as virtio
@@ -59,7 +59,7 @@ class _Chain(NamedTuple):
     writable: int  # bytes
 
 
-class Ring:
+class Ring(Closing):
     """A split virtqueue of ``size`` descriptors in guest memory, with its eventfds.
 
     ``features`` are the negotiated feature bits: with VIRTIO_F_INDIRECT_DESC chains of two and
@@ -104,17 +104,6 @@ class Ring:
         self._drop_chains()
         for address in (self.descriptor_table, self.available_ring, self.used_ring):
             self.memory.free(address)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def reset(self, first_index: int = 0) -> None:
         """Forget all chains and signals of the device, and zero the ring memory.

@@ -14,7 +14,6 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from os import PathLike
-from types import TracebackType
 from typing import NamedTuple, Self
 
 from vhost_rpmb._pure.mac import Authenticator
@@ -151,13 +150,8 @@ class RpmbClient:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if error is None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
             self.close()
         else:
             self._resources.close()  # no farewell to a back-end that may not answer
