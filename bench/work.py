@@ -18,7 +18,7 @@ from vhost_rpmb import engine
 from vhost_rpmb.driver.memory import DEFAULT_REGIONS, GuestMemory
 from vhost_rpmb.driver.ring import Ring
 from vhost_rpmb.rpmb import spec
-from vhost_rpmb.storage.local.store import open_store
+from vhost_rpmb.storage.local.opening import open_store
 from vhost_rpmb.storage.paths import Paths
 from vhost_rpmb.virtio import spec as virtio
 

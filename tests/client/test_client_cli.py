@@ -28,7 +28,7 @@ from vhost_rpmb.client.files import write_file
 from vhost_rpmb.driver.errors import ClientError
 from vhost_rpmb.driver.rpmb import RpmbClient
 from vhost_rpmb.rpmb import spec
-from vhost_rpmb.storage.local.store import open_store
+from vhost_rpmb.storage.local.opening import open_store
 from vhost_rpmb.storage.paths import Paths
 
 PROGRAM = [sys.executable, "-m", "vhost_rpmb.client"]

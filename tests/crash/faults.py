@@ -32,7 +32,8 @@ from typing import NamedTuple
 from tests.support.rig import make_image
 from vhost_rpmb.errors import OperatorError, StateError
 from vhost_rpmb.rpmb import spec
-from vhost_rpmb.storage.local.store import Store, open_store
+from vhost_rpmb.storage.local.opening import open_store
+from vhost_rpmb.storage.local.store import Store
 from vhost_rpmb.storage.paths import Paths
 
 KEY = bytes(range(50, 82))

@@ -18,7 +18,7 @@ from tests.crash.workload import KEY, MARKS, steps
 from tests.support.rig import make_image
 from vhost_rpmb.errors import OperatorError, StateError
 from vhost_rpmb.rpmb import spec
-from vhost_rpmb.storage.local.store import open_store
+from vhost_rpmb.storage.local.opening import open_store
 from vhost_rpmb.storage.paths import Paths
 
 pytestmark = pytest.mark.needs_ptrace

@@ -19,7 +19,7 @@ from tests.support.rig import KEY, PATIENCE, make_image
 from vhost_rpmb.driver.errors import RpmbResultError
 from vhost_rpmb.driver.rpmb import RpmbClient
 from vhost_rpmb.rpmb import spec
-from vhost_rpmb.storage.local.store import verify
+from vhost_rpmb.storage.local.opening import verify
 from vhost_rpmb.storage.paths import Paths
 
 BLOCKS = 32  # in each write

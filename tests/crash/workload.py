@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 from vhost_rpmb.errors import OperatorError
 from vhost_rpmb.rpmb import spec
-from vhost_rpmb.storage.local.store import Store, open_store
+from vhost_rpmb.storage.local.opening import open_store
+from vhost_rpmb.storage.local.store import Store
 from vhost_rpmb.storage.paths import Paths
 
 MARKS = 9

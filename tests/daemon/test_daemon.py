@@ -27,7 +27,7 @@ from vhost_rpmb.driver.rpmb import RpmbClient
 from vhost_rpmb.engine import Engine
 from vhost_rpmb.errors import UsageError
 from vhost_rpmb.rpmb import spec
-from vhost_rpmb.storage.local.store import open_store
+from vhost_rpmb.storage.local.opening import open_store
 from vhost_rpmb.storage.paths import Paths
 from vhost_rpmb.vhost_user import wire
 from vhost_rpmb.vhost_user.wire import Request

@@ -17,7 +17,8 @@ from typing import TypeVar
 from tests.support.rig import KEY, make_image
 from vhost_rpmb.engine import Engine
 from vhost_rpmb.rpmb import spec
-from vhost_rpmb.storage.local.store import Store, open_store
+from vhost_rpmb.storage.local.opening import open_store
+from vhost_rpmb.storage.local.store import Store
 from vhost_rpmb.storage.paths import Paths
 
 T = TypeVar("T")

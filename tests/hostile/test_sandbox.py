@@ -211,7 +211,7 @@ def test_empty_log_replaces_the_one_that_sqlite_removes(flash: Path) -> None:
 from vhost_rpmb.daemon import server as daemon
 from vhost_rpmb.daemon import sandbox
 from vhost_rpmb.storage.paths import Paths
-from vhost_rpmb.storage.local.store import open_store
+from vhost_rpmb.storage.local.opening import open_store
 paths = Paths.resolve({str(flash)!r})
 store = open_store(paths)
 sandbox.enter(daemon._folders(store.resources(), None))

@@ -10,7 +10,7 @@ import pytest
 
 from tests.support.rig import KEY, make_image
 from vhost_rpmb.errors import UsageError
-from vhost_rpmb.storage.local.store import open_store, verify
+from vhost_rpmb.storage.local.opening import open_store, verify
 from vhost_rpmb.storage.paths import Paths
 
 

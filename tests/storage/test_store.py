@@ -24,9 +24,9 @@ import pytest
 from tests.support.rig import KEY, make_image, resolved, write_key
 from vhost_rpmb.errors import OperatorError, StateError, UsageError
 from vhost_rpmb.rpmb import spec
-from vhost_rpmb.storage.local import database as state
-from vhost_rpmb.storage.local import image
-from vhost_rpmb.storage.local.store import MAX_PENDING, Store, open_store, verify
+from vhost_rpmb.storage.local import image, statefile
+from vhost_rpmb.storage.local.opening import open_store, verify
+from vhost_rpmb.storage.local.store import MAX_PENDING, Store
 from vhost_rpmb.storage.paths import Paths
 
 A, B = b"A" * 256, b"B" * 256
@@ -491,7 +491,7 @@ def test_a_damaged_state_file(opened: Open, flash: Path) -> None:
 
 def test_a_log_without_its_state_file(opened: Open, flash: Path, tmp_path: Path) -> None:
     flash.with_name(flash.name + ".state-wal").write_bytes(b"log")
-    check_refused(opened, StateError, "state-wal is there", tmp_path)
+    check_refused(opened, StateError, "state-wal: expected its state file", tmp_path)
 
 
 # Locks
@@ -514,7 +514,7 @@ class NoLocks:
 
 
 @pytest.mark.parametrize("offline", [False, True])
-@pytest.mark.parametrize(("call", "module"), [("flock", image), ("lockf", state)])
+@pytest.mark.parametrize(("call", "module"), [("flock", image), ("lockf", statefile)])
 def test_a_file_system_without_locks(
     opened: Open,
     flash: Path,

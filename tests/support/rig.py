@@ -14,7 +14,8 @@ from vhost_rpmb.driver.memory import DEFAULT_REGIONS, GuestMemory
 from vhost_rpmb.driver.ring import Ring, Segment, Used
 from vhost_rpmb.engine import Engine
 from vhost_rpmb.rpmb import spec
-from vhost_rpmb.storage.local.store import Store, open_store
+from vhost_rpmb.storage.local.opening import open_store
+from vhost_rpmb.storage.local.store import Store
 from vhost_rpmb.storage.paths import Paths
 from vhost_rpmb.vhost_user.wire import MemoryRegion
 from vhost_rpmb.virtio import spec as virtio

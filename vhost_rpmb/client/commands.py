@@ -237,10 +237,10 @@ def verify(arguments: argparse.Namespace) -> Result:
 
 
 def _report(arguments: argparse.Namespace) -> Result:
-    from vhost_rpmb.storage.local import store
+    from vhost_rpmb.storage.local import opening
     from vhost_rpmb.storage.paths import Paths
 
-    report = store.verify(
+    report = opening.verify(
         Paths.resolve(arguments.flash_path, arguments.state_path, arguments.key_path),
         warn=lambda text: say(f"warning: {text}"),
     )

@@ -173,7 +173,7 @@ def create_file(path: str, data: bytes, size: int | None = None) -> None:
 
     UsageError where the path exists already or the file cannot be created.
     """
-    from vhost_rpmb.storage.local.image import sync_folder
+    from vhost_rpmb.storage.local.files import sync_folder
 
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -201,7 +201,7 @@ def create_folder(path: str) -> None:
 
     UsageError where the path exists already or the folder cannot be created.
     """
-    from vhost_rpmb.storage.local.image import sync_folder
+    from vhost_rpmb.storage.local.files import sync_folder
 
     path = os.path.abspath(path)
     if os.path.lexists(path):

@@ -25,7 +25,7 @@ from vhost_rpmb.daemon import notify as service
 from vhost_rpmb.daemon import sandbox
 from vhost_rpmb.errors import PeerError, UsageError
 from vhost_rpmb.storage.interface import Access, Resources, Store
-from vhost_rpmb.storage.local.store import open_store
+from vhost_rpmb.storage.local.opening import open_store
 from vhost_rpmb.storage.paths import Paths
 from vhost_rpmb.vhost_user.session import Backend, Device, LimitedLog
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Durable state of a device.
 
-Belongs here: the interface that the device and the daemon use, the paths, and one folder a home of
-the state. Does not: requests, sockets and guest memory.
+Belongs here: the contract of a store (`interface`), the paths, and one folder for each home of the
+state. Does not belong here: requests, sockets, guest memory and the sandbox itself.
 """

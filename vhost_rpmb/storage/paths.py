@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The paths of a device's files: the only place that knows which file stands where."""
+"""The paths of a device's files: the only module that derives one path from another."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ __all__ = ["Paths", "journal_of", "log_of", "new_of"]
 class Paths(NamedTuple):
     """The files of one device, absolute and with symbolic links resolved.
 
-    Made by `resolve` once a process, and handed to the store, to the offline check and to the
-    sandbox. A symbolic link to the image therefore leads to the same state as the image itself.
+    Resolved once a process by `resolve`, and handed to the store or to the offline check; the
+    sandbox gets its folders from the store. A symbolic link to the image therefore leads to the
+    same state as the image itself.
     """
 
     flash: str
@@ -26,9 +27,9 @@ class Paths(NamedTuple):
     def resolve(
         cls, flash_path: str, state_path: str | None = None, key_path: str | None = None
     ) -> Self:
-        """Resolve the paths that options name; the state stands beside the image by default.
+        """Resolve the paths that options name; by default the state is beside the image.
 
-        Raises UsageError where one file would be used for two purposes.
+        Raises UsageError if one file would have two purposes.
         """
         flash = os.path.realpath(flash_path)
         state = _resolve(flash + ".state" if state_path is None else state_path)
@@ -73,11 +74,11 @@ def journal_of(state_path: str) -> str:
 
 
 def new_of(path: str) -> str:
-    """Return the path at which a file is written before it gets its name."""
+    """Return the temporary path of a file, until it is complete."""
     return path + ".new"
 
 
 def _resolve(path: str) -> str:
-    """Resolve symbolic links, except for a link to nothing: that one is refused, not created."""
+    """Resolve symbolic links, except a dangling one: opening it is refused later."""
     real = os.path.realpath(path)
     return os.path.abspath(path) if os.path.islink(path) and not os.path.lexists(real) else real

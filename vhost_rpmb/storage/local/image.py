@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The raw flash image on the disk: blocks of 256 bytes and nothing else."""
+"""The image file: blocks of 256 bytes, and a stamp in an extended attribute."""
 
 from __future__ import annotations
 
@@ -13,30 +13,21 @@ from typing import NamedTuple
 
 from vhost_rpmb.errors import StateError, UsageError
 from vhost_rpmb.rpmb import spec
+from vhost_rpmb.storage.local.files import cannot_lock
 
-__all__ = [
-    "ImageFile",
-    "Stamp",
-    "cannot_lock",
-    "digest",
-    "is_zeros",
-    "ranges",
-    "runs",
-    "sync_folder",
-    "write_all",
-]
+__all__ = ["ImageFile", "Stamp", "digest", "is_zeros", "ranges", "runs"]
 
-MAX_IMAGE_SIZE = 32 * 1024 * 1024  # bytes; what lies above 16 MiB has no address
+MAX_IMAGE_SIZE = 32 * 1024 * 1024  # bytes; above 16 MiB they have no address
 
-_CHUNK_BLOCKS = 256  # read at a time
+_CHUNK_BLOCKS = 256  # blocks of one read
 _ZEROS = bytes(_CHUNK_BLOCKS * spec.BLOCK_SIZE)
 # No such attribute; none on this kind of file or file system; refused by a filter of system calls.
 _NO_STAMP = (errno.ENODATA, errno.ENOTSUP, errno.ENOSYS, errno.EPERM)
-_STAMP = "user.vhost-rpmb"  # an extended attribute: the content of the file has no room for it
+_STAMP = "user.vhost-rpmb"  # extended attribute: the content of the file is the blocks only
 
 
 class Stamp(NamedTuple):
-    """Whose image a file is, and how often that device had been started when it was noted."""
+    """The device that an image belongs to, and its number of starts when the stamp was set."""
 
     device: str
     starts: int
@@ -45,8 +36,8 @@ class Stamp(NamedTuple):
 class ImageFile:
     """The image of a device, locked for this process while open.
 
-    ``file_size``: of the file; ``size``: of what is served (bytes). Raises UsageError for a file
-    that is no image, StateError where it is in use, OSError where the disk fails.
+    ``file_size``: bytes of the file; ``size``: bytes that are served. Raises UsageError for a file
+    that is not an image, StateError if it is in use, OSError if the disk fails.
     """
 
     def __init__(self, path: str, warn: Callable[[str], None], *, writable: bool = True) -> None:
@@ -56,7 +47,7 @@ class ImageFile:
             self._fd = os.open(path, access | os.O_NONBLOCK | os.O_CLOEXEC)  # FIFOs do not block
         except FileNotFoundError:
             raise UsageError(
-                f"the image {path} does not exist: make one with truncate -s 128K {path}"
+                f"the image {path} does not exist: create one with truncate -s 128K {path}"
             ) from None
         except OSError as error:
             raise UsageError(f"the image {path} cannot be opened: {error.strerror}") from error
@@ -75,13 +66,13 @@ class ImageFile:
         if not 0 < self.file_size <= MAX_IMAGE_SIZE or self.file_size % spec.CAPACITY_UNIT:
             raise UsageError(
                 f"the image {path} has {self.file_size} bytes, not a multiple of 128 KiB from"
-                f" 128 KiB to 32 MiB: make one with truncate -s 128K {path}.new"
+                f" 128 KiB to 32 MiB: create one with truncate -s 128K {path}.new"
             )
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise StateError(
-                f"the image {path} is in use by another process: end that one first"
+                f"the image {path} is in use by another process: end that process first"
             ) from None
         except OSError as error:
             raise StateError(cannot_lock(f"the image {path}", error)) from error
@@ -93,7 +84,7 @@ class ImageFile:
             )
 
     def chunks(self) -> Iterator[tuple[int, int, bytes | None]]:
-        """Read the image: (address, blocks, data), data None where it cannot be read."""
+        """Read the image: (address, number of blocks, data), data None where it cannot be read."""
         for first in range(0, self.size // spec.BLOCK_SIZE, _CHUNK_BLOCKS):
             try:
                 yield first, _CHUNK_BLOCKS, self._read(first, _CHUNK_BLOCKS)
@@ -111,9 +102,9 @@ class ImageFile:
         return data
 
     def blocks(self) -> Iterator[tuple[int, bytes]]:
-        """Give the blocks (address, data) of an image that is adopted; of long zeros, none.
+        """Yield the blocks (address, data) for a new device, without long runs of zeros.
 
-        Raises StateError where one cannot be read.
+        Raises StateError if a block cannot be read.
         """
         for first, count, data in self.chunks():
             if data is None:
@@ -134,13 +125,13 @@ class ImageFile:
             data = data[written:]
 
     def sync(self) -> None:
-        """Make what was written durable; after an OSError all of it has to be written again."""
+        """Make all writes durable; after an OSError all of them have to be repeated."""
         os.fdatasync(self._fd)
 
     def is_blank(self) -> bool:
-        """Whether the whole file, also what has no address, is zeros.
+        """Whether the whole file, also the part without addresses, is zeros.
 
-        Raises StateError where it cannot be read.
+        Raises StateError if it cannot be read.
         """
         size = len(_ZEROS)
         try:
@@ -153,10 +144,10 @@ class ImageFile:
             ) from error
 
     def stamp(self) -> Stamp | None:
-        """Read the stamp; None where there is none, or no file system that keeps one.
+        """Read the stamp; None if there is none, or if the file system does not support it.
 
-        A stamp of unknown content counts as one of an unknown device. Raises OSError where the
-        stamp cannot be read.
+        A stamp of unknown content counts as one of an unknown device. Raises OSError if the stamp
+        cannot be read.
         """
         try:
             words = os.getxattr(self._fd, _STAMP).decode("ascii", "replace").split()
@@ -182,41 +173,18 @@ class ImageFile:
         os.close(self._fd)
 
 
-def cannot_lock(name: str, error: OSError) -> str:
-    """Say for the operator that a file's file system has no locks, which keep two daemons apart."""
-    return (
-        f"{name} cannot be locked ({error.strerror}): keep it on a file system with locks, or start"
-        " the lock manager (rpc.statd) if it is on NFS"
-    )
-
-
 def digest(block: bytes) -> bytes:
-    """SHA-256 of a block; empty for all zeros, which a sparse image is mostly made of."""
+    """Return SHA-256 of a block; empty for all zeros, the most frequent block of a sparse image."""
     return b"" if is_zeros(block) else hashlib.sha256(block).digest()
 
 
 def is_zeros(data: bytes) -> bool:
-    """Whether at most a chunk of data is all zeros."""
+    """Whether data, at most a chunk, is all zeros."""
     return data == _ZEROS[: len(data)]
 
 
-def write_all(fd: int, data: bytes) -> None:
-    """Write all of it to where a new file stands."""
-    while data:
-        data = data[os.write(fd, data) :]
-
-
-def sync_folder(path: str) -> None:
-    """Make the names in the folder of ``path`` durable."""
-    fd = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 def runs(addresses: Iterable[int]) -> Iterator[tuple[int, int]]:
-    """Join ascending addresses into (first, count) runs."""
+    """Join ascending addresses into runs (first, count)."""
     first = count = 0
     for address in addresses:
         if count and address == first + count:
@@ -229,12 +197,12 @@ def runs(addresses: Iterable[int]) -> Iterator[tuple[int, int]]:
         yield first, count
 
 
-def ranges(addresses: Iterable[int], most: int | None = 10) -> str:
-    """Write ascending addresses for people: "0, 4-7, 9"; at most ``most`` ranges."""
+def ranges(addresses: Iterable[int], limit: int | None = 10) -> str:
+    """Return the text of ascending addresses: "0, 4-7, 9"; at most ``limit`` ranges."""
     texts = [
         str(first) if count == 1 else f"{first}-{first + count - 1}"
         for first, count in runs(addresses)
     ]
-    if most is None or len(texts) <= most:
+    if limit is None or len(texts) <= limit:
         return ", ".join(texts)
-    return ", ".join(texts[:most]) + f" and {len(texts) - most} more"
+    return ", ".join(texts[:limit]) + f" and {len(texts) - limit} more"

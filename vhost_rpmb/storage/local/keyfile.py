@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The key file on the disk, and telling keys apart without keeping one."""
+"""The key file, and fingerprints: they tell keys apart without containing one."""
 
 from __future__ import annotations
 
@@ -7,27 +7,18 @@ import hmac
 import os
 import stat
 from collections.abc import Callable
-from contextlib import suppress
 
 from vhost_rpmb.errors import UsageError
 from vhost_rpmb.rpmb import spec
-from vhost_rpmb.storage.local.image import sync_folder, write_all
-from vhost_rpmb.storage.paths import new_of
+from vhost_rpmb.storage.local.files import open_regular, published_file, write_all
 
-__all__ = [
-    "exposure",
-    "fingerprint",
-    "open_regular",
-    "read_key_file",
-    "require_key",
-    "write_key_file",
-]
+__all__ = ["exposure", "fingerprint", "read_key_file", "require_key", "write_key_file"]
 
 _FINGERPRINT_LABEL = b"vhost-rpmb key fingerprint"
 
 
 def read_key_file(path: str | None, warn: Callable[[str], None]) -> bytes | None:
-    """Return what the key file holds, None where there is none; at most 32 bytes of it."""
+    """Return the content of the key file, at most 32 bytes; None where there is no file."""
     if path is None:
         return None
     try:
@@ -46,27 +37,27 @@ def read_key_file(path: str | None, warn: Callable[[str], None]) -> bytes | None
 
 
 def require_key(path: str | None, key_file: bytes | None) -> bytes:
-    """Return the whole key of a key file that has to hold one."""
+    """Return the key in a key file that must contain one."""
     if key_file is None:
         raise UsageError(
-            f"--key-set needs the key in --key-path, but {path} does not exist: bring it back, or"
-            f" make a new one with {_make_key(path)}"
+            f"--key-set needs the key in --key-path, but {path} does not exist: restore it, or"
+            f" create a new one with {_make_key(path)}"
         )
     if len(key_file) < spec.KEY_SIZE:
         raise UsageError(
-            f"the key file {path} has {len(key_file)} bytes, a key has 32: make one with rm {path};"
-            f" {_make_key(path)}"
+            f"the key file {path} has {len(key_file)} bytes, a key has 32: create one with"
+            f" rm {path}; {_make_key(path)}"
         )
     return key_file
 
 
 def _make_key(path: str | None) -> str:
-    """Give the command that makes a key file which only its owner can read."""
+    """Return the command that creates a key file which only its owner can read."""
     return f"(umask 077; head -c 32 /dev/urandom > {path})"
 
 
 def exposure(path: str, mode: int) -> str:
-    """Say who else can use a key file of that mode, and what to do; empty if nobody can."""
+    """Return the warning about a key file of a mode that gives others access; empty if none."""
     if not stat.S_ISREG(mode) or not mode & (stat.S_IRWXG | stat.S_IRWXO):
         return ""
     return (
@@ -76,34 +67,11 @@ def exposure(path: str, mode: int) -> str:
 
 
 def write_key_file(path: str, key: bytes) -> None:
-    """Put a key file in place: whole and durable, or OSError."""
-    new = new_of(path)
-    with suppress(FileNotFoundError):
-        os.unlink(new)
-    fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
-        try:
-            write_all(fd, key)
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        os.rename(new, path)
-    except OSError:
-        with suppress(OSError):
-            os.unlink(new)
-        raise
-    sync_folder(path)
-
-
-def open_regular(path: str, flags: int) -> int:
-    """Open a regular file; a pipe or a device could block or answer for ever."""
-    fd = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise OSError(None, "not a regular file", path)
-    return fd
+    """Create or replace a key file, atomically and durably; OSError if that fails."""
+    with published_file(path, os.rename) as fd:
+        write_all(fd, key)
 
 
 def fingerprint(key: bytes) -> bytes:
-    """Tell keys apart without keeping one: HMAC-SHA256 of a label that no frame can equal."""
+    """Return HMAC-SHA256 of a label that no frame can equal."""
     return hmac.digest(key, _FINGERPRINT_LABEL, "sha256")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SQLite's write-ahead log, read: https://www.sqlite.org/fileformat2.html#the_write_ahead_log.
+"""A reader of SQLite's write-ahead log, https://www.sqlite.org/fileformat2.html#the_write_ahead_log.
 
-Only for a copy in memory, of which nothing may be on the disk; docs/decisions/0009 says why. What a
-daemon serves is put together by SQLite itself.
+Only for a copy in memory that must not be on the disk; docs/decisions/0009 has the reason. For the
+state that a daemon serves, SQLite itself reads the log.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import struct
 
 __all__ = ["apply_log"]
 
-_MAGIC = 0x377F0682  # the lowest bit tells the byte order of the checksums: 1 is big-endian
+_MAGIC = 0x377F0682  # the lowest bit is the byte order of the checksums: 1 is big-endian
 _VERSION = 3007000
 _HEADER = struct.Struct(">IIIIIIII")  # magic, version, page size, sequence, salts, checksum
 _FRAME = struct.Struct(">IIIIII")  # page, pages after a commit (else 0), salts, checksum
@@ -24,10 +24,10 @@ _WORD = 0xFFFFFFFF
 
 
 def apply_log(database: bytes, log: bytes) -> bytes:
-    """Return the database with all transactions that its log has whole, as one without a log.
+    """Return the database with all complete transactions of its log, as one without a log.
 
-    As SQLite does, take the frames up to the first one that does not continue the checksums.
-    Raises ValueError for a log that no SQLite of this format wrote for this database.
+    As in SQLite, the log ends at the first frame that does not continue the checksums. Raises
+    ValueError for a log that no SQLite of this format wrote for this database.
     """
     content = bytearray(database)
     _put_commits(content, log)

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The state file and its log as files: the checks before SQLite opens them, and error texts.
+
+SQLite changes a file when it opens it, waits for a FIFO and takes a failed lock for a file in use;
+so these checks come first.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sqlite3
+import stat
+from contextlib import suppress
+from typing import BinaryIO
+
+from vhost_rpmb.errors import StateError
+from vhost_rpmb.storage.local.files import cannot_lock, open_regular
+from vhost_rpmb.storage.paths import journal_of, log_of
+
+__all__ = [
+    "APPLICATION_ID",
+    "FORMAT",
+    "STARTS_MASK",
+    "check_header",
+    "check_neighbours",
+    "damage",
+    "has_log",
+    "read_with_log",
+    "trouble",
+    "user_version",
+]
+
+APPLICATION_ID = 0x52504D42  # "RPMB"
+FORMAT = 1
+# The header of an SQLite database: its magic, and the offsets of user_version and application_id.
+_HEADER_MAGIC = b"SQLite format 3\0"
+_HEADER_NUMBERS = (60, 68)
+_HEADER_SIZE = 100
+# user_version is the format, and above it the low bits of the number of starts: the only
+# place that can be read without the write-ahead log, and that no torn write can tear.
+_FORMAT_BITS = 8
+STARTS_MASK = (1 << 23) - 1
+# The range that SQLite's readers lock; an exclusive writer locks all of it.
+_LOCK_FIRST, _LOCK_SIZE = 0x40000002, 510
+
+
+def user_version(starts: int) -> int:
+    """Return the header field of a state file: its format and the number of starts."""
+    return (starts & STARTS_MASK) << _FORMAT_BITS | FORMAT
+
+
+def check_header(path: str) -> int:
+    """Refuse a file that vhost-rpmb did not write, before SQLite opens and changes it.
+
+    Return the low bits of the number of starts that the file records without its log.
+    """
+    try:
+        with open(path, "rb", opener=open_regular) as file:
+            header = file.read(_HEADER_SIZE)
+            with suppress(BlockingIOError, PermissionError):  # SQLite reports that it is in use
+                _lock_readers(file, path)
+    except OSError as error:
+        raise StateError(f"the state file {path} cannot be read: {error.strerror}") from error
+    if not header:
+        raise StateError(
+            f"the state file {path} is empty, which vhost-rpmb never leaves: restore it from a"
+            " backup; a start without it would set the write counter back"
+        )
+    version, application = (
+        int.from_bytes(header[offset : offset + 4], "big") for offset in _HEADER_NUMBERS
+    )
+    if not header.startswith(_HEADER_MAGIC) or application != APPLICATION_ID:
+        raise StateError(
+            f"{path} is not a vhost-rpmb state file: restore the right one, or name another with"
+            " --state-path"
+        )
+    number = version & ((1 << _FORMAT_BITS) - 1)
+    if number != FORMAT:
+        raise StateError(
+            f"the state file {path} has format {number}, this version knows {FORMAT}: use the"
+            " version of vhost-rpmb that wrote it"
+        )
+    return version >> _FORMAT_BITS
+
+
+def has_log(path: str) -> bool:
+    """Whether a state file has a write-ahead log: it was not closed, or is in use."""
+    return os.path.exists(log_of(path))
+
+
+def read_with_log(path: str) -> tuple[bytes, bytes | None]:
+    """Read a state file and its log, if there is one, while no daemon uses them."""
+    with open(path, "rb", opener=open_regular) as file:
+        try:
+            _lock_readers(file, path)
+        except (BlockingIOError, PermissionError):
+            raise StateError(_in_use(path)) from None
+        content = file.read()
+        try:
+            with open(log_of(path), "rb", opener=open_regular) as log:
+                return content, log.read()
+        except FileNotFoundError:
+            return content, None
+
+
+def _lock_readers(file: BinaryIO, path: str) -> None:
+    """Lock a state file as SQLite's readers do, until it is closed.
+
+    Raises BlockingIOError or PermissionError if a daemon uses it, StateError if the file system has
+    no locks, which SQLite would report as a file in use.
+    """
+    try:
+        fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB, _LOCK_SIZE, _LOCK_FIRST)
+    except (BlockingIOError, PermissionError):
+        raise
+    except OSError as error:
+        raise StateError(cannot_lock(f"the state file {path}", error)) from error
+
+
+def check_neighbours(path: str) -> None:
+    """Refuse special files at the names of SQLite's log and journal: it would wait for a FIFO."""
+    for beside in (log_of(path), journal_of(path)):
+        try:
+            mode = os.lstat(beside).st_mode
+        except OSError:
+            continue
+        if not stat.S_ISREG(mode):
+            raise StateError(
+                f"{beside}: expected a regular file or none, found another kind of file: remove it"
+            )
+
+
+def trouble(path: str, error: sqlite3.Error) -> str:
+    """Return the error text for a failure of SQLite."""
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    if code == sqlite3.SQLITE_BUSY:
+        return _in_use(path)
+    if code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
+        return damage(path, str(error))
+    if code == sqlite3.SQLITE_FULL:
+        return f"the file system of the state file {path} is full: make room on it"
+    if code == sqlite3.SQLITE_READONLY:
+        return f"the state file {path} cannot be written: check its permissions and mount options"
+    return f"the state file {path} cannot be used: {error}"
+
+
+def _in_use(path: str) -> str:
+    return f"the state file {path} is in use by another process: end that process first"
+
+
+def damage(path: str, what: str) -> str:
+    """Return the error text for a state file with invalid content."""
+    return (
+        f"the state file {path} is damaged ({' '.join(what.split())}): restore it from a backup"
+        " together with its image and key file"
+    )
