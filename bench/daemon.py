@@ -16,8 +16,9 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from vhost_rpmb._pure.mac import Authenticator, Frame
 from vhost_rpmb.rpmb import spec
+from vhost_rpmb.rpmb.frame import Frame
+from vhost_rpmb.rpmb.mac import Authenticator
 
 KEY = bytes(range(32))
 SAME_CPU = (0, 0)  # processor of the daemon, of the front-end

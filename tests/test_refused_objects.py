@@ -6,9 +6,9 @@ from __future__ import annotations
 import pytest
 
 from tests.conftest import RigFactory
-from vhost_rpmb._pure.mac import Frame
 from vhost_rpmb.engine import Engine
 from vhost_rpmb.rpmb import spec
+from vhost_rpmb.rpmb.frame import Frame
 
 
 class Image:

@@ -10,7 +10,7 @@ from vhost_rpmb.errors import OperatorError
 from vhost_rpmb.virtio import flags
 
 if TYPE_CHECKING:
-    # The reference stands for both in types: a test holds the twins to the same signatures.
+    # In types the reference stands for both: a test compares the signatures of the twins.
     from vhost_rpmb import _pure
 
 __all__ = ["ENGINES", "Engine", "load"]

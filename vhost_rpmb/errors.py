@@ -23,3 +23,7 @@ class StateError(OperatorError):
 
 class PeerError(Exception):
     """The peer violated the vhost-user protocol; its connection ends, the daemon continues."""
+
+
+class ClientError(Exception):
+    """Base of all errors of driver and client; the text is one line: expected and found."""

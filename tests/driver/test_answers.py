@@ -8,10 +8,12 @@ from collections.abc import Callable
 import pytest
 
 from tests.support.driver import AUTHENTICATOR, KEY, NONCE, OTHER_KEY
-from vhost_rpmb._pure.mac import Authenticator, Frame
-from vhost_rpmb.driver import messages
-from vhost_rpmb.driver.errors import RpmbResultError, VerificationError, result_name
+from vhost_rpmb.driver.errors import RpmbResultError, VerificationError
+from vhost_rpmb.rpmb import frame as messages
 from vhost_rpmb.rpmb import spec
+from vhost_rpmb.rpmb.frame import Frame
+from vhost_rpmb.rpmb.mac import Authenticator
+from vhost_rpmb.rpmb.results import result_name
 
 
 def signed(*frames: Frame, key: bytes = KEY) -> bytes:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from tests.fuzz.targets import Disk, Source, Target
 from tests.support.rig import ALL_FEATURES, KEY, UNIT_BLOCKS, Rig, make_image, split
-from vhost_rpmb._pure.mac import Authenticator, Frame
 from vhost_rpmb.driver.ring import Segment
 from vhost_rpmb.engine import Engine
 from vhost_rpmb.rpmb import spec
+from vhost_rpmb.rpmb.frame import Frame
+from vhost_rpmb.rpmb.mac import Authenticator
 from vhost_rpmb.vhost_user.wire import MemoryRegion
 from vhost_rpmb.virtio import spec as virtio
 

@@ -25,8 +25,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
 
-from vhost_rpmb._pure.mac import Authenticator, Frame
 from vhost_rpmb.rpmb import spec
+from vhost_rpmb.rpmb.frame import Frame
+from vhost_rpmb.rpmb.mac import Authenticator
 from vhost_rpmb.vhost_user import wire
 from vhost_rpmb.vhost_user.wire import MemoryRegion, ProtocolFeature, Request
 from vhost_rpmb.virtio import spec as virtio

@@ -44,11 +44,11 @@ from tests.hostile.fake_backend import (
     Reply,
 )
 from tests.support.rig import write_key
-from vhost_rpmb._pure.mac import Frame
 from vhost_rpmb.driver.errors import BackendError
 from vhost_rpmb.driver.memory import DEFAULT_REGIONS, GuestMemory
 from vhost_rpmb.driver.ring import Ring, Segment
 from vhost_rpmb.rpmb import spec
+from vhost_rpmb.rpmb.frame import Frame
 from vhost_rpmb.vhost_user import wire
 from vhost_rpmb.vhost_user.wire import Request
 

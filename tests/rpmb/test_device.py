@@ -24,9 +24,10 @@ from tests.support.rig import (
     write_data,
     write_key,
 )
-from vhost_rpmb._pure.mac import Authenticator, Frame
 from vhost_rpmb.engine import Engine
 from vhost_rpmb.rpmb import spec
+from vhost_rpmb.rpmb.frame import Frame
+from vhost_rpmb.rpmb.mac import Authenticator
 
 A, B, C = (bytes([letter]) * spec.BLOCK_SIZE for letter in b"ABC")
 OK = spec.VIRTIO_RPMB_RES_OK

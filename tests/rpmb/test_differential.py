@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from tests.support.rig import ALL_FEATURES, KEY, Rig, make_image
 from vhost_rpmb import engine as engines
-from vhost_rpmb._pure.mac import Authenticator, Frame
 from vhost_rpmb.driver.ring import Segment
 from vhost_rpmb.rpmb import spec
+from vhost_rpmb.rpmb.frame import Frame
+from vhost_rpmb.rpmb.mac import Authenticator
 from vhost_rpmb.vhost_user.wire import MemoryRegion
 
 MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # what a sync costs is not at stake here

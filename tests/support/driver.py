@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 
-from vhost_rpmb._pure.mac import Authenticator
+from vhost_rpmb.rpmb.mac import Authenticator
 from vhost_rpmb.vhost_user.wire import MemoryRegion
 from vhost_rpmb.virtio import spec as virtio
 

@@ -9,11 +9,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from vhost_rpmb._pure.mac import Authenticator, Frame
 from vhost_rpmb.driver.memory import DEFAULT_REGIONS, GuestMemory
 from vhost_rpmb.driver.ring import Ring, Segment, Used
 from vhost_rpmb.engine import Engine
 from vhost_rpmb.rpmb import spec
+from vhost_rpmb.rpmb.frame import Frame
+from vhost_rpmb.rpmb.mac import Authenticator
 from vhost_rpmb.storage.local.opening import open_store
 from vhost_rpmb.storage.local.store import Store
 from vhost_rpmb.storage.paths import Paths

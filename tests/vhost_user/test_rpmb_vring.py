@@ -11,10 +11,10 @@ import pytest
 
 from tests.support.peer import OFFERED, Peer, addresses, signalled
 from vhost_rpmb.driver.memory import GuestMemory
-from vhost_rpmb.driver.messages import counter_request
 from vhost_rpmb.driver.ring import Ring, Segment
 from vhost_rpmb.engine import Engine
 from vhost_rpmb.rpmb import spec
+from vhost_rpmb.rpmb.frame import counter_request
 from vhost_rpmb.storage.local.opening import open_store
 from vhost_rpmb.storage.paths import Paths
 from vhost_rpmb.vhost_user import wire

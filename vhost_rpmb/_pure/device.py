@@ -11,10 +11,12 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
-from vhost_rpmb._pure.mac import Authenticator, Frame
+from vhost_rpmb._pure.mac import Authenticator
 from vhost_rpmb._pure.memory import GuestMemory
 from vhost_rpmb._pure.virtqueue import Virtqueue
 from vhost_rpmb.rpmb import limits, spec
+from vhost_rpmb.rpmb.frame import Frame
+from vhost_rpmb.rpmb.results import count_frames, describe_answer, describe_request
 from vhost_rpmb.virtio import spec as virtio
 
 if TYPE_CHECKING:
@@ -234,19 +236,19 @@ class _ChainRun:
             answered = len(self._answers)
             index += handler(self, frame, frames[index:])
             if self._log:
-                logger.debug("%s", _describe_request(frame, self._result))
+                logger.debug("%s", describe_request(frame, self._result))
                 self._log_answer(answered)
         return b"".join(self._answers)
 
     def _log_answer(self, answered: int) -> None:
         """Tell of the answer behind the first ``answered`` frames, or that it was left out."""
         for answer in self._answers[answered : answered + 1]:
-            logger.debug("%s", _describe_answer(answer, len(self._answers) - answered))
+            logger.debug("%s", describe_answer(Frame.unpack(answer), len(self._answers) - answered))
         if self._left_out:
             logger.debug(
                 "answer left out: expected room for %s, found room for %s",
-                _count_frames(self._left_out),
-                _count_frames(self._room),
+                count_frames(self._left_out),
+                count_frames(self._room),
             )
             self._left_out = 0
 
@@ -410,61 +412,6 @@ _HANDLERS: dict[int, Callable[[_ChainRun, Frame, list[bytes]], int]] = {
     spec.VIRTIO_RPMB_REQ_DATA_READ: _ChainRun._data_read,
     spec.VIRTIO_RPMB_REQ_RESULT_READ: _ChainRun._result_read,
 }
-
-
-def _name(prefix: str, number: int) -> str:
-    """Name a number of the specification, or write it down."""
-    for name, value in vars(spec).items():
-        if name.startswith(prefix) and value == number:
-            return name.removeprefix(prefix)
-    return f"0x{number:04x}"
-
-
-def _name_result(result: int) -> str:
-    expired = spec.VIRTIO_RPMB_RES_WRITE_COUNTER_EXPIRED
-    names = [_name("VIRTIO_RPMB_RES_", result & ~expired)] if result != expired else []
-    names += [_name("VIRTIO_RPMB_RES_", expired)] if result & expired else []
-    return " and ".join(names)
-
-
-def _describe_request(frame: Frame, result: int) -> str:
-    """Tell of a request and its result; never its key or data.
-
-    The nonce only where the type gives it a meaning: a frame at fault may have a key anywhere. The
-    MAC never: it may be the key, and that of a device or a time to come. The result says whether it
-    was right.
-    """
-    nonce = frame.req_resp in (
-        spec.VIRTIO_RPMB_REQ_GET_WRITE_COUNTER,
-        spec.VIRTIO_RPMB_REQ_DATA_READ,
-    )
-    return (
-        f"request {_name('VIRTIO_RPMB_REQ_', frame.req_resp)}: "
-        f"{_fields(frame, nonce=nonce, mac=False)}: {_name_result(result)}"
-    )
-
-
-def _describe_answer(raw: bytes, count: int) -> str:
-    """Tell of an answer of ``count`` frames by its first one; never its data."""
-    frame = Frame.unpack(raw)
-    return (
-        f"answer {_name('VIRTIO_RPMB_RESP_', frame.req_resp)}: "
-        f"{_fields(frame, nonce=any(frame.nonce), mac=count == 1)}: "
-        f"{_name_result(frame.result)}, {_count_frames(count)}"
-    )
-
-
-def _count_frames(count: int) -> str:
-    return f"{count} {'frame' if count == 1 else 'frames'}"
-
-
-def _fields(frame: Frame, *, nonce: bool, mac: bool) -> str:
-    return (
-        f"address {frame.address}, block count {frame.block_count}, "
-        f"write counter {frame.write_counter}"
-        f"{f', nonce {frame.nonce.hex()}' if nonce else ''}"
-        f"{f', MAC {frame.key_mac.hex()}' if mac else ''}"
-    )
 
 
 def _continues(first: Frame, frame: Frame) -> bool:

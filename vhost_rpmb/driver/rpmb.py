@@ -16,13 +16,12 @@ from itertools import accumulate, pairwise
 from os import PathLike
 from typing import NamedTuple, Self
 
-from vhost_rpmb._pure.mac import Authenticator
-from vhost_rpmb.driver import messages
 from vhost_rpmb.driver.errors import BackendError, QueueError
 from vhost_rpmb.driver.frontend import PROTOCOL_FEATURES, Frontend
 from vhost_rpmb.driver.memory import DEFAULT_REGIONS, GuestMemory
 from vhost_rpmb.driver.ring import Ring, Segment
-from vhost_rpmb.rpmb import spec
+from vhost_rpmb.rpmb import frame, spec
+from vhost_rpmb.rpmb.mac import Authenticator
 from vhost_rpmb.vhost_user.wire import MemoryRegion, ProtocolFeature
 from vhost_rpmb.virtio import spec as virtio
 
@@ -161,15 +160,15 @@ class RpmbClient:
     def program_key(self, key: bytes) -> None:
         """Program the key, once and for all; the client uses it from then on."""
         authenticator = Authenticator(key)
-        answer = self.exchange(messages.program_key_request(key), spec.FRAME_SIZE)
-        messages.check_program_key(answer, authenticator)
+        answer = self.exchange(frame.program_key_request(key), spec.FRAME_SIZE)
+        frame.check_program_key(answer, authenticator)
         self._authenticator = authenticator
 
     def read_counter(self) -> int:
         """The write counter."""
         nonce = os.urandom(spec.NONCE_SIZE)
-        answer = self.exchange(messages.counter_request(nonce), spec.FRAME_SIZE)
-        return messages.check_counter(answer, nonce, self._authenticator)
+        answer = self.exchange(frame.counter_request(nonce), spec.FRAME_SIZE)
+        return frame.check_counter(answer, nonce, self._authenticator)
 
     def write(self, address: int, data: bytes, counter: int | None = None) -> int:
         """Write blocks as one atomic request and return the new write counter.
@@ -181,7 +180,7 @@ class RpmbClient:
             counter = self.read_counter()
         request = self.write_request(address, data, counter)
         answer = self.exchange(request, spec.FRAME_SIZE)
-        return messages.check_write(answer, address, counter, self._authenticator)
+        return frame.check_write(answer, address, counter, self._authenticator)
 
     def read(self, address: int, count: int) -> bytes:
         """Read ``count`` blocks, by as many requests as ``config.max_rd_cnt`` makes necessary."""
@@ -190,16 +189,16 @@ class RpmbClient:
         for start in range(address, address + count, limit):
             size = min(limit, address + count - start)
             nonce = os.urandom(spec.NONCE_SIZE)
-            request = messages.read_request(start, size, nonce)
+            request = frame.read_request(start, size, nonce)
             answer = self.exchange(request, size * spec.FRAME_SIZE)
-            parts.append(messages.check_read(answer, start, size, nonce, self._authenticator))
+            parts.append(frame.check_read(answer, start, size, nonce, self._authenticator))
         return b"".join(parts)
 
     def write_request(self, address: int, data: bytes, counter: int) -> bytes:
         """The frames of a write with its MAC, for `submit` and `exchange`."""
         if self._authenticator is None:
             raise ValueError("a write needs the key")
-        return messages.write_request(address, data, counter, self._authenticator)
+        return frame.write_request(address, data, counter, self._authenticator)
 
     def exchange(self, request: bytes, room: int) -> bytes:
         """Send one chain of any frames with ``room`` bytes for the answer; return the answer."""

@@ -1,14 +1,53 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RPMB requests as a driver sends them, and the proof that an answer belongs to one.
+"""RPMB frames: their layout, requests as a driver sends them, and the check of an answer.
 
-Virtio specification, "RPMB Device", and JEDEC JESD84-B51 section 6.6.22. Nothing here does I/O.
-Every request asks for its answer in the same chain, so PROGRAM_KEY and DATA_WRITE end in a
+Frames are 512 bytes, big-endian (virtio specification, "RPMB Device"; JEDEC JESD84-B51 section
+6.6.22). Every request asks for its answer in the same chain, so PROGRAM_KEY and DATA_WRITE end in a
 RESULT_READ frame.
 """
 
-from vhost_rpmb._pure.mac import Authenticator, Frame
-from vhost_rpmb.driver.errors import RpmbResultError, VerificationError
+from __future__ import annotations
+
+import struct
+from typing import TYPE_CHECKING, NamedTuple
+
 from vhost_rpmb.rpmb import spec
+from vhost_rpmb.rpmb.errors import RpmbResultError, VerificationError
+
+if TYPE_CHECKING:
+    from vhost_rpmb.rpmb.mac import Authenticator
+
+_LAYOUT = struct.Struct(">196x32s256s16sIHHHH")
+_NO_MAC = bytes(spec.MAC_SIZE)
+
+
+class Frame(NamedTuple):
+    """One RPMB frame without its stuff bytes.
+
+    ``key_mac`` 32 bytes, ``data`` 256 bytes, ``nonce`` 16 bytes; ``address`` and ``block_count``
+    in blocks of 256 bytes.
+    """
+
+    key_mac: bytes = _NO_MAC
+    data: bytes = bytes(spec.BLOCK_SIZE)
+    nonce: bytes = bytes(spec.NONCE_SIZE)
+    write_counter: int = 0
+    address: int = 0
+    block_count: int = 0
+    result: int = 0
+    req_resp: int = 0
+
+    def pack(self) -> bytes:
+        """Return the 512 bytes of the frame; the stuff bytes are zero."""
+        return _LAYOUT.pack(*self)
+
+    @classmethod
+    def unpack(cls, raw: bytes) -> Frame:
+        """Read a frame from exactly 512 bytes; raise ValueError for any other length."""
+        if len(raw) != spec.FRAME_SIZE:
+            raise ValueError(f"a frame has {spec.FRAME_SIZE} bytes, not {len(raw)}")
+        return cls(*_LAYOUT.unpack(raw))
+
 
 _EXPIRED = spec.VIRTIO_RPMB_RES_WRITE_COUNTER_EXPIRED
 _RESULT_READ = Frame(block_count=1, req_resp=spec.VIRTIO_RPMB_REQ_RESULT_READ).pack()
@@ -62,12 +101,12 @@ def write_request(
 
 
 def check_program_key(answer: bytes, authenticator: Authenticator) -> None:
-    """The answer to PROGRAM_KEY; ``authenticator`` has the key that was to be programmed."""
+    """Check the answer to PROGRAM_KEY; ``authenticator`` has the key that was to be programmed."""
     _check("PROGRAM_KEY", answer, spec.VIRTIO_RPMB_RESP_PROGRAM_KEY, authenticator)
 
 
 def check_counter(answer: bytes, nonce: bytes, authenticator: Authenticator | None) -> int:
-    """The write counter out of the answer to GET_WRITE_COUNTER."""
+    """Return the write counter of the answer to GET_WRITE_COUNTER."""
     response_type = spec.VIRTIO_RPMB_RESP_GET_COUNTER
     frames = _check("GET_WRITE_COUNTER", answer, response_type, authenticator, nonce=nonce)
     return frames[0].write_counter
@@ -76,7 +115,7 @@ def check_counter(answer: bytes, nonce: bytes, authenticator: Authenticator | No
 def check_read(
     answer: bytes, address: int, count: int, nonce: bytes, authenticator: Authenticator | None
 ) -> bytes:
-    """The data, 256 bytes a block, out of the answer to DATA_READ."""
+    """Return the data, 256 bytes a block, of the answer to DATA_READ."""
     response_type = spec.VIRTIO_RPMB_RESP_DATA_READ
     frames = _check("DATA_READ", answer, response_type, authenticator, nonce=nonce, count=count)
     for frame in frames:
@@ -88,7 +127,7 @@ def check_read(
 def check_write(
     answer: bytes, address: int, counter: int, authenticator: Authenticator | None
 ) -> int:
-    """The new write counter out of the answer to DATA_WRITE; ``counter`` is what was sent."""
+    """Return the new write counter of the answer to DATA_WRITE; ``counter`` is the one sent."""
     response_type = spec.VIRTIO_RPMB_RESP_DATA_WRITE
     frame = _check("DATA_WRITE", answer, response_type, authenticator)[0]
     # The write that takes the counter to its end answers OK with the expired bit, one refused
@@ -109,7 +148,7 @@ def _check(
     nonce: bytes = bytes(spec.NONCE_SIZE),
     count: int = 1,
 ) -> list[Frame]:
-    """The frames of a good answer, with everything checked that all answers have in common.
+    """Return the frames of a good answer, after the checks that all answers have in common.
 
     Raises RpmbResultError for a failure that the device reports, VerificationError for an answer
     that cannot be the device's answer to this request.
