@@ -241,11 +241,9 @@ def parse_options(arguments: Sequence[str], environment: Mapping[str, str]) -> "
 
 
 def _fail(message: str, status: int) -> int:
-    """Print the one line that says why the daemon ends, and return the exit status."""
-    from vhost_rpmb.daemon.notify import priority
+    from vhost_rpmb import log  # imported lazily: not needed for --help
 
-    print(f"{priority(3)}{PROG}: error: {' '.join(message.splitlines())}", file=sys.stderr)
-    return status
+    return log.fatal(PROG, message, status)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from vhost_rpmb import __version__, signals
 from vhost_rpmb.arguments import Parser, path_argument
 from vhost_rpmb.client import commands
-from vhost_rpmb.client.files import PROG, say, write_stdout
+from vhost_rpmb.client.files import PROG, write_stdout
 from vhost_rpmb.driver.errors import ClientError, RpmbResultError
 from vhost_rpmb.errors import OperatorError
 from vhost_rpmb.rpmb import spec
@@ -290,5 +290,6 @@ def _hint(error: RpmbResultError) -> str:
 
 
 def _fail(message: str, status: int) -> int:
-    say(f"error: {' '.join(message.splitlines())}")
-    return status
+    from vhost_rpmb import log  # imported lazily: not needed on success
+
+    return log.fatal(PROG, message, status)

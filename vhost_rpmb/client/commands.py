@@ -21,7 +21,7 @@ from vhost_rpmb.client.files import (
     read_blocks,
     read_key,
     read_optional_key,
-    say,
+    warn,
     write_file,
     write_stdout,
 )
@@ -92,7 +92,7 @@ def read_counter(arguments: argparse.Namespace) -> Result:
     with _connect(arguments, key) as client:
         counter = client.read_counter()
     if counter == spec.MAX_WRITE_COUNTER:
-        say("warning: the write counter has expired: no more writes are possible")
+        warn("the write counter has expired: no more writes are possible")
     return Result(
         {"write_counter": counter, "verified": key is not None},
         [f"Counter value: 0x{counter:08x}"],
@@ -134,7 +134,7 @@ def load(arguments: argparse.Namespace) -> Result:
                     written += size
                     advance(size)
             except BaseException:
-                say(f"{written} of {count} blocks were written, from address {arguments.address}")
+                warn(f"{written} of {count} blocks were written, from address {arguments.address}")
                 raise
     return Result({"address": arguments.address, "blocks": count, "write_counter": counter})
 
@@ -242,7 +242,7 @@ def _report(arguments: argparse.Namespace) -> Result:
 
     report = opening.verify(
         Paths.resolve(arguments.flash_path, arguments.state_path, arguments.key_path),
-        warn=lambda text: say(f"warning: {text}"),
+        warn=warn,
     )
     error = None
     if report.disagreement:

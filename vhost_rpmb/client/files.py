@@ -8,7 +8,6 @@ import stat
 import sys
 import tempfile
 import time
-from contextlib import suppress
 
 from vhost_rpmb.driver.errors import ClientError
 from vhost_rpmb.errors import UsageError
@@ -22,7 +21,7 @@ __all__ = [
     "read_blocks",
     "read_key",
     "read_optional_key",
-    "say",
+    "warn",
     "write_file",
     "write_stdout",
 ]
@@ -43,11 +42,11 @@ def read_key(path: str) -> bytes:
             f"{name_of(path)}: expected a key of {spec.KEY_SIZE} bytes, found {len(key)}"
         )
     if path != STANDARD_STREAM and (exposed := exposure(path, mode)):
-        say(f"warning: the key file {exposed}")
+        warn(f"the key file {exposed}")
     if len(key) > spec.KEY_SIZE:
-        say(
-            f"warning: {name_of(path)}: expected a key of {spec.KEY_SIZE} bytes, found more: the"
-            " rest is ignored"
+        warn(
+            f"{name_of(path)}: expected a key of {spec.KEY_SIZE} bytes, found more: the rest is"
+            " ignored"
         )
     return key[: spec.KEY_SIZE]
 
@@ -55,7 +54,7 @@ def read_key(path: str) -> bytes:
 def read_optional_key(path: str | None) -> bytes | None:
     """Read a key where one is given, and warn where none is."""
     if path is None:
-        say("warning: no KEYFILE given: answers are not authenticated")
+        warn("no KEYFILE given: answers are not authenticated")
         return None
     return read_key(path)
 
@@ -224,7 +223,8 @@ def name_of(path: str) -> str:
     return "standard input" if path == STANDARD_STREAM else path
 
 
-def say(text: str) -> None:
-    """Print one line on standard error."""
-    with suppress(OSError):  # nobody is left to tell
-        print(f"{PROG}: {text}", file=sys.stderr)
+def warn(text: str) -> None:
+    """Print one warning on standard error."""
+    from vhost_rpmb import log  # imported lazily: few commands warn
+
+    log.warn(PROG, text)
