@@ -11,6 +11,7 @@ coverage learns what was executed (``make coverage``).
 import os
 import sys
 import sysconfig
+from glob import glob
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
@@ -55,6 +56,8 @@ setup(
             Extension(
                 f"vhost_rpmb._fast.{name}",
                 [f"vhost_rpmb/_fast/{name}.pyx"],
+                include_dirs=["vhost_rpmb/_fast"],
+                depends=sorted(glob("vhost_rpmb/_fast/*.h")),
                 libraries=libraries,
                 extra_compile_args=compile_args.split(),
                 extra_link_args=link_args.split(),

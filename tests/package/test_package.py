@@ -241,7 +241,7 @@ def test_wheel_holds_what_runs_and_nothing_else(archives: Archives) -> None:
     for module in FAST:
         assert f"vhost_rpmb/_fast/{module}.pyi" in names
         assert [n for n in names if n.startswith(f"vhost_rpmb/_fast/{module}.cpython-")], module
-    assert not [name for name in names if name.endswith((".pyx", ".pxd", ".c"))]
+    assert not [name for name in names if name.endswith((".pyx", ".pxd", ".c", ".h"))]
     top = {name.split("/")[0] for name in names}
     assert top == {"vhost_rpmb"} | {
         f"vhost_rpmb-{__version__}.{kind}" for kind in ("data", "dist-info")

@@ -25,31 +25,7 @@ __all__ = ["RpmbDevice"]
 cdef extern from "<openssl/crypto.h>" nogil:
     void OPENSSL_cleanse(void *, size_t)
 
-cdef extern from *:
-    """
-    #include <endian.h>
-    #include <stdint.h>
-    #include <string.h>
-
-    static inline uint16_t load16(const unsigned char *field) {
-        uint16_t value;
-        memcpy(&value, field, sizeof value);
-        return be16toh(value);
-    }
-    static inline uint32_t load32(const unsigned char *field) {
-        uint32_t value;
-        memcpy(&value, field, sizeof value);
-        return be32toh(value);
-    }
-    static inline void store16(unsigned char *field, uint16_t value) {
-        value = htobe16(value);
-        memcpy(field, &value, sizeof value);
-    }
-    static inline void store32(unsigned char *field, uint32_t value) {
-        value = htobe32(value);
-        memcpy(field, &value, sizeof value);
-    }
-    """
+cdef extern from "byteorder.h":
     uint16_t load16(const unsigned char *) noexcept nogil
     uint32_t load32(const unsigned char *) noexcept nogil
     void store16(unsigned char *, uint16_t) noexcept nogil

@@ -1,0 +1,43 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Access to a ring in guest memory, little-endian, which the driver uses at the same time. */
+#ifndef VHOST_RPMB_RING_H
+#define VHOST_RPMB_RING_H
+
+#include <endian.h>
+#include <stdint.h>
+#include <string.h>
+
+/* The fields that both sides use at once: aligned, little-endian, one access each. */
+static inline uint16_t load_index(const unsigned char *field) {
+    return le16toh(__atomic_load_n((const uint16_t *)field, __ATOMIC_ACQUIRE));
+}
+
+static inline void store_index(unsigned char *field, uint16_t value) {
+    __atomic_store_n((uint16_t *)field, htole16(value), __ATOMIC_RELEASE);
+}
+
+#define full_barrier() __atomic_thread_fence(__ATOMIC_SEQ_CST)
+
+struct descriptor {
+    uint64_t address;
+    uint32_t length;
+    uint16_t flags;
+    uint16_t next;
+};
+
+/* Copy a descriptor out of guest memory; the compiler must not go back there for it. */
+static inline void load_descriptor(struct descriptor *target, const unsigned char *source) {
+    memcpy(target, source, sizeof *target);
+    __asm__ __volatile__("" : "+m"(*target) : : "memory");
+    target->address = le64toh(target->address);
+    target->length = le32toh(target->length);
+    target->flags = le16toh(target->flags);
+    target->next = le16toh(target->next);
+}
+
+static inline void store_used(unsigned char *element, uint32_t id, uint32_t length) {
+    uint32_t pair[2] = { htole32(id), htole32(length) };
+    memcpy(element, pair, sizeof pair);
+}
+
+#endif
