@@ -33,6 +33,7 @@ class Engine(NamedTuple):
     FAULTS: int
     UNSIGNALLED: int
     IDLE: int
+    BLOCKED: int
 
 
 def load(name: str) -> Engine:
@@ -63,4 +64,5 @@ def load(name: str) -> Engine:
         FAULTS=flags.FAULTS,
         UNSIGNALLED=flags.UNSIGNALLED,
         IDLE=flags.IDLE,
+        BLOCKED=flags.BLOCKED,
     )

@@ -49,6 +49,7 @@ cdef enum:  # vhost_rpmb.virtio.flags
     FAULTS = 8
     UNSIGNALLED = 16
     IDLE = 32
+    BLOCKED = 64
 
 cdef enum:  # vhost_rpmb.virtio.limits
     MAX_CROSSINGS = 4096

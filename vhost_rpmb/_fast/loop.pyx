@@ -17,6 +17,7 @@ from posix.unistd cimport write
 from cpython.exc cimport PyErr_CheckSignals
 
 from vhost_rpmb._fast.constants cimport (
+    BLOCKED,
     BROKEN,
     FAULTS,
     IDLE,
@@ -40,6 +41,16 @@ cdef extern from "<sys/epoll.h>" nogil:
     cdef struct epoll_event:
         epoll_data data
     int epoll_wait(int, epoll_event *, int, int)
+
+cdef extern from "<poll.h>" nogil:
+    enum:
+        POLLOUT
+        POLLNVAL
+    cdef struct pollfd:
+        int fd
+        short events
+        short revents
+    int poll(pollfd *, unsigned long, int)
 
 cdef extern from "<sched.h>" nogil:
     int sched_yield()
@@ -80,8 +91,8 @@ cdef class Loop:
         """Process batches and signal ``call_fd`` (-1: none) until something else is to be done.
 
         Return flags: MORE (call again after serving other events), BROKEN, FAULTS (as a batch
-        returns them), UNSIGNALLED, IDLE. With ``once``, returns after one batch: another virtqueue
-        waits for its turn.
+        returns them), UNSIGNALLED, BLOCKED, IDLE. With ``once``, returns after one batch: another
+        virtqueue waits for its turn.
         """
         cdef int flags
         cdef int others
@@ -92,9 +103,9 @@ cdef class Loop:
         while True:
             queue.watched = self._watch > 0
             flags = self._process(queue)
-            if flags & NOTIFY and not _signal(call_fd):
-                flags |= UNSIGNALLED
-            if once or flags & (BROKEN | FAULTS | UNSIGNALLED):
+            if flags & NOTIFY:
+                flags |= _signal(call_fd)
+            if once or flags & (BROKEN | FAULTS | UNSIGNALLED | BLOCKED):
                 return self._leave(queue, flags & ~NOTIFY)
             if flags & MORE:
                 if self._others_ready(kick_fd, 0) > 0:
@@ -175,9 +186,17 @@ cdef int64_t _now() noexcept nogil:
     return <int64_t>time.tv_sec * 1000000000 + time.tv_nsec
 
 
-cdef bint _signal(int fd) noexcept:
-    """Signal an eventfd or a pipe, never waiting; False if that cannot be done at all."""
+cdef int _signal(int fd) noexcept:
+    """Signal an eventfd or a pipe; return 0, UNSIGNALLED or BLOCKED."""
     cdef uint64_t event = 1
-    if fd < 0 or write(fd, &event, sizeof(event)) == sizeof(event):
-        return True
-    return errno == EAGAIN or errno == EINTR
+    cdef pollfd room
+    if fd < 0:
+        return 0
+    room.fd = fd
+    room.events = POLLOUT
+    room.revents = 0
+    if poll(&room, 1, 0) <= 0 or not room.revents & (POLLOUT | POLLNVAL):
+        return 0  # full: the signal is there, and the front-end has yet to take it
+    if write(fd, &event, sizeof(event)) == sizeof(event) or errno == EAGAIN:
+        return 0
+    return BLOCKED if errno == EINTR else UNSIGNALLED

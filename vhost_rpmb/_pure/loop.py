@@ -10,15 +10,13 @@ it was longer. So an idle queue costs nothing.
 from __future__ import annotations
 
 import os
+import select
 import time
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from vhost_rpmb._pure.virtqueue import Virtqueue
-from vhost_rpmb.virtio.flags import BROKEN, FAULTS, IDLE, MORE, NOTIFY, UNSIGNALLED
+from vhost_rpmb.virtio.flags import BLOCKED, BROKEN, FAULTS, IDLE, MORE, NOTIFY, UNSIGNALLED
 from vhost_rpmb.virtio.limits import SLEEP_MS
-
-if TYPE_CHECKING:
-    import select
 
 __all__ = ["Loop"]
 
@@ -55,17 +53,17 @@ class Loop:
         """Process batches and signal ``call_fd`` (-1: none) until something else is to be done.
 
         Return flags: MORE (call again after serving other events), BROKEN, FAULTS (as a batch
-        returns them), UNSIGNALLED, IDLE. With ``once``, returns after one batch: another virtqueue
-        waits for its turn.
+        returns them), UNSIGNALLED, BLOCKED, IDLE. With ``once``, returns after one batch: another
+        virtqueue waits for its turn.
         """
         self._away = 0
         self._events = []
         while True:
             queue._watch(self._watch > 0)
             flags = self._device.process(queue)
-            if flags & NOTIFY and not _signal(call_fd):
-                flags |= UNSIGNALLED
-            if once or flags & (BROKEN | FAULTS | UNSIGNALLED):
+            if flags & NOTIFY:
+                flags |= _signal(call_fd)
+            if once or flags & (BROKEN | FAULTS | UNSIGNALLED | BLOCKED):
                 return self._leave(queue, flags & ~NOTIFY)
             if flags & MORE:
                 if self._others_ready(kick_fd, 0):
@@ -119,14 +117,21 @@ class Loop:
             self._watch = 0
 
 
-def _signal(fd: int) -> bool:
-    """Signal an eventfd or a pipe, never waiting; False if that cannot be done at all."""
+def _signal(fd: int) -> int:
+    """Signal an eventfd or a pipe; return 0, UNSIGNALLED or BLOCKED."""
     if fd < 0:
-        return True
-    try:
-        os.eventfd_write(fd, 1)  # unlike os.write(), ends when a signal interrupts it
-    except (BlockingIOError, InterruptedError):
-        pass  # full: the signal is there, and the front-end has yet to take it
-    except OSError:
-        return False
-    return True
+        return 0
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    for _, events in poll.poll(0):
+        if not events & (select.POLLOUT | select.POLLNVAL):
+            break
+        try:
+            os.eventfd_write(fd, 1)  # unlike os.write(), ends when a signal interrupts it
+        except BlockingIOError:
+            break
+        except InterruptedError:
+            return BLOCKED
+        except OSError:
+            return UNSIGNALLED
+    return 0  # full: the signal is there, and the front-end has yet to take it

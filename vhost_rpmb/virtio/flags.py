@@ -7,3 +7,4 @@ BROKEN = 4  # Virtqueue.error has the reason; signal the error eventfd
 FAULTS = 8  # Virtqueue.take_faults() has something to report
 UNSIGNALLED = 16  # the call descriptor could not be signalled
 IDLE = 32  # no event for limits.SLEEP_MS
+BLOCKED = 64  # the write to the call descriptor blocked until a signal interrupted it
