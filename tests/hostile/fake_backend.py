@@ -346,7 +346,7 @@ class Ended(NamedTuple):
 
 
 _NURSERY = """
-import gc, json, os, signal, sys, tempfile, time, traceback
+import faulthandler, gc, json, os, sys, tempfile, time, traceback
 from vhost_rpmb.daemon import sandbox
 from vhost_rpmb.client import cli, commands
 from vhost_rpmb.driver import rpmb
@@ -359,7 +359,7 @@ for line in sys.stdin:
     started = time.monotonic()
     pid = os.fork()
     if not pid:
-        signal.alarm(patience)
+        faulthandler.dump_traceback_later(patience, exit=True)
         for fd, stream in enumerate(streams, 1):
             os.dup2(stream.fileno(), fd)
         try:

@@ -43,6 +43,7 @@ from tests.hostile.fake_backend import (
     OnReply,
     Reply,
 )
+from tests.support.raw import hammer
 from tests.support.rig import write_key
 from vhost_rpmb.driver.errors import BackendError
 from vhost_rpmb.driver.memory import DEFAULT_REGIONS, GuestMemory
@@ -534,6 +535,53 @@ def test_eventfds_are_watched_but_never_read() -> None:
         ring.reset()
         os.set_blocking(ring.call_fd, False)
         assert os.eventfd_read(ring.call_fd) == 4
+
+
+def test_a_full_kick_eventfd(bench: Bench) -> None:
+    """A write to it would wait for ever: the back-end may clear O_NONBLOCK."""
+
+    def fill(backend: FakeBackend, number: int, _reply: Reply) -> None:
+        if number == REPLIES.index(Request.SET_VRING_ENABLE):
+            kick = backend.fds[-1] = backend.fds.pop(Request.SET_VRING_KICK)  # not looked at again
+            os.set_blocking(kick, True)
+            os.eventfd_write(kick, 2**64 - 2)
+
+    text = "did not answer a request within 0.4 s"
+    check(bench, [Case("full", on_reply=fill, waits=True, status=1, text=text)])
+
+
+def test_a_kick_eventfd_that_is_filled_at_the_last_moment() -> None:
+    """The client's timer ends the write; the back-end has made room before it looked."""
+    script = """
+import sys
+from vhost_rpmb.client import cli
+from vhost_rpmb.driver.errors import BackendError
+from vhost_rpmb.driver.memory import GuestMemory
+from vhost_rpmb.driver.ring import Ring
+cli._bound_kicks()
+with GuestMemory() as memory, Ring(memory, 8) as ring:
+    ring._room.unregister(ring.kick_fd)
+    ring.kick_fd = int(sys.argv[1])
+    ring._room.register(ring.kick_fd, 4)
+    print("ready", flush=True)
+    try:
+        while True:
+            ring.kick()
+    except BackendError as error:
+        print(error)
+"""
+    kick = os.eventfd(0)
+    try:
+        with (
+            hammer("refill", kick),
+            subprocess.Popen(
+                [sys.executable, "-c", script, str(kick)], pass_fds=[kick], stdout=subprocess.PIPE
+            ) as client,
+        ):
+            out, _ = client.communicate(timeout=PATIENT)
+        assert out == b"ready\nthe back-end made a kick wait\n"
+    finally:
+        os.close(kick)
 
 
 # Whatever comes to mind

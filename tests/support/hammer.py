@@ -5,6 +5,7 @@
 ``python hammer.py rewrite FD SIZE OFFSET:HEX[,HEX...] ...`` puts one of the texts at its offset.
 ``python hammer.py flood FD SIZE AVAILABLE USED QUEUE KICK`` keeps a ring full: offsets of the two
 rings, the queue size, and the kick eventfd.
+``python hammer.py refill FD SIZE`` empties an eventfd and fills its counter.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import mmap
 import os
 import random
 import select
+import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 
 
 def truncate(fd: int, size: int, _: list[str]) -> Callable[[], None]:
@@ -54,12 +57,25 @@ def flood(fd: int, size: int, arguments: list[str]) -> Callable[[], None]:
     return step
 
 
+def refill(fd: int, _size: int, _: list[str]) -> Callable[[], None]:
+    signal.signal(signal.SIGALRM, lambda *_: None)
+    signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)  # when it blocks itself
+
+    def step() -> None:
+        with suppress(InterruptedError):
+            os.eventfd_read(fd)
+            os.eventfd_write(fd, 2**64 - 2)
+
+    return step
+
+
 def main() -> None:
     step = globals()[sys.argv[1]](int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])
     print("ready", flush=True)
     while not select.select([0], [], [], 0)[0]:
         for _ in range(100):
             step()
+    signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 main()

@@ -8,6 +8,7 @@ is there: the man page is made from it at build time.
 
 import argparse
 import re
+import signal
 from collections.abc import Callable, Sequence
 
 from vhost_rpmb import __version__, signals
@@ -31,6 +32,7 @@ the connection, 2 for a wrong option or an input file that cannot be used.
 
 FAILURE = 1
 MAX_TIMEOUT = 86400.0  # seconds
+_KICK_PATIENCE = 0.1  # seconds that a back-end can make a kick wait
 
 _SIZE = re.compile(r"([1-9][0-9]{0,9})([KM]?)", re.ASCII)
 _UNITS = {"": 1, "K": 1024, "M": 1024 * 1024}
@@ -255,6 +257,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     option or an input file that cannot be used.
     """
     signals.reset_inherited()
+    _bound_kicks()
     try:
         arguments = build_parser().parse_args(argv)
         from vhost_rpmb.daemon import sandbox
@@ -279,7 +282,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"cannot set up a front-end on this machine: {error.strerror}", FAILURE)
     except KeyboardInterrupt:
         return 130  # what a shell reports for a program ended by SIGINT
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
     return 0
+
+
+def _bound_kicks() -> None:
+    """Interrupt a kick that the back-end makes wait; all other calls go on after a signal."""
+    signal.signal(signal.SIGALRM, lambda _number, _frame: None)
+    signal.setitimer(signal.ITIMER_REAL, _KICK_PATIENCE, _KICK_PATIENCE)
 
 
 def _hint(error: RpmbResultError) -> str:

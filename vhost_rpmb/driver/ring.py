@@ -93,6 +93,8 @@ class Ring(Closing):
             self.close()
             raise
         self.kick_fd, self.call_fd, self.error_fd = self._fds
+        self._room = select.poll()
+        self._room.register(self.kick_fd, select.POLLOUT)
         for fd in (self.call_fd, self.error_fd):
             self._events.register(fd, select.EPOLLIN | select.EPOLLET)
 
@@ -199,8 +201,19 @@ class Ring(Closing):
         return not self.used_flags & virtio.VIRTQ_USED_F_NO_NOTIFY
 
     def kick(self) -> None:
-        """Signal the kick eventfd, wanted or not."""
-        os.eventfd_write(self.kick_fd, 1)
+        """Signal the kick eventfd, wanted or not; one that is full is signalled.
+
+        The back-end shares its flags and its counter. If it clears O_NONBLOCK and fills the counter
+        between the look and the write, that waits until a signal interrupts it: BackendError then.
+        """
+        if not self._room.poll(0):
+            return
+        try:
+            os.eventfd_write(self.kick_fd, 1)
+        except BlockingIOError:
+            pass  # full by now
+        except InterruptedError:
+            raise BackendError("the back-end made a kick wait") from None
 
     def flush(self) -> None:
         """Publish all added chains and kick the device if it asks for that."""
