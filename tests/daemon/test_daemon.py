@@ -622,6 +622,13 @@ class TestInheritedSocket:
             fd = file.fileno()
             launch(f"--fd={fd}", pass_fds=(fd,)).refused("Socket operation on non-socket")
 
+    def test_opened_with_o_path(self, launch: Launch, tmp_path: Path) -> None:
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.bind(str(tmp_path / "s"))
+            fd = os.open(tmp_path / "s", os.O_PATH)
+        launch(f"--fd={fd}", pass_fds=(fd,)).refused(f"--fd={fd}: expected", "with O_PATH")
+        os.close(fd)
+
     @pytest.mark.parametrize("fd", [3, 7, 500, 2**31 - 1])
     def test_nothing_inherited(self, launch: Launch, fd: int) -> None:
         launch(f"--fd={fd}").refused(f"--fd={fd}: expected a UNIX stream socket")

@@ -8,6 +8,7 @@ import mmap
 import os
 import socket
 import struct
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -172,7 +173,11 @@ class Stream(Target):
         self._reader.close()
         self._sock.close()
         self._loop.close()
-        assert os.listdir("/proc/self/fd") == files, "a file descriptor leaked"
+        # What may wait is closed by threads.
+        deadline = time.monotonic() + 10
+        while os.listdir("/proc/self/fd") != files:
+            assert time.monotonic() < deadline, "a file descriptor leaked"
+            time.sleep(0.0001)
         # To look takes longer than the rest of an input.
         if not self._runs % 16:
             assert self._count_mappings() == self._mappings, "a memory mapping leaked"

@@ -75,6 +75,7 @@ ALLOWED = {
     ),
     "removing the socket": "os.unlink(inside + '/run/socket')",
     "a pipe that came over the socket": "os.open(f'/proc/self/fd/{reader}', os.O_RDONLY)",
+    "a thread": "_thread.start_new_thread(time.sleep, (0,))",
     "a signal to itself": "signal.raise_signal(signal.SIGCHLD)",
 }
 
@@ -94,7 +95,7 @@ def in_sandbox(
     for file in (inside / "flash", inside / "state/file", inside / "run/socket", outside / "file"):
         file.touch()
     script = f"""
-import ctypes, errno, fcntl, mmap, os, signal, socket, stat
+import _thread, ctypes, errno, fcntl, mmap, os, signal, socket, stat, time
 from vhost_rpmb.daemon import server as daemon
 from vhost_rpmb.daemon import sandbox
 from vhost_rpmb.storage.local.store import resources

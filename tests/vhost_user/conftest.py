@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -19,6 +20,10 @@ from vhost_rpmb.vhost_user import wire
 def _no_descriptor_leaks() -> Iterator[None]:
     before = open_fds()
     yield
+    # What may wait is closed by threads.
+    deadline = time.monotonic() + 10
+    while open_fds() != before and time.monotonic() < deadline:
+        time.sleep(0.001)
     assert open_fds() == before
 
 

@@ -35,7 +35,7 @@ MESSAGES: dict[Request, Valid] = {
     Request.SET_PROTOCOL_FEATURES: (wire.pack_u64(PROTOCOL_FEATURES), 0, NONE, False),
     Request.GET_QUEUE_NUM: (b"", 0, NONE, True),
     Request.SET_VRING_ENABLE: (VringState(0, 1).pack(), 0, NONE, False),
-    Request.SET_BACKEND_REQ_FD: (b"", 1, ProtocolFeature.BACKEND_REQ, False),
+    Request.SET_BACKEND_REQ_FD: (b"", 1, NONE, False),
     Request.GET_CONFIG: (
         wire.Config(0, 6, 0, bytes(6)).pack(),
         0,

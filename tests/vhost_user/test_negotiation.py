@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import socket
-
 import pytest
 
 from tests.support.peer import OFFERED, EchoDevice, Peer
@@ -80,18 +78,3 @@ def test_memory_outlives_a_reset(peer: Peer, memory: GuestMemory, request_: Requ
     peer.send(request_, wire.pack_u64(0) if request_ == Request.SET_STATUS else b"")
     assert before
     assert peer.backend._memory.regions == before
-
-
-def test_backend_channel_is_kept_open_and_replaced(peer: Peer) -> None:
-    for _ in range(3):
-        near, far = socket.socketpair()
-        with near:
-            with far:
-                assert peer.ack(Request.SET_BACKEND_REQ_FD, b"", (far.fileno(),)) == 0
-            near.setblocking(False)
-            with pytest.raises(BlockingIOError):  # not the end of the connection
-                near.recv(1)
-
-
-def test_backend_channel_other_than_a_socket_is_refused(peer: Peer, eventfds: list[int]) -> None:
-    peer.refused(Request.SET_BACKEND_REQ_FD, b"", (eventfds[0],))

@@ -161,7 +161,7 @@ class TestSend:
 
     def test_descriptors_stay_the_senders(self, pair: tuple[socket.socket, socket.socket]) -> None:
         near, far = pair
-        with open(os.devnull) as file:
+        with open(os.memfd_create("descriptor")) as file:
             wire.send_message(near, Request.SET_LOG_FD, fds=[file.fileno()])
             os.fstat(file.fileno())
             with MessageReader(far).read() or pytest.fail("no message") as message:
@@ -212,7 +212,7 @@ class TestRead:
         near, far = pair
         reader = MessageReader(far)
         data = header(Request.SET_VRING_KICK, 8) + wire.pack_u64(0)
-        with open(os.devnull) as file:
+        with open(os.memfd_create("descriptor")) as file:
             send_fds(near, data[:1], [file.fileno()])
         for offset in range(1, len(data)):
             assert reader.read() is None
@@ -260,7 +260,7 @@ class TestRead:
     ) -> None:
         near, far = pair
         data = header(Request.SET_MEM_TABLE, 4) + b"abcd"
-        with open(os.devnull) as file:
+        with open(os.memfd_create("descriptor")) as file:
             send_fds(near, data[:3], [file.fileno()])
             send_fds(near, data[3:12], [file.fileno()] * 2)
             send_fds(near, data[12:], [file.fileno()])
@@ -270,7 +270,7 @@ class TestRead:
 
     def test_descriptors_are_close_on_exec(self, pair: tuple[socket.socket, socket.socket]) -> None:
         near, far = pair
-        with open(os.devnull) as file:
+        with open(os.memfd_create("descriptor")) as file:
             os.set_inheritable(file.fileno(), True)
             wire.send_message(near, 1, fds=[file.fileno()])
         with MessageReader(far).read() or pytest.fail("no message") as message:
@@ -369,7 +369,7 @@ class TestOwnership:
     ) -> None:
         near, far = pair
         before = open_fds()
-        with open(os.devnull) as file:
+        with open(os.memfd_create("descriptor")) as file:
             wire.send_message(near, 1, fds=[file.fileno()] * 3)
         with MessageReader(far).read() or pytest.fail("no message"):
             assert open_fds() == before + 3
@@ -388,7 +388,7 @@ class TestOwnership:
     ) -> None:
         near, far = pair
         before = open_fds()
-        with open(os.devnull) as file:
+        with open(os.memfd_create("descriptor")) as file:
             wire.send_message(near, 1, fds=[file.fileno()] * count)
         with MessageReader(far).read() or pytest.fail("no message") as message:
             assert message.fds_complete == (count <= wire.MAX_FDS)
@@ -402,7 +402,7 @@ class TestOwnership:
         reader = MessageReader(far)
         data = header(1, 300) + bytes(300)
         message = None
-        with open(os.devnull) as file:
+        with open(os.memfd_create("descriptor")) as file:
             for offset in range(len(data)):
                 send_fds(near, data[offset : offset + 1], [file.fileno()] * 100)
                 message = reader.read()
@@ -417,7 +417,7 @@ class TestOwnership:
     ) -> None:
         near, far = pair
         reader = MessageReader(far)
-        with open(os.devnull) as file:
+        with open(os.memfd_create("descriptor")) as file:
             wire.send_message(near, 1, fds=[file.fileno()] * 100)
             wire.send_message(near, 2, fds=[file.fileno()])
         with reader.read() or pytest.fail("no message") as message:
@@ -428,7 +428,7 @@ class TestOwnership:
 
     def test_no_free_descriptor(self, pair: tuple[socket.socket, socket.socket]) -> None:
         near, far = pair
-        with open(os.devnull) as file:
+        with open(os.memfd_create("descriptor")) as file:
             wire.send_message(near, 1, fds=[file.fileno()] * 8)
         before = open_fds()
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -439,7 +439,8 @@ class TestOwnership:
             message = MessageReader(far).read()
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-            wire.close_fds(fillers)
+            for fd in fillers:
+                os.close(fd)
         assert message is not None
         assert not message.fds_complete
         assert len(message.fds) < 8
@@ -452,7 +453,7 @@ class TestOwnership:
         near, far = pair
         before = open_fds()
         reader = MessageReader(far)
-        with open(os.devnull) as file:
+        with open(os.memfd_create("descriptor")) as file:
             send_fds(near, header(1, 8), [file.fileno()] * 2)
         assert reader.read() is None
         assert open_fds() == before + 2

@@ -16,6 +16,7 @@ import os
 import resource
 import stat
 from collections.abc import Mapping
+from contextlib import suppress
 
 __all__ = ["MAKE", "OPEN_FOLDER", "REMOVE", "WRITE", "enter", "hide_memory"]
 
@@ -54,11 +55,15 @@ _PROT_EXEC = 4
 _INT = 0xFFFF_FFFF  # the part of a register that is an int
 _SPECIAL_BITS = stat.S_ISUID | stat.S_ISGID | stat.S_ISVTX
 _PRIVATE_FILE = 0o600  # mknod: without a type a regular file
+_F_GET_SEALS = 1034  # fcntl has it from Python 3.12 on
 # All else can make the kernel send signals (F_SETOWN, F_SETSIG, F_NOTIFY, O_ASYNC by F_SETFL).
 _FCNTL_COMMANDS = (
     fcntl.F_DUPFD_CLOEXEC, fcntl.F_GETFD, fcntl.F_SETFD, fcntl.F_GETFL,
-    fcntl.F_GETLK, fcntl.F_SETLK,
+    fcntl.F_GETLK, fcntl.F_SETLK, _F_GET_SEALS,
 )  # fmt: skip
+# clone(2): what makes a thread of the process, and the namespaces that one could have.
+_CLONE_THREAD = 0x10000 | 0x800 | 0x400 | 0x200 | 0x100  # with signals, files, folders, memory
+_CLONE_NAMESPACES = 0x7E020000
 _FIONCLEX, _FIOCLEX, _FIONBIO = 0x5450, 0x5451, 0x5421
 
 _ALLOWED = (
@@ -74,6 +79,8 @@ _ALLOWED = (
     "ftruncate", "getcwd", "lseek", "lstat", "newfstatat", "preadv", "preadv2", "pwritev",
     "pwritev2", "readlink", "readlinkat", "readv", "rename", "renameat", "renameat2", "stat",
     "statx", "umask", "unlink", "unlinkat", "writev",
+    # Threads; the filter allows no process.
+    "rseq", "set_robust_list",
     # Memory and time.
     "brk", "clock_nanosleep", "futex", "getrandom", "gettimeofday", "madvise", "mremap", "munmap",
     "nanosleep", "restart_syscall", "setitimer", "time",
@@ -103,6 +110,9 @@ def enter(folders: Mapping[str, int]) -> None:
     except OSError as error:
         logger.warning("sandbox: no seccomp filter, install libseccomp 2: %s", error)
         library = None
+    with suppress(OSError):
+        # glibc loads it when a thread ends at the end of the process, and aborts where it cannot.
+        ctypes.CDLL("libgcc_s.so.1")
     try:
         _restrict_files(folders)
     except OSError as error:
@@ -189,10 +199,13 @@ def _filter_calls(library: ctypes.CDLL) -> None:
         raise OSError(None, "libseccomp cannot make a filter")
 
     def allow(name: str, *comparisons: _Comparison) -> None:
+        rule(name, _ALLOW, *comparisons)
+
+    def rule(name: str, action: int, *comparisons: _Comparison) -> None:
         number = library.seccomp_syscall_resolve_name(name.encode())
         array = (_Comparison * len(comparisons))(*comparisons)
         result = library.seccomp_rule_add_array(
-            context, ctypes.c_uint32(_ALLOW), number, len(comparisons), array
+            context, ctypes.c_uint32(action), number, len(comparisons), array
         )
         if result and result != -errno.EDOM:  # EDOM: this machine does not have that call
             raise OSError(-result, f"{name}: {os.strerror(-result)}")
@@ -214,6 +227,12 @@ def _filter_calls(library: ctypes.CDLL) -> None:
             allow("fcntl", _Comparison(1, _MASKED_EQUAL, _INT, command))
         for request in (_FIONCLEX, _FIOCLEX, _FIONBIO):
             allow("ioctl", _Comparison(1, _EQUAL, request))
+        allow(
+            "clone",
+            _Comparison(0, _MASKED_EQUAL, _CLONE_THREAD | _CLONE_NAMESPACES, _CLONE_THREAD),
+        )
+        # Its flags lie in memory, where no filter sees them; without it the C library calls clone.
+        rule("clone3", _FAIL & ~0xFFFF | errno.ENOSYS)
         allow("tgkill", _Comparison(0, _EQUAL, os.getpid()))  # a signal to itself, as abort() does
         result = library.seccomp_load(context)
         if result:

@@ -27,6 +27,7 @@ from vhost_rpmb.errors import PeerError, UsageError
 from vhost_rpmb.storage.interface import Access, Resources, Store
 from vhost_rpmb.storage.local.opening import open_store
 from vhost_rpmb.storage.paths import Paths
+from vhost_rpmb.vhost_user import foreign
 from vhost_rpmb.vhost_user.session import Backend, Device, LimitedLog
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ _BACKLOG = 64  # front-ends that wait for their turn
 _MAX_PATH = 107  # bytes of a UNIX socket's path
 _IDLE = 1.0  # seconds without an event, then the image is brought up to date
 _RETRY = 60.0  # the same, after that failed
-_PATIENCE = 1.5  # seconds between interruptions of a system call that a front-end makes block
+_PATIENCE = 1.0  # seconds between interruptions of a system call that a front-end makes block
 _STATUS_INTERVAL = 1.0  # seconds between two lines for the service manager
 _ACCEPT_PAUSE = 0.1  # seconds, when the system has no descriptor or memory for a connection
 _PEER = struct.Struct("iII")  # SO_PEERCRED: pid, uid, gid
@@ -215,6 +216,7 @@ class EventLoop:
         if patience:
             signal.signal(signal.SIGALRM, lambda _number, _frame: None)
         self.epoll = select.epoll()
+        self.stopping = False  # asked to end: handlers leave soon
         self._handlers: dict[int, Callable[[], None]] = {}
 
     def add(self, fd: int, handler: Callable[[], None], *, edge: bool = False) -> None:
@@ -259,6 +261,7 @@ class _StopSignals:
 
     def __init__(self, loop: EventLoop) -> None:
         self.requested = False
+        self._loop = loop
         self._reader, self._writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -271,7 +274,7 @@ class _StopSignals:
         os.close(self._writer)
 
     def _request(self, _number: int, _frame: FrameType | None) -> None:
-        self.requested = True
+        self.requested = self._loop.stopping = True
 
     def _drain(self) -> None:
         os.read(self._reader, 512)
@@ -328,7 +331,7 @@ class _Server:
 
     def run(self) -> bool:
         """Serve each vring that has something; True when that was a second without any event."""
-        return self._backend is not None and self._backend.run()
+        return self._backend is not None and self._guard(self._backend.run)
 
     def close(self) -> None:
         """Part with the front-end."""
@@ -351,19 +354,22 @@ class _Server:
 
     def _receive(self) -> None:
         assert self._backend is not None
+        self._guard(self._backend.receive)
+
+    def _guard(self, action: Callable[[], bool | None]) -> bool:
+        """Let the connection do something; when it ends, wait for the next one."""
         try:
-            self._backend.receive()
+            return bool(action())
         except EOFError as error:
             logger.info("front-end disconnected: %s", error)
         except PeerError as error:
             self._log.report("protocol", f"front-end disconnected, it broke the protocol: {error}")
-        else:
-            return
         self.close()
         if self._once:
             self.done = True
         else:
             self.listen()
+        return False
 
 
 def _open_socket(options: Options, stack: ExitStack) -> tuple[socket.socket, bool]:
@@ -374,9 +380,14 @@ def _open_socket(options: Options, stack: ExitStack) -> tuple[socket.socket, boo
     else:
         assert options.fd is not None
         sock, listening = _adopt(options.fd)
-        stack.callback(sock.close)
+        stack.callback(_close_listener, sock)
     sock.setblocking(False)
     return sock, listening
+
+
+def _close_listener(sock: socket.socket) -> None:
+    """Close it without waiting for what those sent whose turn has not come."""
+    foreign.close([sock.detach()] if sock.fileno() >= 0 else [])
 
 
 def _listen(path: str, group: int | None, stack: ExitStack) -> socket.socket:
@@ -392,7 +403,8 @@ def _listen(path: str, group: int | None, stack: ExitStack) -> socket.socket:
             "name a shorter path"
         )
     _clear_path(path)
-    sock = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    stack.callback(_close_listener, sock)
     umask = os.umask(0o177 if group is None else 0o117)
     try:
         sock.bind(path)
@@ -460,7 +472,10 @@ def _adopt(fd: int) -> tuple[socket.socket, bool]:
     """The inherited socket, and whether it listens; UsageError unless UNIX stream socket."""
     expected = f"--fd={fd}: expected a UNIX stream socket that listens or is connected"
     try:
+        foreign.refuse_path(fd)
         sock = socket.socket(fileno=fd)
+    except ValueError:
+        raise UsageError(f"{expected}, found a descriptor opened with O_PATH") from None
     except OSError as error:
         raise UsageError(f"{expected}, found: {error.strerror}") from error
     try:

@@ -32,20 +32,18 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-import stat
+import select
+import socket
 import time
 from collections.abc import Callable, Collection
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from vhost_rpmb.errors import PeerError
-from vhost_rpmb.vhost_user import wire
+from vhost_rpmb.vhost_user import foreign, wire
 from vhost_rpmb.vhost_user.wire import Message, ProtocolFeature, Request
 
 if TYPE_CHECKING:
-    import select
-    import socket
-
     from vhost_rpmb import _pure
     from vhost_rpmb.engine import Engine
 
@@ -53,7 +51,6 @@ MAX_MEM_SLOTS = 509  # as many as the kernel's vhost takes
 PROTOCOL_FEATURES = (
     ProtocolFeature.MQ
     | ProtocolFeature.REPLY_ACK
-    | ProtocolFeature.BACKEND_REQ
     | ProtocolFeature.CONFIG
     | ProtocolFeature.RESET_DEVICE
     | ProtocolFeature.CONFIGURE_MEM_SLOTS
@@ -64,6 +61,7 @@ _ACK_SUCCESS = 0
 _ACK_FAILURE = 1
 _MESSAGES_AT_A_TIME = 32  # then vrings and signals have their turn
 _PIPE_BYTES = 65536  # of a kick pipe, at a time
+_BLOCKED = "the front-end made a write to an eventfd wait"
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +94,10 @@ class Watcher(Protocol):
     @property
     def epoll(self) -> select.epoll:
         """Where it waits."""
+
+    @property
+    def stopping(self) -> bool:
+        """Whether it was asked to end."""
 
     def add(self, fd: int, handler: Callable[[], None], *, edge: bool = False) -> None:
         """Call `handler` when `fd` is readable; OSError if it cannot be watched.
@@ -180,8 +182,9 @@ class Backend:
         self._protocol_features = ProtocolFeature(0)
         self._owned = False
         self._status = 0
-        self._request_fd = -1
         sock.setblocking(False)
+        # A byte out of band would be passed over, with descriptors that close wherever they do.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
 
     @property
     def pending(self) -> bool:
@@ -195,16 +198,21 @@ class Backend:
         that ends the connection.
         """
         for _ in range(_MESSAGES_AT_A_TIME):
+            left_open = foreign.left_open()
             message = self._reader.read()
-            if message is None:
+            if message is not None:
+                with message:
+                    self._serve(message)
+            if foreign.left_open() > left_open:
+                raise PeerError("too many descriptors of front-ends wait to be closed")
+            if message is None or self._watcher.stopping:
                 return
-            with message:
-                self._serve(message)
 
     def run(self) -> bool:
         """Serve every vring that was kicked or has more, until something else needs attention.
 
-        True when that was a second without any event.
+        True when that was a second without any event. Raises PeerError when the front-end made a
+        write to an eventfd wait.
         """
         vrings = list(self._pending)
         self._pending.clear()
@@ -217,13 +225,11 @@ class Backend:
         """End the connection: unmap guest memory, close every descriptor and the socket."""
         for vring in self._vrings:
             self._drop_kick(vring)
-            _close_fd(vring.call_fd)
-            _close_fd(vring.error_fd)
+            foreign.close(fd for fd in (vring.call_fd, vring.error_fd) if fd >= 0)
         self._pending.clear()
-        _close_fd(self._request_fd)
         self._memory.clear()
         self._reader.close()
-        self._sock.close()
+        foreign.close_connection(self._sock)
 
     # Messages
 
@@ -347,6 +353,8 @@ class Backend:
                 f"expected a file descriptor for each of {len(regions)} memory regions, "
                 f"found {len(message.fds)}"
             )
+        for fd in message.fds:
+            foreign.check_memory(fd)
         trial = self._engine.GuestMemory(MAX_MEM_SLOTS)
         try:
             for region, fd in zip(regions, message.fds, strict=True):
@@ -365,6 +373,7 @@ class Backend:
 
     def _add_mem_reg(self, message: Message) -> None:
         region = wire.unpack_single_region(message.payload)
+        foreign.check_memory(message.fds[0])
         self._memory.add_region(*region, message.fds[0])
 
     def _rem_mem_reg(self, message: Message) -> None:
@@ -410,29 +419,29 @@ class Backend:
         return wire.VringState(vring.index, vring.queue.base).pack()
 
     def _set_vring_kick(self, message: Message) -> None:
-        vring, fd = self._vring_fd(message)
+        vring, fd, is_pipe = self._vring_fd(message)
         if fd is None:
             raise ValueError("expected a kick descriptor: polling a vring is not served")
         self._watcher.add(fd, partial(self._kicked, vring), edge=True)
         message.take_fds()
         self._drop_kick(vring)
         vring.kick_fd = fd
-        vring.kick_is_pipe = stat.S_ISFIFO(os.fstat(fd).st_mode)
+        vring.kick_is_pipe = is_pipe
         vring.queue.set_base(vring.queue.base)  # also repairs a broken one
         self._update(vring)
 
     def _set_vring_call(self, message: Message) -> None:
-        vring, fd = self._vring_fd(message)
+        vring, fd, _ = self._vring_fd(message)
         message.take_fds()
-        _close_fd(vring.call_fd)
+        foreign.close([vring.call_fd] if vring.call_fd >= 0 else [])
         vring.call_fd = -1 if fd is None else fd
         if vring.running:
             self._signal(vring.call_fd)
 
     def _set_vring_err(self, message: Message) -> None:
-        vring, fd = self._vring_fd(message)
+        vring, fd, _ = self._vring_fd(message)
         message.take_fds()
-        _close_fd(vring.error_fd)
+        foreign.close([vring.error_fd] if vring.error_fd >= 0 else [])
         vring.error_fd = -1 if fd is None else fd
 
     def _set_vring_enable(self, message: Message) -> None:
@@ -475,12 +484,11 @@ class Backend:
         self._device.reset()
 
     def _set_backend_req_fd(self, message: Message) -> None:
-        """Keep the channel for requests of ours; this device never has one to make."""
-        if not stat.S_ISSOCK(os.fstat(message.fds[0]).st_mode):
-            raise ValueError("expected a socket")
-        (fd,) = message.take_fds()
-        _close_fd(self._request_fd)
-        self._request_fd = fd
+        """Accept the channel for requests of ours, and keep nothing: this device has none to make.
+
+        It may hold the other end of this connection, whose end would never be seen.
+        """
+        foreign.check_unix_stream(message.fds[0])
 
     # Vrings
 
@@ -493,8 +501,11 @@ class Backend:
         state = wire.VringState.unpack(message.payload)
         return self._vring(state.vring), state.num
 
-    def _vring_fd(self, message: Message) -> tuple[_Vring, int | None]:
-        """The vring that an event descriptor is for, and the descriptor, still the message's."""
+    def _vring_fd(self, message: Message) -> tuple[_Vring, int | None, bool]:
+        """The vring that an event descriptor is for, the descriptor, whether it is a pipe.
+
+        The descriptor is still the message's.
+        """
         value = wire.unpack_u64(message.payload)
         if value & ~(wire.VRING_INDEX_MASK | wire.VRING_NO_FD):
             raise ValueError(f"expected an index and the invalid FD flag, found 0x{value:x}")
@@ -503,15 +514,13 @@ class Backend:
         if len(message.fds) != expected:
             raise ValueError(f"expected {expected} file descriptors, found {len(message.fds)}")
         if not message.fds:
-            return vring, None
+            return vring, None, False
         fd = message.fds[0]
-        mode = os.fstat(fd).st_mode
-        if stat.S_IFMT(mode) and not stat.S_ISFIFO(mode):  # an eventfd has no file type
-            raise ValueError("expected an eventfd or a pipe")
+        is_pipe = foreign.check_event(fd)
         # Full or drained by the front-end, it must not hold us up.
-        if stat.S_ISFIFO(mode):
+        if is_pipe:
             fd = message.fds[0] = _reopen_pipe(fd)
-        return vring, fd
+        return vring, fd, is_pipe
 
     def _update(self, vring: _Vring) -> None:
         """Start or stop a vring after anything that decides whether it runs has changed."""
@@ -532,7 +541,7 @@ class Backend:
     def _drop_kick(self, vring: _Vring) -> None:
         if vring.kick_fd >= 0:
             self._watcher.remove(vring.kick_fd)
-            os.close(vring.kick_fd)
+            foreign.close([vring.kick_fd])
             vring.kick_fd = -1
             self._update(vring)
 
@@ -567,6 +576,8 @@ class Backend:
         for other in self._vrings if taken else ():
             if other.kick_fd in taken:
                 self._kicked(other)
+        if flags & self._engine.BLOCKED:
+            raise PeerError(_BLOCKED)
         if flags & self._engine.UNSIGNALLED:
             self._log.report("signal", f"vring {vring.index}: the front-end cannot be signalled")
         if flags & self._engine.MORE:
@@ -586,10 +597,16 @@ class Backend:
     def _signal(self, fd: int) -> None:
         if fd < 0:
             return
+        room = select.poll()
+        room.register(fd, select.POLLOUT)
+        if not any(events & select.POLLOUT for _, events in room.poll(0)):
+            return  # full: the signal is there, and the front-end has yet to take it
         try:
             os.eventfd_write(fd, 1)  # unlike os.write(), ends when a signal interrupts it
-        except (BlockingIOError, InterruptedError):
-            pass  # full: the signal is there, and the front-end has yet to take it
+        except BlockingIOError:
+            pass  # full by now
+        except InterruptedError:
+            raise PeerError(_BLOCKED) from None
         except OSError as error:
             self._log.report("signal", f"a front-end cannot be signalled: {error.strerror}")
 
@@ -606,13 +623,8 @@ def _reopen_pipe(fd: int) -> int:
     """
     access = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
     ours = os.open(f"/proc/self/fd/{fd}", access | os.O_NONBLOCK | os.O_CLOEXEC)
-    os.close(fd)
+    foreign.close([fd])
     return ours
-
-
-def _close_fd(fd: int) -> None:
-    if fd >= 0:
-        os.close(fd)
 
 
 class _Row(NamedTuple):
@@ -652,9 +664,8 @@ _MESSAGES: dict[int, _Row] = {
     # Allowed as soon as MQ was offered, which it always is.
     Request.GET_QUEUE_NUM: _Row(Backend._get_queue_num, replies=True),
     Request.SET_VRING_ENABLE: _Row(Backend._set_vring_enable, _STATE),
-    Request.SET_BACKEND_REQ_FD: _Row(
-        Backend._set_backend_req_fd, fds=_ONE, needs=ProtocolFeature.BACKEND_REQ
-    ),
+    # From a front-end that does not wait for BACKEND_REQ, which is not offered.
+    Request.SET_BACKEND_REQ_FD: _Row(Backend._set_backend_req_fd, fds=_ONE),
     Request.GET_CONFIG: _Row(
         Backend._get_config, None, needs=ProtocolFeature.CONFIG, replies=True, failure=b""
     ),

@@ -10,7 +10,6 @@ message is complete, then to the `Message`, which closes at `Message.close` what
 """
 
 import array
-import os
 import socket
 import struct
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from types import TracebackType
 from typing import NamedTuple, Self
 
 from vhost_rpmb.errors import PeerError
+from vhost_rpmb.vhost_user import foreign
 
 
 class Request(IntEnum):
@@ -299,15 +299,15 @@ class Config(NamedTuple):
 
 def close_fds(fds: Sequence[int]) -> None:
     """Close file descriptors that were received."""
-    for fd in fds:
-        os.close(fd)
+    foreign.close(fds)
 
 
 class Message:
     """One message as received; owner of its file descriptors until they are taken.
 
     `fds_complete` is False when descriptors were sent that are not here: more than the reader
-    allows, or this process had no free descriptor left.
+    allows, of a kind that cannot be kept until the message is complete, or this process had no free
+    descriptor left.
     """
 
     __slots__ = ("fds", "fds_complete", "flags", "payload", "request")
@@ -373,6 +373,7 @@ class MessageReader:
             while (missing := self._missing()) > 0:
                 self._receive(missing)
         except BlockingIOError:
+            self._drop_fds()
             return None
         request, flags, _size = _unpack_header(self._bytes)
         message = Message(
@@ -387,6 +388,18 @@ class MessageReader:
         """Close the descriptors of a message that was never finished."""
         fds, self._fds = self._fds, []
         close_fds(fds)
+
+    def _drop_fds(self) -> None:
+        """Close what a message that is not complete yet must not keep open.
+
+        The peer's own end of the connection, for instance: its end would never be seen.
+        """
+        lasting = [fd for fd in self._fds if foreign.is_lasting(fd)]
+        if len(lasting) < len(self._fds):
+            others = [fd for fd in self._fds if fd not in lasting]
+            self._fds = lasting
+            self._fds_complete = False
+            close_fds(others)
 
     def _missing(self) -> int:
         """How many bytes to ask for next: the rest of the header, then the rest of the payload."""

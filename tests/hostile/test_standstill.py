@@ -1,0 +1,311 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Front-ends that leave something behind which nobody takes away, or make a system call wait."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Daemon, DaemonFactory
+from tests.support.raw import hammer
+from tests.support.rig import KEY
+from vhost_rpmb.driver.errors import BackendError
+from vhost_rpmb.driver.frontend import PROTOCOL_FEATURES, Frontend
+from vhost_rpmb.driver.memory import GuestMemory
+from vhost_rpmb.driver.ring import Ring
+from vhost_rpmb.driver.rpmb import RpmbClient
+from vhost_rpmb.vhost_user import wire
+from vhost_rpmb.vhost_user.wire import MemoryRegion, Request, VringState
+
+# The promise is 2 s and 3 s; a busy machine may take longer. It took a minute or more.
+STOP = 6.0
+NEXT = 9.0
+FULL = 2**64 - 2
+LINGER = struct.pack("=ii", 1, 600)
+RESET = struct.pack("=ii", 1, 0)
+FUSE = Path(__file__).parent.parent / "support/fuse.py"
+
+
+@pytest.fixture
+def running(daemon: DaemonFactory) -> Daemon:
+    """A daemon with a key, in the sandbox wherever there is one."""
+    started = daemon()
+    with RpmbClient.connect(str(started.socket_path)) as client:
+        client.program_key(KEY)
+    return started
+
+
+def assert_serves(running: Daemon, after: str = "") -> None:
+    try:
+        with RpmbClient.connect(str(running.socket_path), key=KEY, timeout=NEXT) as client:
+            assert client.read_counter() == 0
+    except BackendError as error:
+        pytest.fail(f"{after}: {error}")
+
+
+def assert_stops(running: Daemon) -> None:
+    running.process.send_signal(signal.SIGTERM)
+    assert running.process.wait(STOP) == 0
+
+
+def connect(running: Daemon) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX)
+    sock.connect(str(running.socket_path))
+    features = wire.pack_u64(PROTOCOL_FEATURES)
+    wire.send_message(sock, Request.SET_PROTOCOL_FEATURES, payload=features)
+    return sock
+
+
+def message(request: int, payload: bytes = b"", flags: int = 0) -> bytes:
+    return struct.pack("=III", request, wire.VERSION | flags, len(payload)) + payload
+
+
+# How a front-end leaves a descriptor with the daemon: the bytes that come with it.
+REGION = wire.pack_single_region(MemoryRegion(0, 4096, 0, 0))
+LEFT = {
+    "request channel": message(Request.SET_BACKEND_REQ_FD),
+    "kick": message(Request.SET_VRING_KICK, wire.pack_u64(0)),
+    "call": message(Request.SET_VRING_CALL, wire.pack_u64(0)),
+    "error": message(Request.SET_VRING_ERR, wire.pack_u64(0)),
+    "memory": message(Request.ADD_MEM_REG, REGION),
+    "memory table": message(
+        Request.SET_MEM_TABLE, wire.pack_memory_table([MemoryRegion(0, 4096, 0, 0)])
+    ),
+    "removed memory": message(Request.REM_MEM_REG, REGION),
+    "message without descriptors": message(Request.GET_FEATURES),
+    "half a header": message(Request.SET_BACKEND_REQ_FD)[:6],
+    "half a payload": message(Request.SET_VRING_KICK, wire.pack_u64(0))[:16],
+}
+
+
+@pytest.mark.parametrize("queued", [False, True])
+def test_own_end_of_the_connection(running: Daemon, queued: bool) -> None:
+    """Kept anywhere, or in the queue of what is kept, it would hide its end from the daemon."""
+    for how, data in LEFT.items():
+        with connect(running) as sock:
+            near, far = socket.socketpair()
+            with near, far:
+                if queued:
+                    socket.send_fds(far, [b"x"], [sock.fileno()])
+                left = near if queued else sock
+                socket.send_fds(sock, [data], [left.fileno()])
+        assert_serves(running, how)
+    assert_stops(running)
+
+
+@pytest.fixture
+def started(running: Daemon) -> Iterator[tuple[Frontend, Ring]]:
+    """A front-end of that daemon with a ring that runs and eventfds that block."""
+    with (
+        GuestMemory() as memory,
+        Ring(memory) as ring,
+        Frontend.connect(running.socket_path) as frontend,
+    ):
+        frontend.handshake()
+        frontend.start_device(0)
+        frontend.share_memory(memory)
+        frontend.start_ring(ring)
+        for fd in (ring.call_fd, ring.error_fd):
+            os.set_blocking(fd, True)
+        os.eventfd_read(ring.call_fd)  # the signal that comes when a vring starts
+        yield frontend, ring
+
+
+def enable_again_and_again(frontend: Frontend) -> None:
+    pair = b"".join(
+        message(Request.SET_VRING_ENABLE, VringState(0, enable).pack()) for enable in (0, 1)
+    )
+    frontend._sock.setblocking(True)
+    frontend._sock.sendall(pair * 2000)
+
+
+@pytest.mark.parametrize("raced", [False, True])
+def test_full_call_eventfd_and_many_messages_before_the_stop(
+    running: Daemon, started: tuple[Frontend, Ring], raced: bool
+) -> None:
+    frontend, ring = started
+    with ExitStack() as stack:
+        if raced:  # another process makes room, and takes it again before the daemon writes
+            stack.enter_context(hammer("refill", ring.call_fd))
+        else:
+            os.eventfd_write(ring.call_fd, FULL)
+        enable_again_and_again(frontend)
+        assert_stops(running)
+
+
+@pytest.mark.parametrize("raced", [False, True])
+def test_full_call_eventfd_and_many_messages_before_the_next_front_end(
+    running: Daemon, started: tuple[Frontend, Ring], raced: bool
+) -> None:
+    frontend, ring = started
+    with ExitStack() as stack:
+        if raced:
+            stack.enter_context(hammer("refill", ring.call_fd))
+        else:
+            os.eventfd_write(ring.call_fd, FULL)
+        enable_again_and_again(frontend)
+        frontend.close()
+        assert_serves(running)
+    assert_stops(running)
+
+
+def test_full_error_eventfd(running: Daemon, started: tuple[Frontend, Ring]) -> None:
+    """A ring that breaks again and again."""
+    frontend, ring = started
+    os.eventfd_write(ring.error_fd, FULL)
+    ring.offer(1000)
+    ring.publish()
+    start = time.monotonic()
+    for _ in range(10):
+        frontend.tell(Request.SET_VRING_KICK, wire.pack_u64(0), [ring.kick_fd])
+    assert time.monotonic() - start < NEXT
+    frontend.close()
+    assert_serves(running)
+    assert_stops(running)
+
+
+@pytest.fixture
+def lingering() -> Iterator[Callable[[], socket.socket]]:
+    """TCP sockets whose close waits for a peer that never reads; ended for good at the end."""
+    with ExitStack() as stack:
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+
+        def make() -> socket.socket:
+            sock = socket.create_connection(listener.getsockname())
+            peer, _ = listener.accept()
+            # The peer's end goes first, with a reset, which wakes whoever waits still.
+            peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+            stack.callback(peer.close)
+            sock.setblocking(False)
+            try:
+                while True:
+                    sock.send(bytes(1 << 16))
+            except BlockingIOError:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER)
+            return sock
+
+        yield make
+
+
+# Where the descriptors are: the bytes before them, the bytes with them, how these are sent.
+PLACES = {
+    "in messages": (b"", LEFT["message without descriptors"], 0),
+    "in half a message": (b"", LEFT["half a header"], 0),
+    "behind the message that ends it all": (bytes(12), b"x", 0),
+    "out of band": (b"", b"x", socket.MSG_OOB),
+}
+
+
+@pytest.mark.parametrize("queued", [False, True])
+def test_sockets_whose_close_waits(
+    running: Daemon, lingering: Callable[[], socket.socket], queued: bool
+) -> None:
+    for place, (before, beside, flags) in PLACES.items():
+        with connect(running) as sock:
+            running.process.send_signal(signal.SIGSTOP)
+            sock.send(before)
+            for _ in range(10):
+                with ExitStack() as stack:
+                    left = stack.enter_context(lingering())
+                    if queued:
+                        near, far = (stack.enter_context(end) for end in socket.socketpair())
+                        socket.send_fds(far, [b"x"], [left.fileno()])
+                        left = near
+                    socket.send_fds(sock, [beside], [left.fileno()], flags)
+            running.process.send_signal(signal.SIGCONT)
+        assert_serves(running, place)
+    assert_stops(running)
+
+
+def test_sockets_that_wait_with_front_ends_that_wait(
+    running: Daemon, lingering: Callable[[], socket.socket]
+) -> None:
+    with connect(running), connect(running) as waiting:
+        for _ in range(20):
+            with lingering() as left:
+                socket.send_fds(waiting, [b"x"], [left.fileno()])
+        assert_stops(running)
+
+
+@pytest.fixture
+def silent(tmp_path: Path) -> Iterator[Path]:
+    """A file on a FUSE file system that answers this process only."""
+    folder = tmp_path / "silent"
+    folder.mkdir()
+    process = subprocess.Popen(
+        [sys.executable, "-S", str(FUSE), str(folder), str(os.getpid())],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
+    yield folder / "file"
+    process.communicate()
+    assert process.returncode == 0
+
+
+def send_files(sock: socket.socket, data: bytes, path: Path, count: int = 1) -> None:
+    """Send descriptors of which none is left here: processes that start here would close them."""
+    files = [os.open(path, os.O_RDWR) for _ in range(count)]
+    with suppress(OSError):  # the daemon may have ended the connection
+        socket.send_fds(sock, [data], files)
+    for fd in files:
+        os.close(fd)
+
+
+@pytest.mark.needs_root
+def test_file_whose_close_waits_for_ever(running: Daemon, silent: Path) -> None:
+    for how, data in LEFT.items():
+        with connect(running) as sock:
+            for _ in range(3):
+                send_files(sock, data, silent)
+        assert_serves(running, how)
+
+
+@pytest.mark.needs_root
+def test_image_is_free_after_a_stop_although_a_close_waits(
+    running: Daemon, silent: Path, daemon: DaemonFactory
+) -> None:
+    """The kernel keeps the process as long as its thread waits; the next one can start."""
+    with connect(running) as sock:
+        send_files(sock, LEFT["message without descriptors"], silent)
+        assert sock.recv(20) == b""  # refused
+    assert_serves(running)
+    running.process.send_signal(signal.SIGTERM)
+    until(lambda: not running.socket_path.exists())
+    until(lambda: state_of(running) == "Z")
+    assert_serves(daemon())
+
+
+@pytest.mark.needs_root
+def test_more_files_than_threads_to_close_them(running: Daemon, silent: Path) -> None:
+    """The rest stays open, with the front-end's own end: then the daemon ends the connection."""
+    refused = message(Request.SET_VRING_NUM, bytes(8), wire.FLAG_NEED_REPLY)
+    with connect(running) as sock:
+        for _ in range(8):
+            send_files(sock, refused, silent, 8)
+        with suppress(OSError):
+            socket.send_fds(sock, [LEFT["request channel"]], [sock.fileno()])
+    assert_serves(running)
+
+
+def state_of(running: Daemon) -> str:
+    """The state of the process's first thread, as ps shows it."""
+    return Path(f"/proc/{running.process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

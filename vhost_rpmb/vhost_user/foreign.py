@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Descriptors that the other end of a connection sent: their kinds, and closing them.
+
+A descriptor that is kept must not keep anything else open: a socket can have any descriptor in its
+queue, the other end of the connection included, whose end would then never be seen. Only eventfds,
+pipes and memory are kept.
+
+fstat(), fstatfs() and close() may wait for the file system, on FUSE for a program of any user and
+for ever. close() waits as well for a TCP socket with SO_LINGER, and for one that lies in the queue
+of a UNIX socket. So kinds are told by what the kernel itself knows, and where that is not enough a
+thread asks and closes. Such threads exist only while there is something of that kind.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import signal
+import socket
+import stat
+import struct
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from functools import partial
+
+from vhost_rpmb.errors import PeerError
+
+__all__ = [
+    "check_event",
+    "check_memory",
+    "check_unix_stream",
+    "close",
+    "close_connection",
+    "is_lasting",
+    "left_open",
+    "refuse_path",
+]
+
+_MAX_THREADS = 32  # that may all wait; then the rest waits for them
+_PATIENCE = 1.0  # seconds for a file system to tell its type
+# <linux/magic.h>: files of another program or another machine; overlayfs may lie on any of them.
+_REMOTE = {
+    0x65735546: "FUSE",
+    0x6969: "NFS",
+    0xFE534D42: "SMB",
+    0xFF534D42: "SMB",
+    0x01021997: "9P",
+    0x00C36400: "Ceph",
+    0x794C7630: "overlayfs",
+}
+_F_GET_SEALS = 1034  # fcntl has it from Python 3.12 on
+_EVENTFD = "anon_inode:[eventfd]"
+_PIPE = "pipe:["
+_NO_LINGER = struct.pack("=ii", 0, 0)
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def check_event(fd: int) -> bool:
+    """ValueError unless it is an eventfd or a pipe; return whether it is a pipe."""
+    refuse_path(fd)
+    name = _name(fd)
+    if name != _EVENTFD and not name.startswith(_PIPE):
+        raise ValueError("expected an eventfd or a pipe, found another kind of file")
+    return name != _EVENTFD
+
+
+def check_unix_stream(fd: int) -> None:
+    """ValueError unless it is a connected UNIX stream socket."""
+    expected = "expected a connected UNIX stream socket"
+    try:
+        sock = socket.socket(fileno=fd)
+    except OSError as error:
+        raise ValueError(f"{expected}, found: {error.strerror}") from None
+    try:
+        if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM:
+            raise ValueError(f"{expected}, found another kind of socket")
+        try:
+            sock.getpeername()
+        except OSError:
+            raise ValueError(f"{expected}, found one that is not connected") from None
+    finally:
+        sock.detach()
+
+
+def check_memory(fd: int) -> None:
+    """ValueError unless it is a file that can be guest memory.
+
+    PeerError if its file system is one that can make every access wait.
+    """
+    refuse_path(fd)
+    if _is_shared_memory(fd):
+        return
+    expected = "expected a file or a DAX device as memory region"
+    if not _name(fd).startswith("/"):
+        raise ValueError(f"{expected}, found another kind of descriptor")
+    file_system, status = _ask(fd)
+    if file_system in _REMOTE:
+        raise PeerError(
+            "expected a memory region on a local file system (memfd, tmpfs, hugetlbfs, ext4, xfs), "
+            f"found {_REMOTE[file_system]}"
+        )
+    if status is None:
+        raise PeerError("the file system of a memory region does not answer")
+    if not stat.S_ISREG(status.st_mode) and not _is_dax(status):
+        raise ValueError(f"{expected}, found another kind of file")
+
+
+def is_lasting(fd: int) -> bool:
+    """Tell whether it is an eventfd, a pipe or shared memory: none keeps anything else open."""
+    return _is_shared_memory(fd) or _name(fd) == _EVENTFD or _name(fd).startswith(_PIPE)
+
+
+def close(fds: Iterable[int]) -> None:
+    """Close descriptors, in a thread where that may wait."""
+    for fd in fds:
+        if _is_shared_memory(fd) or _name(fd) == _EVENTFD:
+            os.close(fd)
+        else:
+            _aside.do(partial(_close, fd))
+
+
+def close_connection(sock: socket.socket) -> None:
+    """End a connection, in a thread where its queue may hold descriptors."""
+    with suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)  # nothing arrives after that
+    try:
+        unread = bool(sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+    except OSError:
+        unread = True
+    if unread:
+        _aside.do(partial(_close, sock.detach()))
+    else:
+        sock.close()
+
+
+def left_open() -> int:
+    """How many descriptors stay open because every thread waits for another one."""
+    return _aside.left()
+
+
+def refuse_path(fd: int) -> None:
+    """ValueError if a descriptor was opened with O_PATH: it names a file and opens nothing."""
+    if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_PATH:
+        raise ValueError("expected an open file, found a descriptor opened with O_PATH")
+
+
+def _name(fd: int) -> str:
+    """The kernel's name of a file: a path, or one that no path can be; empty if not known."""
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}")
+    except OSError:
+        return ""
+
+
+def _is_shared_memory(fd: int) -> bool:
+    """Tell whether it is a memfd or a file on tmpfs or hugetlbfs: no other file has seals."""
+    try:
+        fcntl.fcntl(fd, _F_GET_SEALS)
+    except OSError:
+        return False
+    return True
+
+
+def _is_dax(status: os.stat_result) -> bool:
+    """Tell whether it is a device of persistent memory that is mapped as a whole."""
+    if not stat.S_ISCHR(status.st_mode):
+        return False
+    number = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
+    try:
+        subsystem = os.readlink(f"/sys/dev/char/{number}/subsystem")
+    except OSError:
+        return False
+    return os.path.basename(subsystem) == "dax"
+
+
+def _ask(fd: int) -> tuple[int, os.stat_result | None]:
+    """Type of the file system and status of a file; the latter None without an answer in time."""
+    answer: list[tuple[int, os.stat_result | None]] = []
+    done = threading.Event()
+
+    def job() -> None:
+        with suppress(OSError):
+            file_system = _file_system(fd)
+            answer.append((file_system, None if file_system in _REMOTE else os.fstat(fd)))
+        done.set()
+
+    _aside.do(job)
+    done.wait(_PATIENCE)
+    return answer[0] if answer else (0, None)
+
+
+def _file_system(fd: int) -> int:
+    """The type of a file's file system; may wait."""
+    buffer = (ctypes.c_long * 32)()  # struct statfs, which begins with the type
+    if _libc.fstatfs(fd, ctypes.byref(buffer)):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return buffer[0] & 0xFFFF_FFFF
+
+
+def _close(fd: int) -> None:
+    """Close a descriptor; may wait."""
+    with suppress(OSError):
+        sock = socket.socket(fileno=fd)
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
+        finally:
+            sock.detach()
+    with suppress(OSError):  # what a file system could not write is not ours
+        os.close(fd)
+
+
+class _Aside:
+    """Does what may wait for ever, in threads that end when nothing is left to do."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._jobs: deque[Callable[[], None]] = deque()
+        self._threads = 0
+
+    def do(self, job: Callable[[], None]) -> None:
+        """Do `job` in a thread; here if there is none to be had."""
+        with self._lock:
+            self._jobs.append(job)
+            if self._threads >= _MAX_THREADS:
+                return
+            self._threads += 1
+        # The signals are for the thread that may wait for them.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        try:
+            threading.Thread(target=self._work, daemon=True).start()
+        except RuntimeError:
+            self._work()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def left(self) -> int:
+        """How many jobs wait for a thread, with none to be made for them."""
+        with self._lock:
+            return len(self._jobs) if self._threads >= _MAX_THREADS else 0
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                if not self._jobs:
+                    self._threads -= 1
+                    return
+                job = self._jobs.popleft()
+            job()
+
+
+_aside = _Aside()
