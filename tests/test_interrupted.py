@@ -12,7 +12,8 @@ from types import FrameType
 import pytest
 
 from tests.conftest import RigFactory
-from tests.support.rig import PATIENCE, read_counter
+from tests.support.oracle import read_counter
+from tests.support.rig import PATIENCE
 from vhost_rpmb.engine import Engine
 
 Handle = Callable[[Callable[[], None]], None]

@@ -19,8 +19,8 @@ from typing import Any
 
 import pytest
 
-from tests.hostile.fake_backend import Answer, FakeBackend
-from tests.hostile.fake_backend import Device as FakeDevice
+from tests.support.fake_backend import Answer, FakeBackend
+from tests.support.fake_backend import Device as FakeDevice
 from tests.support.rig import make_image, write_key
 from vhost_rpmb import __version__
 from vhost_rpmb.client.cli import build_parser, main

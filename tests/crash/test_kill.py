@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import DaemonFactory
-from tests.support.rig import KEY, UNIT_BLOCKS
+from tests.support.oracle import KEY, Frame
+from tests.support.rig import UNIT_BLOCKS
 from vhost_rpmb import engine as engines
 from vhost_rpmb.driver.errors import BackendError
 from vhost_rpmb.driver.rpmb import RpmbClient
 from vhost_rpmb.rpmb import spec
-from vhost_rpmb.rpmb.frame import Frame
 
 ROUNDS = int(os.environ.get("VHOST_RPMB_KILL_ROUNDS", "10"))  # on each engine
 IN_FLIGHT = 16

@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.conftest import wait_for_socket
-from tests.support.rig import KEY, PATIENCE, make_image
+from tests.support.oracle import KEY
+from tests.support.rig import PATIENCE, make_image
 from vhost_rpmb.driver.errors import RpmbResultError
 from vhost_rpmb.driver.rpmb import RpmbClient
 from vhost_rpmb.rpmb import spec

@@ -8,19 +8,15 @@ from collections.abc import Callable
 import pytest
 
 from tests.support.driver import AUTHENTICATOR, KEY, NONCE, OTHER_KEY
+from tests.support.oracle import Frame, pack, sign
 from vhost_rpmb.driver.errors import RpmbResultError, VerificationError
 from vhost_rpmb.rpmb import frame as messages
 from vhost_rpmb.rpmb import spec
-from vhost_rpmb.rpmb.frame import Frame
-from vhost_rpmb.rpmb.mac import Authenticator
 from vhost_rpmb.rpmb.results import result_name
 
 
 def signed(*frames: Frame, key: bytes = KEY) -> bytes:
-    packed = [frame.pack() for frame in frames]
-    mac = Authenticator(key).mac(packed)
-    packed[-1] = packed[-1][: spec.FRAME_KEY_MAC] + mac + packed[-1][spec.FRAME_DATA :]
-    return b"".join(packed)
+    return pack(sign(frames, key))
 
 
 COUNTER_FRAME = Frame(nonce=NONCE, write_counter=7, req_resp=0x0200)

@@ -24,6 +24,7 @@ from tests.support.driver import (
     THREE_REGIONS,
     VERSION_1,
 )
+from tests.support.oracle import Frame
 from tests.support.rig import PATIENCE
 from vhost_rpmb.driver.errors import BackendError, QueueError, RpmbResultError, VerificationError
 from vhost_rpmb.driver.frontend import PROTOCOL_FEATURES
@@ -31,7 +32,6 @@ from vhost_rpmb.driver.ring import Segment, Used
 from vhost_rpmb.driver.rpmb import FEATURES, Answer, RpmbClient, Setup
 from vhost_rpmb.rpmb import frame as messages
 from vhost_rpmb.rpmb import spec
-from vhost_rpmb.rpmb.frame import Frame
 from vhost_rpmb.rpmb.mac import Authenticator
 from vhost_rpmb.vhost_user.wire import ProtocolFeature
 

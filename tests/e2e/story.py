@@ -7,12 +7,9 @@ unmodified mmc tool, or, without a guest, the client of this package, which has 
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import os
 import re
 import shlex
-import struct
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -21,17 +18,13 @@ from typing import Protocol
 from tests.e2e.daemon import BLOCK_SIZE, DaemonProcess, installed_program
 from tests.e2e.kit import Kit
 from tests.e2e.vm import VirtualMachine
+from tests.support import oracle
 
 KEY = bytes(range(0x41, 0x61))
 OTHER_KEY = bytes(reversed(KEY))
 LETTER = b"Only a holder of the key can change this.".ljust(BLOCK_SIZE, b".")
 RECORDED = b"A recorded write.".ljust(BLOCK_SIZE, b".")
 
-# RPMB frame from its data on, the part that the MAC covers (JEDEC JESD84-B51 section 6.6.22):
-# data, nonce, write counter, address, block count, result, request or response type
-AUTHENTICATED = struct.Struct(">256s16sIHHHH")
-DATA_WRITE = 3
-RESULT_READ = 5
 DATA_WRITE_RESPONSE = 0x0300
 OK = 0
 COUNT_FAILURE = 3
@@ -160,25 +153,17 @@ class ClientStage:
 
 def write_frames(key: bytes, counter: int, address: int, data: bytes) -> bytes:
     """An authenticated write request of one block and the request for its result."""
-    covered = AUTHENTICATED.pack(data, bytes(16), counter, address, 1, 0, DATA_WRITE)
-    mac = hmac.digest(key, covered, hashlib.sha256)
-    return bytes(196) + mac + covered + result_request()
-
-
-def result_request() -> bytes:
-    """A request for the result of the latest write."""
-    return bytes(228) + AUTHENTICATED.pack(bytes(256), bytes(16), 0, 0, 1, 0, RESULT_READ)
+    return oracle.write_data(counter, address, data, key=key) + oracle.read_result()
 
 
 def check_write_answer(key: bytes, answer: bytes) -> tuple[int, int]:
     """Result and write counter in the answer to a write; its MAC is checked."""
-    mac, covered = answer[196:228], answer[228:]
-    if len(answer) != 512 or mac != hmac.digest(key, covered, hashlib.sha256):
+    (frame,) = oracle.split(answer)
+    if frame.key_mac != oracle.mac_of(frame, key=key):
         raise StoryError(f"expected an answer with the key's MAC, found {answer.hex()}")
-    _, _, counter, _, _, result, response = AUTHENTICATED.unpack(covered)
-    if response != DATA_WRITE_RESPONSE:
-        raise StoryError(f"response type 0x{response:04x} to a write")
-    return result, counter
+    if frame.req_resp != DATA_WRITE_RESPONSE:
+        raise StoryError(f"response type 0x{frame.req_resp:04x} to a write")
+    return frame.result, frame.write_counter
 
 
 class _Teller:

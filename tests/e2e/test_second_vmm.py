@@ -11,10 +11,17 @@ import pytest
 
 from tests.e2e.daemon import BLOCK_SIZE, DaemonProcess
 from tests.e2e.second_vmm import make_second_vmm
-from tests.support.rig import mac_of, program_key, read_counter, read_data, read_result, split
-from tests.support.rig import write_data as signed_write
+from tests.support.oracle import (
+    Frame,
+    mac_of,
+    program_key,
+    read_counter,
+    read_data,
+    read_result,
+    split,
+)
+from tests.support.oracle import write_data as signed_write
 from vhost_rpmb.rpmb import spec
-from vhost_rpmb.rpmb.frame import Frame
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(900)]
 

@@ -20,12 +20,12 @@ from tests.e2e.story import (
     OK,
     GuestStage,
     check_write_answer,
-    result_request,
     tell,
     write_frames,
 )
 from tests.e2e.vm import VirtualMachine
 from tests.support.documents import demo_of_readme
+from tests.support.oracle import read_result
 
 # The first test may have to make the kit.
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(900)]
@@ -176,7 +176,7 @@ def _one_command_an_ioctl(vm: VirtualMachine) -> None:
         succeed(vm, "rpmb-send -s /dev/rpmb0 1 < write > answer")
         assert check_write_answer(KEY, vm.get_file("answer")) == (OK, number + 1)
     succeed(vm, "head -c 512 write > alone && rpmb-send -s /dev/rpmb0 0 < alone")
-    vm.put_file("result", result_request())
+    vm.put_file("result", read_result())
     succeed(vm, "rpmb-send /dev/rpmb0 1 < result > answer")
     assert check_write_answer(KEY, vm.get_file("answer")) == (COUNT_FAILURE, 2)
 
@@ -192,7 +192,7 @@ def _result_in_more_blocks(vm: VirtualMachine) -> None:
 
     Its buffer is one frame, of which it fills in the type: the other blocks are other memory.
     """
-    stale = bytearray(result_request())
+    stale = bytearray(read_result())
     stale[506:508] = (8).to_bytes(2)  # block_count
     vm.put_file("results", bytes(stale) * 3)
     vm.put_file("more", write_frames(KEY, counter=2, address=2, data=LETTER)[:512] + stale * 3)

@@ -6,12 +6,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from tests.fuzz.targets import Disk, Source, Target
-from tests.support.rig import ALL_FEATURES, KEY, UNIT_BLOCKS, Rig, make_image, split
+from tests.support.oracle import KEY, OTHER_KEY, Frame, sign, split
+from tests.support.rig import ALL_FEATURES, UNIT_BLOCKS, Rig, make_image
 from vhost_rpmb.driver.ring import Segment
 from vhost_rpmb.engine import Engine
 from vhost_rpmb.rpmb import spec
-from vhost_rpmb.rpmb.frame import Frame
-from vhost_rpmb.rpmb.mac import Authenticator
 from vhost_rpmb.vhost_user.wire import MemoryRegion
 from vhost_rpmb.virtio import spec as virtio
 
@@ -20,7 +19,6 @@ REGIONS = (
     MemoryRegion(0x4000_0000, 0x18000, 0x7F00_0000_0000, 0),
     MemoryRegion(0x4001_8000, 0x200000, 0x7E00_0000_0000, 0x1000),
 )
-OTHER_KEY = bytes(32)
 COUNTERS = (0, 0, 0, 7, 0xFFFF_FFFD, 0xFFFF_FFFE, 0xFFFF_FFFF)
 LIMITS = (32, 255, 1, 2, 3, 4)
 READ_LIMITS = (*LIMITS, 0)
@@ -128,8 +126,7 @@ class Frames(Target):
         if kind == spec.VIRTIO_RPMB_REQ_DATA_WRITE:
             macked = batch[: count if 0 < count <= present else present]
             key = OTHER_KEY if details & 0x60 == 0x60 else KEY
-            mac = Authenticator(key).mac([frame.pack() for frame in macked])
-            batch[len(macked) - 1] = batch[len(macked) - 1]._replace(key_mac=mac)
+            batch[: len(macked)] = sign(macked, key)
             if not details & 0x10:
                 self._counter = (write_counter + 1) % 2**32
         return [frame.pack() for frame in batch]

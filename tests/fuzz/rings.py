@@ -9,14 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.fuzz.targets import Disk, Source, Target
-from tests.support.rig import (
-    ALL_FEATURES,
-    program_key,
-    read_counter,
-    read_data,
-    read_result,
-    write_data,
-)
+from tests.support.oracle import program_key, read_counter, read_data, read_result, write_data
+from tests.support.rig import ALL_FEATURES
 from vhost_rpmb.engine import Engine
 from vhost_rpmb.rpmb import spec
 from vhost_rpmb.virtio import spec as virtio

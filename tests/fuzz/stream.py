@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from tests.fuzz.targets import Disk, Source, Target
-from tests.support.rig import program_key, read_counter, read_data, read_result, write_data
+from tests.support.oracle import program_key, read_counter, read_data, read_result, write_data
 from vhost_rpmb.daemon.server import EventLoop
 from vhost_rpmb.engine import Engine
 from vhost_rpmb.errors import PeerError

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from tests.support.rig import KEY, make_image
+from tests.support.oracle import KEY
+from tests.support.rig import make_image
 from vhost_rpmb.engine import Engine
 from vhost_rpmb.rpmb import spec
 from vhost_rpmb.storage.local.opening import open_store

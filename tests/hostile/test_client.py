@@ -31,7 +31,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import environment
-from tests.hostile.fake_backend import (
+from tests.support.fake_backend import (
     FEATURES,
     PROTOCOL_FEATURES,
     Answer,
@@ -43,13 +43,13 @@ from tests.hostile.fake_backend import (
     OnReply,
     Reply,
 )
+from tests.support.oracle import Frame
 from tests.support.raw import hammer
 from tests.support.rig import write_key
 from vhost_rpmb.driver.errors import BackendError
 from vhost_rpmb.driver.memory import DEFAULT_REGIONS, GuestMemory
 from vhost_rpmb.driver.ring import Ring, Segment
 from vhost_rpmb.rpmb import spec
-from vhost_rpmb.rpmb.frame import Frame
 from vhost_rpmb.vhost_user import wire
 from vhost_rpmb.vhost_user.wire import Request
 

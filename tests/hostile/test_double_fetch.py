@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.support.oracle import read_counter, write_data
 from tests.support.raw import (
     AVAILABLE,
     BUFFERS,
@@ -18,7 +19,7 @@ from tests.support.raw import (
     descriptor,
     hammer,
 )
-from tests.support.rig import Rig, read_counter, write_data
+from tests.support.rig import Rig
 from vhost_rpmb.engine import Engine
 from vhost_rpmb.vhost_user.wire import MemoryRegion
 from vhost_rpmb.virtio import spec as virtio

@@ -12,7 +12,14 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Daemon, DaemonFactory
-from tests.support.rig import program_key, read_counter, read_data, read_result, request, write_data
+from tests.support.oracle import (
+    program_key,
+    read_counter,
+    read_data,
+    read_result,
+    request,
+    write_data,
+)
 from vhost_rpmb.driver.rpmb import RpmbClient
 
 MAC, NONCE = "MAC [0-9a-f]{64}", "nonce [0-9a-f]{32}"  # as the log has them

@@ -14,8 +14,9 @@ from collections.abc import Iterator
 import pytest
 
 from tests.conftest import Daemon, DaemonFactory
+from tests.support.oracle import KEY, read_counter, write_data
 from tests.support.raw import AVAILABLE, BUFFERS, RawGuest, available_ring, hammer, lay_out
-from tests.support.rig import KEY, PATIENCE, Rig, read_counter, write_data
+from tests.support.rig import PATIENCE, Rig
 from vhost_rpmb.driver.frontend import Frontend
 from vhost_rpmb.driver.memory import GuestMemory
 from vhost_rpmb.driver.ring import Ring, Segment

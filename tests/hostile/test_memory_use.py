@@ -12,8 +12,9 @@ from types import FrameType
 import pytest
 
 from tests.conftest import Daemon, DaemonFactory
+from tests.support.oracle import KEY, read_counter
 from tests.support.raw import GUEST, USER, RawGuest, available_ring, descriptor
-from tests.support.rig import KEY, Rig, read_counter
+from tests.support.rig import Rig
 from vhost_rpmb.driver.frontend import Frontend
 from vhost_rpmb.driver.memory import GuestMemory
 from vhost_rpmb.driver.ring import Ring

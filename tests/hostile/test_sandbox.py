@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import DaemonFactory, environment
-from tests.support.rig import KEY
+from tests.support.oracle import KEY
 from vhost_rpmb.driver.rpmb import RpmbClient
 
 # Each is tried in a process that has given up what the daemon gives up, by the same function. Below

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Daemon, DaemonFactory
+from tests.support.oracle import KEY
 from tests.support.raw import hammer
-from tests.support.rig import KEY
 from vhost_rpmb.driver.errors import BackendError
 from vhost_rpmb.driver.frontend import PROTOCOL_FEATURES, Frontend
 from vhost_rpmb.driver.memory import GuestMemory

@@ -16,16 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import (
-    Daemon,
-    DaemonFactory,
-    RigFactory,
-    is_asleep,
-    processor_time,
-    until,
-)
+from tests.conftest import Daemon, DaemonFactory, RigFactory, is_asleep, processor_time, until
+from tests.support.oracle import KEY, read_counter, read_data, write_data
 from tests.support.raw import GUEST, QUEUE, hammer
-from tests.support.rig import KEY, PATIENCE, read_counter, read_data, write_data
+from tests.support.rig import PATIENCE
 from vhost_rpmb.driver.errors import BackendError
 from vhost_rpmb.driver.frontend import Frontend
 from vhost_rpmb.driver.memory import GuestMemory

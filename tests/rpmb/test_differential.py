@@ -9,17 +9,15 @@ from pathlib import Path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.rig import ALL_FEATURES, KEY, Rig, make_image
+from tests.support.oracle import KEY, OTHER_KEY, Frame, sign
+from tests.support.rig import ALL_FEATURES, Rig, make_image
 from vhost_rpmb import engine as engines
 from vhost_rpmb.driver.ring import Segment
 from vhost_rpmb.rpmb import spec
-from vhost_rpmb.rpmb.frame import Frame
-from vhost_rpmb.rpmb.mac import Authenticator
 from vhost_rpmb.vhost_user.wire import MemoryRegion
 
 MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # what a sync costs is not at stake here
 ENGINES = [engines.load(name) for name in engines.ENGINES]
-OTHER_KEY = bytes(32)
 
 
 @st.composite
@@ -52,8 +50,7 @@ def frames(draw: st.DrawFn) -> list[bytes]:
     if kind == spec.VIRTIO_RPMB_REQ_DATA_WRITE:
         key = draw(st.sampled_from([KEY, KEY, KEY, OTHER_KEY]))
         macked = batch[: count if 0 < count <= present else present]
-        mac = Authenticator(key).mac([frame.pack() for frame in macked])
-        batch[len(macked) - 1] = batch[len(macked) - 1]._replace(key_mac=mac)
+        batch[: len(macked)] = sign(macked, key)
     return [frame.pack() for frame in batch]
 
 

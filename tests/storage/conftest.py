@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.rig import KEY, resolved, write_key
+from tests.support.oracle import KEY
+from tests.support.rig import resolved, write_key
 from tests.support.store import Open, state_of
 from vhost_rpmb.storage.local.opening import open_store
 from vhost_rpmb.storage.local.store import Store

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.rig import KEY, make_image
+from tests.support.oracle import KEY
+from tests.support.rig import make_image
 from tests.support.store import KIB, A, B, Open, in_killed_process, state_of
 from vhost_rpmb.rpmb import spec
 from vhost_rpmb.storage.local.opening import open_store, verify

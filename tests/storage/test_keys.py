@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.rig import KEY, write_key
+from tests.support.oracle import KEY
+from tests.support.rig import write_key
 from tests.support.store import OTHER_KEY, Open, check_refused, state_of
 from vhost_rpmb.errors import StateError, UsageError
 

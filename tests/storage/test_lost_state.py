@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.rig import KEY, make_image, write_key
+from tests.support.oracle import KEY
+from tests.support.rig import make_image, write_key
 from tests.support.store import KIB, A, Open, check_refused, in_killed_process, state_of
 from vhost_rpmb.errors import StateError
 from vhost_rpmb.storage.local.opening import open_store

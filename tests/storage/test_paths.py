@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.rig import KEY, make_image
+from tests.support.oracle import KEY
+from tests.support.rig import make_image
 from vhost_rpmb.errors import UsageError
 from vhost_rpmb.storage.local.opening import open_store, verify
 from vhost_rpmb.storage.paths import Paths

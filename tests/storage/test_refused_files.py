@@ -15,7 +15,8 @@ from types import ModuleType
 
 import pytest
 
-from tests.support.rig import KEY, make_image, write_key
+from tests.support.oracle import KEY
+from tests.support.rig import make_image, write_key
 from tests.support.store import KIB, Open, check_refused, state_of
 from vhost_rpmb.errors import OperatorError, StateError, UsageError
 from vhost_rpmb.storage.local import image, statefile

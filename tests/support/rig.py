@@ -9,20 +9,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from tests.support.oracle import KEY, Frame, program_key, read_data, read_result, split, write_data
 from vhost_rpmb.driver.memory import DEFAULT_REGIONS, GuestMemory
 from vhost_rpmb.driver.ring import Ring, Segment, Used
 from vhost_rpmb.engine import Engine
 from vhost_rpmb.rpmb import spec
-from vhost_rpmb.rpmb.frame import Frame
-from vhost_rpmb.rpmb.mac import Authenticator
 from vhost_rpmb.storage.local.opening import open_store
 from vhost_rpmb.storage.local.store import Store
 from vhost_rpmb.storage.paths import Paths
 from vhost_rpmb.vhost_user.wire import MemoryRegion
 from vhost_rpmb.virtio import spec as virtio
 
-KEY = bytes(range(100, 132))
-NONCE = bytes(range(16))
 ALL_FEATURES = 1 << virtio.VIRTIO_F_INDIRECT_DESC | 1 << virtio.VIRTIO_F_EVENT_IDX
 # What a daemon of a test is started with: under coverage it writes a file at its end, which the
 # sandbox refuses; and QEMU's user emulation has no sandbox.
@@ -49,64 +46,6 @@ def write_key(path: Path, key: bytes) -> None:
 def resolved(flash: Path, options: dict[str, object]) -> Paths:
     """Resolve the paths of a device; takes state_path and key_path out of the options."""
     return Paths.resolve(str(flash), options.pop("state_path", None), options.pop("key_path", None))  # type: ignore[arg-type]
-
-
-def request(req_resp: int, **fields: int | bytes) -> bytes:
-    """Build one request frame; block_count is 1 unless given."""
-    return Frame(**({"block_count": 1} | fields), req_resp=req_resp).pack()  # type: ignore[arg-type]
-
-
-def program_key(key: bytes = KEY, block_count: int = 1) -> bytes:
-    return request(spec.VIRTIO_RPMB_REQ_PROGRAM_KEY, key_mac=key, block_count=block_count)
-
-
-def read_counter(nonce: bytes = NONCE, block_count: int = 1) -> bytes:
-    return request(spec.VIRTIO_RPMB_REQ_GET_WRITE_COUNTER, nonce=nonce, block_count=block_count)
-
-
-def read_result(block_count: int = 1) -> bytes:
-    return request(spec.VIRTIO_RPMB_REQ_RESULT_READ, block_count=block_count)
-
-
-def read_data(address: int, block_count: int = 1, nonce: bytes = NONCE) -> bytes:
-    return request(
-        spec.VIRTIO_RPMB_REQ_DATA_READ, address=address, block_count=block_count, nonce=nonce
-    )
-
-
-def write_data(
-    counter: int,
-    address: int,
-    *blocks: bytes,
-    key: bytes = KEY,
-    block_count: int | None = None,
-) -> bytes:
-    """Build a write request, one frame a block, with its MAC in the last frame."""
-    frames = [
-        Frame(
-            data=block,
-            write_counter=counter,
-            address=address,
-            block_count=len(blocks) if block_count is None else block_count,
-            req_resp=spec.VIRTIO_RPMB_REQ_DATA_WRITE,
-        )
-        for block in blocks
-    ]
-    mac = Authenticator(key).mac([frame.pack() for frame in frames])
-    frames[-1] = frames[-1]._replace(key_mac=mac)
-    return b"".join(frame.pack() for frame in frames)
-
-
-def split(raw: bytes) -> list[Frame]:
-    """Cut an answer into its frames; every stuff byte has to be zero."""
-    assert not len(raw) % spec.FRAME_SIZE
-    frames = [raw[start : start + 512] for start in range(0, len(raw), 512)]
-    assert all(not any(frame[: spec.FRAME_KEY_MAC]) for frame in frames)
-    return [Frame.unpack(frame) for frame in frames]
-
-
-def mac_of(*frames: Frame, key: bytes = KEY) -> bytes:
-    return Authenticator(key).mac([frame.pack() for frame in frames])
 
 
 class Rig:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.rig import KEY
+from tests.support.oracle import KEY
 from vhost_rpmb.errors import OperatorError
 from vhost_rpmb.storage.local.opening import open_store
 from vhost_rpmb.storage.local.store import Store

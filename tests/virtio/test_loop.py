@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.conftest import until
-from tests.support.rig import ALL_FEATURES, PATIENCE, Rig, read_counter
+from tests.support.oracle import read_counter
+from tests.support.rig import ALL_FEATURES, PATIENCE, Rig
 from vhost_rpmb.driver.ring import Used
 from vhost_rpmb.engine import Engine
 from vhost_rpmb.virtio import spec as virtio

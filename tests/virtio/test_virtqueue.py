@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from tests.support.rig import ALL_FEATURES, NONCE, Rig, read_counter, read_data, split, write_data
+from tests.support.oracle import NONCE, read_counter, read_data, split, write_data
+from tests.support.rig import ALL_FEATURES, Rig
 from vhost_rpmb.driver.ring import Segment, Used
 from vhost_rpmb.engine import Engine
 from vhost_rpmb.vhost_user.wire import MemoryRegion

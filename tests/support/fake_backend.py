@@ -25,9 +25,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
 
+from tests.support import oracle
+from tests.support.oracle import Frame
 from vhost_rpmb.rpmb import spec
-from vhost_rpmb.rpmb.frame import Frame
-from vhost_rpmb.rpmb.mac import Authenticator
 from vhost_rpmb.vhost_user import wire
 from vhost_rpmb.vhost_user.wire import MemoryRegion, ProtocolFeature, Request
 from vhost_rpmb.virtio import spec as virtio
@@ -142,8 +142,7 @@ class Device:
         key = key or self.key
         if key is None:
             return frames
-        mac = Authenticator(key).mac([frame.pack() for frame in frames])
-        return [*frames[:-1], frames[-1]._replace(key_mac=mac)]
+        return oracle.sign(frames, key)
 
 
 OnReply = Callable[["FakeBackend", int, Reply], None]
