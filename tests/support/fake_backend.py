@@ -347,7 +347,7 @@ class Ended(NamedTuple):
 _NURSERY = """
 import faulthandler, gc, json, os, sys, tempfile, time, traceback
 from vhost_rpmb.daemon import sandbox
-from vhost_rpmb.client import cli, commands
+from vhost_rpmb.client import cli
 from vhost_rpmb.driver import rpmb
 
 gc.freeze()  # what is never collected is not copied by a fork

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A vhost-user front-end and virtio-rpmb driver: VMM and guest in one, for tests and operators.
+"""The program ``vhost-rpmb-client``.
 
-`vhost_rpmb.driver.rpmb.RpmbClient` is the way in, `vhost_rpmb.driver.errors` what it raises. This
-package imports nothing by itself: the man page is made from `cli` without the dependencies.
+Belongs here: its command line, one module for each verb in `verbs`, its files and streams. Does not
+belong here: the protocol and the requests, which `vhost_rpmb.driver` has as a library. The man page
+is made from `cli` where only the standard library is installed: nothing is imported here.
 """

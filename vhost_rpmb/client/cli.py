@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line of ``vhost-rpmb-client``: what is asked for, and how it is told.
+"""The command line of ``vhost-rpmb-client``: assembles the verbs, prints their reports.
 
 The verbs ``write-key``, ``read-counter``, ``write-block`` and ``read-block`` are those of
 mmc-utils' ``rpmb``, on a daemon's socket. ``build_parser()`` works where only the standard library
-is there: the man page is made from it at build time.
+is installed: the man page is made from it at build time.
 """
 
 import argparse
-import re
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from vhost_rpmb import __version__, signals
 from vhost_rpmb.arguments import Parser, path_argument
-from vhost_rpmb.client import commands
+from vhost_rpmb.client.arguments import seconds
 from vhost_rpmb.client.files import PROG, write_stdout
+from vhost_rpmb.client.verbs import VERBS
 from vhost_rpmb.driver.errors import ClientError, RpmbResultError
 from vhost_rpmb.errors import OperatorError
 from vhost_rpmb.rpmb import spec
@@ -31,11 +31,7 @@ the connection, 2 for a wrong option or an input file that cannot be used.
 """
 
 FAILURE = 1
-MAX_TIMEOUT = 86400.0  # seconds
 _KICK_PATIENCE = 0.1  # seconds that a back-end can make a kick wait
-
-_SIZE = re.compile(r"([1-9][0-9]{0,9})([KM]?)", re.ASCII)
-_UNITS = {"": 1, "K": 1024, "M": 1024 * 1024}
 
 _HINTS = {
     ("PROGRAM_KEY", spec.VIRTIO_RPMB_RES_WRITE_FAILURE): (
@@ -46,42 +42,6 @@ _HINTS = {
     ),
 }
 _NO_KEY_HINT = "; no key is programmed yet: use write-key"
-
-
-def _number(low: int, high: int) -> Callable[[str], int]:
-    """Return the parser of a number from ``low`` to ``high``, decimal or hexadecimal."""
-
-    def parse(text: str) -> int:
-        # A leading zero is refused: mmc-utils takes it for octal, people do not.
-        if re.fullmatch(r"0|[1-9][0-9]*|0[xX][0-9a-fA-F]+", text, re.ASCII):
-            number = int(text, 0)
-            if low <= number <= high:
-                return number
-        raise argparse.ArgumentTypeError(f"expected a number {low} to {high}, found {text!r}")
-
-    return parse
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds <= MAX_TIMEOUT:
-        raise argparse.ArgumentTypeError(
-            f"expected a number of seconds above 0 and up to {MAX_TIMEOUT:g}, found {text!r}"
-        )
-    return seconds
-
-
-def _size(text: str) -> int:
-    found = _SIZE.fullmatch(text)
-    size = int(found[1]) * _UNITS[found[2]] if found else 0
-    if not 0 < size <= spec.MAX_CAPACITY or size % spec.CAPACITY_UNIT:
-        raise argparse.ArgumentTypeError(
-            f"expected a multiple of 128K, from 128K to 16M, found {text!r}"
-        )
-    return size
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -103,150 +63,20 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--timeout",
         metavar="SECONDS",
-        type=_seconds,
+        type=seconds,
         default=10.0,
         help="how long to wait for each answer of the daemon; default %(default)g",
     )
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
-    verbs = parser.add_subparsers(metavar="COMMAND", required=True, title="commands")
-
-    def command(
-        name: str, run: Callable[[argparse.Namespace], commands.Result], text: str
-    ) -> Parser:
-        added = verbs.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-        added.set_defaults(run=run)
-        return added
-
-    def key_file(added: Parser, text: str, optional: bool = False) -> None:
-        added.add_argument(
-            "key_file",
-            metavar="KEYFILE",
-            type=path_argument,
-            nargs="?" if optional else None,
-            help=text,
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, title="commands")
+    for verb in VERBS:
+        command = commands.add_parser(
+            verb.__name__.rpartition(".")[2].replace("_", "-"),
+            help=verb.HELP,
+            description=f"{verb.HELP[0].upper()}{verb.HELP[1:]}.",
         )
-
-    def address(added: Parser) -> None:
-        added.add_argument(
-            "address",
-            metavar="ADDRESS",
-            type=_number(0, commands.MAX_BLOCKS - 1),
-            help="the first block, counted from 0",
-        )
-
-    def data_file(added: Parser, most: str) -> None:
-        added.add_argument(
-            "data_file",
-            metavar="DATAFILE",
-            type=path_argument,
-            help=f"the data, a multiple of 256 bytes up to {most}",
-        )
-        key_file(added, "the key, which authenticates requests and answers")
-
-    def out_file(added: Parser) -> None:
-        added.add_argument(
-            "out_file", metavar="OUTFILE", type=path_argument, help="the file for the data"
-        )
-        key_file(added, "the key; without it, answers are not authenticated", True)
-
-    def files(added: Parser, *, required: bool) -> None:
-        for name, needed, text in (
-            ("flash", required, "the raw backing image" + ("; required" if required else "")),
-            (
-                "state",
-                False,
-                "the state; default: the flash path, links resolved, with .state behind it",
-            ),
-            ("key", False, "the key file, to check that it holds the device's key"),
-        ):
-            added.add_argument(
-                f"--{name}-path", metavar="PATH", type=path_argument, required=needed, help=text
-            )
-
-    added = command("create", commands.create, "create the sparse image of a new device")
-    place = added.add_mutually_exclusive_group(required=True)
-    place.add_argument(
-        "image", metavar="IMAGE", type=path_argument, nargs="?", help="the image; a new file"
-    )
-    place.add_argument(
-        "--folder",
-        metavar="DIR",
-        type=path_argument,
-        help=f"create a folder for the device, mode 0700, with {commands.IMAGE_NAME} in it",
-    )
-    added.add_argument(
-        "--size",
-        metavar="SIZE",
-        type=_size,
-        default="128K",
-        help="a multiple of 128K, up to 16M; default %(default)s",
-    )
-    added.add_argument(
-        "--random-key",
-        metavar="PATH",
-        type=path_argument,
-        help="also create a key file with a random key, mode 0600",
-    )
-
-    added = command(
-        "info", commands.info, "report on a device, through its daemon's socket or from its files"
-    )
-    files(added, required=False)
-    key_file(added, "the key; without it, the write counter is not authenticated", True)
-
-    added = command(
-        "write-key", commands.write_key, "program the device's key, which is possible once"
-    )
-    key_file(added, "the key, 32 bytes")
-
-    added = command("read-counter", commands.read_counter, "print the write counter")
-    key_file(added, "the key; without it, the answer is not authenticated", True)
-
-    added = command(
-        "write-block", commands.write_block, "write blocks in one atomic, authenticated request"
-    )
-    address(added)
-    data_file(added, "the device's limit for one write")
-
-    added = command("read-block", commands.read, "read blocks into a file, which is replaced")
-    address(added)
-    added.add_argument(
-        "count", metavar="COUNT", type=_number(1, commands.MAX_BLOCKS), help="how many blocks"
-    )
-    out_file(added)
-
-    added = command("load", commands.load, "write a file's blocks, in as many requests as needed")
-    added.add_argument(
-        "--address",
-        metavar="ADDRESS",
-        type=_number(0, commands.MAX_BLOCKS - 1),
-        default=0,
-        help="the first block; default %(default)s",
-    )
-    data_file(added, "the device's capacity")
-
-    added = command("dump", commands.read, "read the whole device, or a range of it, into a file")
-    added.add_argument(
-        "--address",
-        metavar="ADDRESS",
-        type=_number(0, commands.MAX_BLOCKS - 1),
-        default=0,
-        help="the first block; default %(default)s",
-    )
-    added.add_argument(
-        "--count",
-        metavar="COUNT",
-        type=_number(1, commands.MAX_BLOCKS),
-        help="how many blocks; default: all that follow",
-    )
-    out_file(added)
-
-    added = command(
-        "verify",
-        commands.verify,
-        "check the files of a device that is not running, and change nothing",
-    )
-    files(added, required=True)
+        verb.add_arguments(command)
+        command.set_defaults(run=verb.run)
     return parser
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files and streams of ``vhost-rpmb-client``: keys, data in and out, lines for people."""
+"""Files and streams of ``vhost-rpmb-client``: keys, input and output data, messages."""
 
 import errno
 import os
@@ -12,6 +12,8 @@ import time
 from vhost_rpmb.driver.errors import ClientError
 from vhost_rpmb.errors import UsageError
 from vhost_rpmb.rpmb import spec
+from vhost_rpmb.storage.local.files import new_file, sync_folder, write_all
+from vhost_rpmb.storage.local.keyfile import exposure
 
 __all__ = [
     "STANDARD_STREAM",
@@ -29,13 +31,11 @@ __all__ = [
 PROG = "vhost-rpmb-client"
 STANDARD_STREAM = "-"
 _FIFO_WAIT = 10  # seconds for the other end of a FIFO
-_FIFO_PAUSE = 0.05  # seconds between two looks for a reader
+_FIFO_PAUSE = 0.05  # seconds between two attempts to open a FIFO without a reader
 
 
 def read_key(path: str) -> bytes:
-    """Read a key, 32 bytes; UsageError where there are fewer."""
-    from vhost_rpmb.storage.local.keyfile import exposure
-
+    """Read a key of 32 bytes; UsageError for fewer."""
     key, mode = _read_input(path, spec.KEY_SIZE + 1)
     if len(key) < spec.KEY_SIZE:
         raise UsageError(
@@ -52,16 +52,16 @@ def read_key(path: str) -> bytes:
 
 
 def read_optional_key(path: str | None) -> bytes | None:
-    """Read a key where one is given, and warn where none is."""
+    """Read a key if a file is given, else warn."""
     if path is None:
         warn("no KEYFILE given: answers are not authenticated")
         return None
     return read_key(path)
 
 
-def read_blocks(path: str, most: int) -> bytes:
-    """Read the data of up to ``most`` blocks; UsageError unless they are whole."""
-    size = most * spec.BLOCK_SIZE
+def read_blocks(path: str, limit: int) -> bytes:
+    """Read the data of up to ``limit`` blocks; UsageError for an incomplete block."""
+    size = limit * spec.BLOCK_SIZE
     data, _ = _read_input(path, size + 1)
     if not data or len(data) % spec.BLOCK_SIZE or len(data) > size:
         found = f"more than {size}" if len(data) > size else str(len(data))
@@ -72,8 +72,8 @@ def read_blocks(path: str, most: int) -> bytes:
     return data
 
 
-def _read_input(path: str, most: int) -> tuple[bytes, int]:
-    """Read at most ``most`` bytes of an input file; return its mode as well."""
+def _read_input(path: str, limit: int) -> tuple[bytes, int]:
+    """Read at most ``limit`` bytes of an input file; return its mode as well."""
     try:
         if path != STANDARD_STREAM:
             with open(path, "rb", buffering=0, opener=_open_at_once) as file:
@@ -81,8 +81,8 @@ def _read_input(path: str, most: int) -> tuple[bytes, int]:
                 poll = select.poll()
                 poll.register(fd, select.POLLIN)
                 began = bool(poll.poll(_FIFO_WAIT * 1000))
-                os.set_blocking(fd, True)  # a FIFO that nobody writes into is at its end then
-                data = _read_up_to(fd, most)
+                os.set_blocking(fd, True)  # a FIFO without a writer then is at its end
+                data = _read_up_to(fd, limit)
                 if not data and not began:
                     raise UsageError(
                         f"{path}: expected a program that writes into this FIFO, found none within"
@@ -91,35 +91,35 @@ def _read_input(path: str, most: int) -> tuple[bytes, int]:
                 return data, os.fstat(fd).st_mode
         if sys.stdin is None:
             raise UsageError("standard input is closed")
-        return _read_up_to(sys.stdin.fileno(), most), 0
+        return _read_up_to(sys.stdin.fileno(), limit), 0
     except OSError as error:
         raise UsageError(f"{name_of(path)}: {error.strerror}") from None
 
 
 def _open_at_once(path: str, flags: int) -> int:
-    """Open a file; where it is a FIFO, without waiting for its other end."""
+    """Open a file; a FIFO without waiting for its other end."""
     return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
-def _read_up_to(fd: int, most: int) -> bytes:
+def _read_up_to(fd: int, limit: int) -> bytes:
     data = b""
-    while len(data) < most and (part := os.read(fd, most - len(data))):
+    while len(data) < limit and (part := os.read(fd, limit - len(data))):
         data += part
     return data
 
 
 def write_stdout(data: bytes) -> None:
-    """Write all of it; ClientError where that fails."""
+    """Write all data to standard output; ClientError if that fails."""
     if sys.stdout is None:
         raise ClientError("standard output is closed")
     try:
-        _write_all(sys.stdout.fileno(), data)
+        write_all(sys.stdout.fileno(), data)
     except OSError as error:
         raise ClientError(f"standard output: {error.strerror}") from None
 
 
 def write_file(path: str, data: bytes) -> None:
-    """Put ``data`` into a file that has all of it or, after a failure, what it had before."""
+    """Replace the content of a file; after a failure the file is unchanged."""
     path = os.path.realpath(path)
     try:
         try:
@@ -132,7 +132,7 @@ def write_file(path: str, data: bytes) -> None:
         fd, new = tempfile.mkstemp(dir=os.path.dirname(path), prefix=".vhost-rpmb-client-")
         try:
             try:
-                _write_all(fd, data)
+                write_all(fd, data)
                 os.fchmod(fd, stat.S_IMODE(mode))
             finally:
                 os.close(fd)
@@ -145,7 +145,7 @@ def write_file(path: str, data: bytes) -> None:
 
 
 def _write_special(path: str, data: bytes) -> None:
-    """Write into a device, or into a FIFO for whose reader it waits a while."""
+    """Write into a device, or into a FIFO, after waiting a while for its reader."""
     ends = time.monotonic() + _FIFO_WAIT
     while True:
         try:
@@ -162,46 +162,35 @@ def _write_special(path: str, data: bytes) -> None:
         time.sleep(_FIFO_PAUSE)
     try:
         os.set_blocking(fd, True)
-        _write_all(fd, data)
+        write_all(fd, data)
     finally:
         os.close(fd)
 
 
 def create_file(path: str, data: bytes, size: int | None = None) -> None:
-    """Make a new file, mode 0600, whole and durable or not at all; sparse up to ``size`` bytes.
+    """Create a file, mode 0600, complete and durable or not at all; sparse up to ``size`` bytes.
 
     UsageError where the path exists already or the file cannot be created.
     """
-    from vhost_rpmb.storage.local.files import sync_folder
-
+    created = False
     try:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with new_file(path) as fd:
+            created = True
+            write_all(fd, data)
+            os.ftruncate(fd, len(data) if size is None else size)
+            sync_folder(path)
     except FileExistsError:
         raise UsageError(f"{path} exists already: choose another path, or remove it") from None
     except OSError as error:
-        raise UsageError(f"cannot create {path}: {error.strerror}") from None
-    try:
-        try:
-            _write_all(fd, data)
-            os.ftruncate(fd, len(data) if size is None else size)
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        sync_folder(path)
-    except BaseException as error:
-        os.unlink(path)
-        if isinstance(error, OSError):
-            raise ClientError(f"cannot create {path}: {error.strerror}") from None
-        raise
+        kind = ClientError if created else UsageError
+        raise kind(f"cannot create {path}: {error.strerror}") from None
 
 
 def create_folder(path: str) -> None:
-    """Make a new folder, mode 0700, and the folders above it where they are missing.
+    """Create a folder, mode 0700, and missing folders above it.
 
     UsageError where the path exists already or the folder cannot be created.
     """
-    from vhost_rpmb.storage.local.files import sync_folder
-
     path = os.path.abspath(path)
     if os.path.lexists(path):
         raise UsageError(f"{path} exists already: choose another path, or remove it")
@@ -213,13 +202,8 @@ def create_folder(path: str) -> None:
         raise UsageError(f"cannot create {path}: {error.strerror}") from None
 
 
-def _write_all(fd: int, data: bytes) -> None:
-    while data:
-        data = data[os.write(fd, data) :]
-
-
 def name_of(path: str) -> str:
-    """What a message calls a file."""
+    """Return the name of a file in messages."""
     return "standard input" if path == STANDARD_STREAM else path
 
 
