@@ -103,6 +103,47 @@ def test_own_end_of_the_connection(running: Daemon, queued: bool) -> None:
     assert_stops(running)
 
 
+def test_own_end_of_the_connection_with_a_front_end_that_waits(running: Daemon) -> None:
+    """Nobody takes it out of that queue, but the process that connected has ended."""
+    script = f"""
+import socket, struct
+served, waiting = socket.socket(socket.AF_UNIX), socket.socket(socket.AF_UNIX)
+for sock in (served, waiting):
+    sock.connect({str(running.socket_path)!r})
+served.send({LEFT["message without descriptors"]!r})
+assert served.recv(20)
+socket.send_fds(waiting, [b"x"], [served.fileno()])
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+    assert_serves(running)
+    assert_stops(running)
+
+
+def test_a_connection_that_another_process_took_over_goes_on(running: Daemon) -> None:
+    """Until another front-end wants its place."""
+    script = f"""
+import os, socket
+with socket.socket(socket.AF_UNIX) as sock:
+    sock.connect({str(running.socket_path)!r})
+    with socket.socket(fileno=0) as parent:
+        socket.send_fds(parent, [b"x"], [sock.fileno()])
+"""
+    near, far = socket.socketpair()
+    with near:
+        with far:
+            subprocess.run(
+                [sys.executable, "-c", script], stdin=far.fileno(), check=True, timeout=60
+            )
+        _, (fd,), _, _ = socket.recv_fds(near, 1, 1)
+    with socket.socket(fileno=fd) as sock:
+        sock.settimeout(NEXT)
+        for _ in range(3):
+            sock.send(LEFT["message without descriptors"])
+            assert sock.recv(20)
+        assert_serves(running)
+        assert sock.recv(20) == b""
+
+
 @pytest.fixture
 def started(running: Daemon) -> Iterator[tuple[Frontend, Ring]]:
     """A front-end of that daemon with a ring that runs and eventfds that block."""

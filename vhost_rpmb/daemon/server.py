@@ -45,6 +45,7 @@ _PATIENCE = 1.0  # seconds between interruptions of a system call that a front-e
 _STATUS_INTERVAL = 1.0  # seconds between two lines for the service manager
 _ACCEPT_PAUSE = 0.1  # seconds, when the system has no descriptor or memory for a connection
 _PEER = struct.Struct("iII")  # SO_PEERCRED: pid, uid, gid
+_SO_PEERPIDFD = 77  # since Linux 6.5
 
 logger = logging.getLogger(__name__)
 
@@ -301,6 +302,8 @@ class _Server:
         self._poll_us = poll_us
         self._connection: socket.socket | None = None
         self._backend: Backend | None = None
+        self._process = -1  # of the process that connected: readable once it has ended
+        self._replaceable = False  # the next front-end ends this connection
         self._log = LimitedLog(logger)
         self.done = False
 
@@ -325,6 +328,8 @@ class _Server:
         )
         self._backend, self._connection = backend, sock
         self._loop.add(sock.fileno(), self._receive)
+        if sock is not self._listener:
+            self._watch_process(sock)
         credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
         pid, uid, _gid = _PEER.unpack(credentials)
         logger.info("front-end connected: process %d of user %d", pid, uid)
@@ -337,8 +342,38 @@ class _Server:
         """Part with the front-end."""
         if self._backend is not None and self._connection is not None:
             self._loop.remove(self._connection.fileno())
+            self._forget_process()
+            if self._replaceable:
+                self._loop.remove(self._listener.fileno())
+                self._replaceable = False
             self._backend.close()
             self._backend = self._connection = None
+
+    def _watch_process(self, sock: socket.socket) -> None:
+        with suppress(OSError):  # an older kernel
+            self._process = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
+            self._loop.add(self._process, self._orphaned)
+
+    def _forget_process(self) -> None:
+        if self._process >= 0:
+            self._loop.remove(self._process)
+            os.close(self._process)
+            self._process = -1
+
+    def _orphaned(self) -> None:
+        """The process that connected has ended, but not the connection.
+
+        Another one may have taken it over. Or it lies where nobody takes it away, in the queue of
+        a front-end that waits for instance. So it ends as soon as another front-end wants its
+        place.
+        """
+        self._forget_process()
+        self._replaceable = True
+        self._loop.add(self._listener.fileno(), self._replace)
+
+    def _replace(self) -> None:
+        logger.info("front-end disconnected: its process has ended, and another front-end waits")
+        self._end()
 
     def _accept(self) -> None:
         try:
@@ -364,12 +399,16 @@ class _Server:
             logger.info("front-end disconnected: %s", error)
         except PeerError as error:
             self._log.report("protocol", f"front-end disconnected, it broke the protocol: {error}")
+        self._end()
+        return False
+
+    def _end(self) -> None:
+        """Disconnect the front-end and wait for the next one."""
         self.close()
         if self._once:
             self.done = True
         else:
             self.listen()
-        return False
 
 
 def _open_socket(options: Options, stack: ExitStack) -> tuple[socket.socket, bool]:
