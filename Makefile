@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Every target sets up what it needs: system packages (root; anybody else is told the command),
+# Every target installs its requirements: system packages (as root; otherwise it prints the command),
 # then .venv with the package and its compiled engine.
 
 SHELL := /bin/bash
@@ -12,45 +12,45 @@ TEST_PACKAGES := e2fsprogs fish fiu-utils libvirt-clients libvirt-daemon \
 KIT_PACKAGES := debian-archive-keyring debootstrap
 FUZZ_PACKAGES := clang libclang-rt-dev
 
-# QEMU=no leaves out what boots a guest.
+# QEMU=no excludes the tests that boot a guest.
 QEMU ?= yes
 PYTEST_ARGS ?=
-# Each fuzz target runs for so long.
+# Duration of each fuzz target.
 SECONDS ?= 60
 FUZZ_TARGETS ?= rings frames stream
 
-# The sanitizers' library has to be there before Python, also in what Python starts. CPython leaves
-# memory behind at its end, so leaks are not looked for; its own allocator would hide errors. SIGBUS
-# and the limit for core dumps stay the daemon's; freed memory is kept for a while, but not all of it.
+# The sanitizers' library has to be loaded before Python, also in child processes. CPython does not
+# free all memory at exit, so leak detection is off; its own allocator would hide errors. The daemon
+# keeps control of SIGBUS and of the core dump limit; the quarantine of freed memory is bounded.
 SANITIZER_ENV := PYTHONMALLOC=malloc UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	ASAN_OPTIONS=detect_leaks=0:abort_on_error=1:handle_sigbus=0:disable_coredump=0:quarantine_size_mb=8
-# Left out then: tests that build with another compiler's flags or bound what the sanitizers multiply.
-# Tests of power loss open thousands of stores and run nothing that is compiled. pyproject.toml
+# Excluded: tests that build with other compiler flags or bound time or memory, which the sanitizers
+# multiply. Tests of power loss open thousands of stores and execute no compiled code. pyproject.toml
 # defines the markers.
 NOT_SANITIZED := qemu or needs_network or needs_ptrace or needs_sigsegv or timing or memory
 
-# Left out of coverage: tests that install a build of their own, and those that tracing makes too slow.
+# Excluded from coverage: tests that install a build of their own, and tests that are too slow with tracing.
 NOT_TRACED := qemu or needs_network or needs_ptrace or timing
 
-# What is compiled or stands in the package's metadata: a change rebuilds. The Python files do not
-# belong here, .venv uses them where they are (an editable install). The stamp's name carries the
-# list of files and the kind of build, so that a file removed or another kind rebuilds too.
+# Compiled sources and package metadata: a change rebuilds. Python files are not listed, .venv uses
+# them in place (an editable install). The stamp's name encodes the list of files and the kind of
+# build, so that a removed file or another kind also rebuilds.
 BUILD_INPUTS := pyproject.toml setup.py vhost_rpmb/__init__.py \
 	$(sort $(shell find vhost_rpmb -name '*.pyx' -o -name '*.pxd' -o -name '*.h'))
 STAMP := .venv/installed-$(shell echo \
 	'$(BUILD_INPUTS) $(VHOST_RPMB_BUILD_CHECKED) $(VHOST_RPMB_BUILD_TRACED)' | cksum | cut -d ' ' -f 1)
-# Compiled modules that somebody removed.
+# Compiled modules that are missing.
 MISSING := $(strip $(foreach source,$(wildcard vhost_rpmb/_fast/*.pyx),\
 	$(if $(wildcard $(basename $(source)).*.so),,$(source))))
 
-# A warning of the C compiler ends our own builds, never those of a user with a newer compiler.
-# (CPPFLAGS, because setuptools adds these to Python's own flags; CFLAGS would replace those.)
+# C compiler warnings are errors in our own builds, never in those of a user with a newer compiler.
+# (CPPFLAGS, because setuptools appends them to Python's own flags; CFLAGS would replace those.)
 export CPPFLAGS := -Werror $(CPPFLAGS)
-# Nothing but .venv decides what is imported, and it is compiled once, as in an installation.
+# Imports come from .venv only, and bytecode is cached, as in an installation.
 unexport PYTHONPATH PYTHONHOME PYTHONDONTWRITEBYTECODE
 
 .PHONY: help
-help: ## Say what the targets do
+help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
 
 .PHONY: setup
@@ -62,25 +62,25 @@ demo: $(STAMP) ## Show a real guest that keeps its secrets across restarts (QEMU
 	.venv/bin/python -m tests.e2e.demo
 
 .PHONY: test
-test: $(STAMP) ## Run all tests, on both engines; QEMU=no leaves out those that boot a guest
+test: $(STAMP) ## Run all tests, on both engines; QEMU=no excludes those that boot a guest
 	@tools/system-packages $(TEST_PACKAGES)
 ifeq ($(QEMU),no)
 	.venv/bin/pytest --cov --cov-report=term -m 'not qemu' $(PYTEST_ARGS)
 else
 	@tools/system-packages $(KIT_PACKAGES)
 	@.venv/bin/python -m tests.e2e.kit || \
-		{ echo 'make test QEMU=no leaves out the tests that need it' >&2; exit 1; }
+		{ echo 'make test QEMU=no excludes the tests that need it' >&2; exit 1; }
 	.venv/bin/pytest --cov --cov-report=term $(PYTEST_ARGS)
 endif
 
-# Three runs in a row, because most failures under load are rare.
+# Three consecutive runs, because most failures under load are rare.
 .PHONY: test-loaded
-test-loaded: $(STAMP) ## Run all tests three times with stress-ng on the processors beside them
+test-loaded: $(STAMP) ## Run all tests three times while stress-ng loads the processors
 	@tools/system-packages stress-ng
 	@stress-ng --cpu 4 --quiet & load=$$!; trap "kill $$load" EXIT; \
 	for run in 1 2 3; do $(MAKE) test; done
 
-# A second tree, for an engine that is built in another way: .venv and the engine here stay.
+# A second tree for an engine built in another way; .venv and the engine in this tree are not changed.
 define copy_tree
 	@mkdir -p $(1)
 	@find $(1) -mindepth 1 -maxdepth 1 ! -name .venv -exec rm -rf {} +
@@ -88,7 +88,7 @@ define copy_tree
 		--exclude=./.venv --exclude=./build --exclude=./dist . | tar --extract -C $(1)
 endef
 
-# The reports of coverage need Cython and the C files that it made.
+# Coverage reports need Cython and its generated C files.
 .PHONY: coverage
 coverage: ## Measure the lines of Python and of the compiled engine that the tests execute
 	@tools/system-packages $(BUILD_PACKAGES) $(TEST_PACKAGES)
@@ -100,16 +100,16 @@ coverage: ## Measure the lines of Python and of the compiled engine that the tes
 		--cov-report=term-missing:skip-covered -m 'not ($(NOT_TRACED))' $(PYTEST_ARGS)
 
 .PHONY: test-sanitized
-test-sanitized: ## Run all tests but those that boot a guest under the sanitizers
+test-sanitized: ## Run all tests except those that boot a guest under the sanitizers
 	@tools/system-packages $(BUILD_PACKAGES) $(TEST_PACKAGES)
 	$(call copy_tree,build/sanitized)
 	VHOST_RPMB_BUILD_CHECKED=1 $(MAKE) -C build/sanitized setup
 	cd build/sanitized && $(SANITIZER_ENV) LD_PRELOAD="$$(gcc -print-file-name=libasan.so)" \
 		.venv/bin/python -m pytest -m 'not ($(NOT_SANITIZED))' $(PYTEST_ARGS)
 
-# Left out then: what an emulated chroot with nothing but the installed package lacks (its emulator has
-# no ptrace, Landlock or seccomp: docs/decisions/0016-aarch64.md). Packages are not installed from
-# PyPI there: pip would be emulated, and this target builds and installs the wheel itself.
+# Excluded: tests of features that an emulated chroot with only the installed package lacks (the
+# emulator has no ptrace, Landlock or seccomp: docs/decisions/0016-aarch64.md). Packages are not installed
+# from PyPI there: pip would be emulated, and this target builds and installs the wheel itself.
 NOT_EMULATED := qemu or needs_host or needs_network or needs_ptrace or needs_sandbox or \
 	needs_sources or timing
 .PHONY: test-aarch64
@@ -119,7 +119,7 @@ test-aarch64: $(STAMP) ## Build the wheel for aarch64 and test it under QEMU's u
 	.venv/bin/python -m tests.e2e.aarch64 build/aarch64 -m 'not ($(NOT_EMULATED))' \
 		$(PYTEST_ARGS)
 
-# What a campaign learns stays in build/fuzz-corpus, what it finds in build/fuzz-found.
+# New inputs of a campaign are kept in build/fuzz-corpus, failing ones in build/fuzz-found.
 .PHONY: fuzz
 fuzz: ## Fuzz the sanitized engine, SECONDS=60 for each of FUZZ_TARGETS="rings frames stream"
 	@tools/system-packages $(BUILD_PACKAGES) $(FUZZ_PACKAGES)
@@ -169,7 +169,7 @@ bench-gate: $(STAMP) ## Check the goals of docs/performance.md; BENCH_ARGS=--sta
 	.venv/bin/python -m bench --gate $(BENCH_ARGS)
 
 .PHONY: clean
-clean: ## Remove everything that was built (the guest kit in the cache stays)
+clean: ## Remove all build results (the guest kit in the cache stays)
 	rm -rf .venv build dist *.egg-info .coverage .coverage.* .hypothesis
 	rm -rf .mypy_cache .pytest_cache .ruff_cache
 	rm -f vhost_rpmb/_fast/*.so

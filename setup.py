@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names the extension modules; everything else about the package stands in pyproject.toml.
+"""The extension modules; all other metadata of the package is in pyproject.toml.
 
 ``VHOST_RPMB_BUILD_CHECKED=1`` in the environment builds them with the checks of Cython and with
 the sanitizers for addresses and undefined behaviour, whose libraries have to be loaded before
-Python (see the Makefile). A directive at the head of a .pyx file would win over that: it must not
-turn a check off. ``VHOST_RPMB_BUILD_TRACED=1`` builds them with a call for each line, by which
-coverage learns what was executed (``make coverage``).
+Python (see the Makefile). A directive at the head of a .pyx file takes precedence: it must not
+disable a check. ``VHOST_RPMB_BUILD_TRACED=1`` builds them with line tracing for ``make coverage``.
 """
 
 import os
@@ -16,11 +15,11 @@ from glob import glob
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 
-# A build in isolation does not have the source folder on the path, but the man page is made from
+# An isolated build does not have the source folder on the path, but the man page is generated from
 # the parser in vhost_rpmb.cli.
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
-# Module in vhost_rpmb._fast -> libraries it is linked with.
+# Module in vhost_rpmb._fast -> libraries to link.
 MODULES: dict[str, list[str]] = {
     "memory": [],
     "virtqueue": [],
@@ -29,21 +28,21 @@ MODULES: dict[str, list[str]] = {
     "device": ["crypto"],
 }
 
-# -isystem: Python's own headers (3.13) are not free of what is warned of here.
+# -isystem: Python's own headers (3.13) cause some of these warnings.
 compile_args = "-Wall -Wextra -Wconversion -Wsign-conversion -isystem "
 compile_args += sysconfig.get_path("include")
 link_args = ""
 if os.environ.get("VHOST_RPMB_BUILD_CHECKED") == "1":
     build_dir: str | None = "build/checked"
-    # No overflowcheck: that a length fits is checked in a form in which unsigned numbers may wrap.
-    # No nonecheck: Cython cannot compile it into code that runs without the GIL.
+    # No overflowcheck: lengths are checked in a form in which unsigned numbers may wrap.
+    # No nonecheck: Cython does not support it in code without the GIL.
     directives = {"boundscheck": True}
     link_args = "-fsanitize=address,undefined -fno-sanitize-recover=all"
     compile_args += f" -O1 -g -UNDEBUG -fno-omit-frame-pointer {link_args}"
 elif os.environ.get("VHOST_RPMB_BUILD_TRACED") == "1":
     build_dir = None  # the reports need the C files beside the sources
     directives = {"linetrace": True}
-    # -w: the code of the calls is not free of what is warned of.
+    # -w: the generated tracing code causes warnings.
     compile_args += " -O1 -w -DCYTHON_TRACE=1 -DCYTHON_TRACE_NOGIL=1"
 else:
     build_dir = "build/plain"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a build makes of the two parsers besides the man pages: completions for the shells."""
+"""Shell completions, generated from the two parsers during a build."""
 
 from pathlib import Path
 
@@ -14,10 +14,10 @@ NAMES = {"bash": "{}", "zsh": "_{}", "fish": "{}.fish"}
 
 
 class build_py(build_manpages.build_py):  # noqa: N801
-    """Builds the package, the man pages and the completions."""
+    """Build the package, the man pages and the completions."""
 
     def run(self) -> None:
-        """Make the completions first, so that they are there to be installed."""
+        """Generate the completions first, so that they can be installed."""
         FOLDER.mkdir(parents=True, exist_ok=True)
         for parser in (cli.build_parser(), client_cli.build_parser()):
             for each in arguments.parsers(parser):
