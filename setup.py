@@ -22,10 +22,13 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 # Module in vhost_rpmb._fast -> libraries to link.
 MODULES: dict[str, list[str]] = {
     "memory": [],
+    "ring": [],
+    "split": [],
     "virtqueue": [],
     "loop": [],
     "mac": ["crypto"],
-    "device": ["crypto"],
+    "batch": ["crypto"],
+    "device": [],
 }
 
 # -isystem: Python's own headers (3.13) cause some of these warnings.

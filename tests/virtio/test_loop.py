@@ -219,6 +219,7 @@ def test_an_idle_queue_costs_no_processor_time(make_rig: MakeRig, engine: Engine
 
 
 @pytest.mark.timing
+@pytest.mark.parametrize("engine", ["fast"], indirect=True)  # the reference does not poll
 @pytest.mark.parametrize("features", [0, EVENT_INDEX])
 def test_no_kicks_are_asked_for_while_the_ring_is_watched(
     make_rig: MakeRig, start: StartServer, features: int

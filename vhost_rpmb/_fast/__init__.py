@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The data path compiled: the twin of vhost_rpmb._pure, same names, same behaviour."""
+"""The compiled data path: the twin of vhost_rpmb._pure with the same names and behaviour.
+
+Belongs here: one module for each of ``_pure``, C helpers in headers, and ``constants.pxd``, which
+tools/constants.py generates. Docstrings are in ``_pure``.
+"""
 
 from vhost_rpmb._fast.device import RpmbDevice
 from vhost_rpmb._fast.loop import Loop

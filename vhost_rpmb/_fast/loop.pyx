@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3, auto_pickle=False
-"""Serving one virtqueue until something else needs attention.
+"""The twin of vhost_rpmb._pure.loop, where the docstrings are; and busy polling.
 
-Between batches the loop watches the available ring for a bounded time before it sleeps: that takes
-the two wake-ups out of a ping-pong. The bound adapts as KVM's halt polling does: it grows when a
-sleep turned out shorter than the watch would have been allowed to be, and goes back to nothing when
-it was longer. So an idle queue costs nothing.
+Between batches the loop polls the available ring for a bounded time before it sleeps, which removes
+the two wake-ups from a ping-pong. The bound adapts as KVM's halt polling does: it grows after a
+sleep that was shorter than the longest watch, and becomes zero after a longer one. So an idle queue
+uses no processor time.
 """
 
 cimport cython
@@ -31,8 +31,8 @@ from vhost_rpmb._fast.virtqueue cimport Virtqueue
 __all__ = ["Loop"]
 
 cdef enum:
-    MAX_AWAY = 1000000  # ns of watching without a look at the other descriptors
-    FIRST_WATCH = 8000  # ns that a first watch takes; then they double
+    MAX_UNPOLLED_NS = 1000000  # of watching without epoll
+    FIRST_WATCH_NS = 8000  # the bound of a first watch; it doubles from there
     MAX_EVENTS = 8
 
 cdef extern from "<sys/epoll.h>" nogil:
@@ -58,50 +58,36 @@ cdef extern from "<sched.h>" nogil:
 
 @cython.final
 cdef class Loop:
-    """Serves the virtqueues of ``device``; watches a ring for up to ``poll_us`` microseconds.
-
-    ``epoll`` is where all descriptors that may need attention are registered: kick descriptors
-    edge-triggered, others level-triggered. When one of the others is ready, serve() returns. Epoll
-    reports an edge once: kicks of other virtqueues that serve() saw are in take_events().
-    """
-
     cdef object _process
     cdef object _epoll
     cdef int _epoll_fd
-    cdef int64_t _most  # ns
-    cdef int64_t _watch  # ns that the next watch may take
-    cdef int64_t _away  # when watching began without a look at the others, 0: just looked
+    cdef int64_t _max_watch_ns
+    cdef int64_t _watch_ns  # the bound of the next watch
+    cdef int64_t _unpolled_since  # the start of watching without epoll; 0: epoll was just asked
     cdef list _events
 
     def __init__(self, device, epoll, poll_us):
         self._process = device.process
         self._epoll = epoll
         self._epoll_fd = epoll.fileno()
-        self._most = poll_us * 1000
-        self._watch = 0
+        self._max_watch_ns = poll_us * 1000
+        self._watch_ns = 0
         self._events = []
 
     def take_events(self):
-        """Return the descriptors but ``kick_fd`` whose events the last serve() took from epoll."""
         events = self._events
         self._events = []
         return events
 
     def serve(self, Virtqueue queue not None, int kick_fd, int call_fd, bint once=False):
-        """Process batches and signal ``call_fd`` (-1: none) until something else is to be done.
-
-        Return flags: MORE (call again after serving other events), BROKEN, FAULTS (as a batch
-        returns them), UNSIGNALLED, BLOCKED, IDLE. With ``once``, returns after one batch: another
-        virtqueue waits for its turn.
-        """
         cdef int flags
         cdef int others
         cdef int64_t start = 0
-        self._away = 0
+        self._unpolled_since = 0
         if self._events:
             self._events = []
         while True:
-            queue.watched = self._watch > 0
+            queue.watched = self._watch_ns > 0
             flags = self._process(queue)
             if flags & NOTIFY:
                 flags |= _signal(call_fd)
@@ -111,22 +97,21 @@ cdef class Loop:
                 if self._others_ready(kick_fd, 0) > 0:
                     return self._leave(queue, flags & MORE)
             elif self._spin(queue):
-                if _now() - self._away > MAX_AWAY:
-                    self._away = 0
+                if _now() - self._unpolled_since > MAX_UNPOLLED_NS:
+                    self._unpolled_since = 0
                     if self._others_ready(kick_fd, 0) > 0:
                         return self._leave(queue, 0)
             elif not queue.arm():
-                if self._most:
+                if self._max_watch_ns:
                     start = _now()
                 others = self._others_ready(kick_fd, SLEEP_MS)
-                if self._most:
+                if self._max_watch_ns:
                     self._adapt(_now() - start)
-                self._away = 0
+                self._unpolled_since = 0
                 if others:
                     return self._leave(queue, 0 if others > 0 else IDLE)
 
     cdef int _leave(self, Virtqueue queue, int flags) noexcept:
-        """Make sure that the driver kicks while nobody looks at the ring; complete the flags."""
         queue.watched = False
         if not flags & BROKEN and queue.arm():
             flags |= MORE
@@ -156,16 +141,16 @@ cdef class Loop:
         return 0 if count else -1
 
     cdef bint _spin(self, Virtqueue queue) noexcept:
-        """Watch the available ring for as long as that may pay; tell whether something came."""
+        """Poll the ring for a bounded time; tell whether there is something to process."""
         cdef int64_t start
-        if not self._watch:
+        if not self._watch_ns:
             return False
         start = _now()
-        if not self._away:
-            self._away = start
+        if not self._unpolled_since:
+            self._unpolled_since = start
         with nogil:
             while not queue.peek():
-                if _now() - start > self._watch:
+                if _now() - start > self._watch_ns:
                     break
                 sched_yield()  # the driver may need this processor
             else:
@@ -173,11 +158,12 @@ cdef class Loop:
         return start == 0
 
     cdef void _adapt(self, int64_t slept) noexcept:
-        """Learn from a sleep of ``slept`` ns whether a watch would have been enough."""
-        if slept <= self._most:
-            self._watch = min(max(2 * self._watch, <int64_t>FIRST_WATCH), self._most)
+        """Adapt the bound of the next watch to a sleep of ``slept`` ns."""
+        if slept <= self._max_watch_ns:
+            self._watch_ns = max(2 * self._watch_ns, <int64_t>FIRST_WATCH_NS)
+            self._watch_ns = min(self._watch_ns, self._max_watch_ns)
         else:
-            self._watch = 0
+            self._watch_ns = 0
 
 
 cdef int64_t _now() noexcept nogil:

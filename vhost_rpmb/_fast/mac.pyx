@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3, auto_pickle=False
-"""The MAC of RPMB frames (virtio specification, "Device Operation: Request Queue")."""
+"""The twin of vhost_rpmb._pure.mac, where the docstrings are; on libcrypto."""
 
 cimport cython
 from libc.stddef cimport size_t
@@ -32,8 +32,6 @@ cdef extern from "<openssl/crypto.h>" nogil:
 
 @cython.final
 cdef class Authenticator:
-    """HMAC-SHA256 under one 32-byte key, with the key schedule computed once."""
-
     def __cinit__(self, key=None):
         cdef EVP_MAC *method = EVP_MAC_fetch(NULL, b"HMAC", NULL)
         if method == NULL:
@@ -52,14 +50,12 @@ cdef class Authenticator:
         EVP_MAC_CTX_free(self._context)
 
     def mac(self, frames):
-        """Return the MAC (32 bytes) of a message: over bytes 228..511 of each 512-byte frame."""
         cdef unsigned char value[MAC_SIZE]
         self._feed(frames)
         self.finish(value)
         return <bytes>value[:MAC_SIZE]
 
     def verify(self, frames, bytes mac):
-        """Compare ``mac`` with the MAC of the message, in constant time."""
         if len(mac) != MAC_SIZE:
             return False
         self._feed(frames)

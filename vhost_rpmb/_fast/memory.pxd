@@ -1,7 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stddef cimport size_t
+from libc.stdint cimport uint16_t, uint32_t, uint64_t
+from libc.string cimport memcpy
 
 from vhost_rpmb._fast.constants cimport MAX_TOUCHED_AREAS, TOUCHED_AREA_BITS
+
+cdef extern from "ring.h" nogil:
+    void store_index(unsigned char *, uint16_t)
 
 cdef enum:
     KNOWN_AREAS = 256  # how many of the latest areas are told from new ones
@@ -38,12 +43,33 @@ cdef class GuestMemory:
         if self._touched >= MAX_TOUCHED_AREAS:
             self.renew()
     cdef void renew(self) noexcept nogil
+
+    # Buffers and rings are written by these two only. ``host`` is where the address is mapped.
+    cdef inline void put(
+        self,
+        uint64_t guest_address,
+        unsigned char *host,
+        const void *source,
+        uint64_t length,
+    ) noexcept nogil:
+        self.touch(host, length)
+        memcpy(host, source, length)
+    cdef inline void put_index(
+        self, uint64_t guest_address, unsigned char *host, uint16_t value
+    ) noexcept nogil:
+        """Store 16 bits in one access, after all writes before it."""
+        store_index(host, value)
+
     cdef size_t _position(self, uint64_t guest_address) noexcept nogil
     cdef unsigned char *find(self, uint64_t guest_address, uint64_t *left) noexcept nogil
     cdef bint copy_out(
         self, unsigned char *target, uint64_t guest_address, uint64_t length
     ) noexcept nogil
     cdef unsigned char *ring_part(
-        self, uint64_t user_address, uint64_t length, uint64_t alignment
+        self,
+        uint64_t user_address,
+        uint64_t length,
+        uint64_t alignment,
+        uint64_t *guest_address,
     ) noexcept nogil
     cdef void _drop(self, size_t index) noexcept

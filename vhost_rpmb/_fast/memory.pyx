@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3, auto_pickle=False
-"""Guest memory: the regions that the front-end shared, by guest physical and by user address."""
+"""The twin of vhost_rpmb._pure.memory, where the docstrings are."""
 
 import mmap
 import os
@@ -39,17 +39,11 @@ _PAGE_SIZE = mmap.ALLOCATIONGRANULARITY
 
 
 class GuestMemoryError(Exception):
-    """An address range is not wholly inside the shared memory regions."""
+    pass
 
 
 @cython.final
 cdef class GuestMemory:
-    """The memory table of one connection (vhost-user, "Memory regions description").
-
-    Addresses and sizes are in bytes. At most ``max_regions`` regions, which may adjoin but never
-    overlap in guest physical address.
-    """
-
     def __cinit__(self, max_regions=509):
         self._max_regions = max_regions
         self._table = <Region *>calloc(self._max_regions + 1, sizeof(Region))
@@ -67,7 +61,6 @@ cdef class GuestMemory:
 
     @property
     def regions(self):
-        """(guest address, size, user address) of each region, by guest address."""
         cdef size_t index
         return tuple(
             [
@@ -81,11 +74,6 @@ cdef class GuestMemory:
         )
 
     def add_region(self, guest_address, size, user_address, mmap_offset, fd):
-        """Map ``size`` bytes of ``fd`` from ``mmap_offset``; the caller keeps (and closes) ``fd``.
-
-        Raises ValueError if the region breaks a rule (the text names it), OSError if it cannot be
-        mapped; the table is unchanged then.
-        """
         if size == 0:
             raise ValueError("the memory region is empty")
         if guest_address + size >= _ADDRESS_END or user_address + size >= _ADDRESS_END:
@@ -142,7 +130,6 @@ cdef class GuestMemory:
         self.generation += 1
 
     def remove_region(self, guest_address, size, user_address):
-        """Unmap the region with exactly these three values; ValueError where there is none."""
         cdef size_t index
         for index in range(self._count):
             if (
@@ -155,20 +142,17 @@ cdef class GuestMemory:
         raise ValueError("there is no such memory region")
 
     def clear(self):
-        """Unmap every region."""
         while self._count:
             self._drop(self._count - 1)
         self._lost = 0
 
     def read(self, guest_address, length):
-        """Copy ``length`` bytes out, across regions that adjoin; GuestMemoryError outside."""
         data = PyBytes_FromStringAndSize(NULL, length)
         if not self.copy_out(<unsigned char *>PyBytes_AS_STRING(data), guest_address, length):
             raise GuestMemoryError(f"{guest_address:#x} is outside every memory region")
         return data
 
     def write(self, guest_address, bytes data):
-        """Copy ``data`` in, across regions that adjoin; GuestMemoryError (and no write) outside."""
         cdef uint64_t address = guest_address
         cdef uint64_t length = <uint64_t>len(data)
         cdef uint64_t done = 0
@@ -182,15 +166,10 @@ cdef class GuestMemory:
                     raise GuestMemoryError(f"{guest_address:#x} is outside every memory region")
                 left = min(left, length - done)
                 if sure:
-                    self.touch(host, left)
-                    memcpy(host, PyBytes_AS_STRING(data) + done, left)
+                    self.put(address + done, host, PyBytes_AS_STRING(data) + done, left)
                 done += left
 
     cdef bint lost(self) noexcept nogil:
-        """Tell whether an access before this call found the file behind a region truncated.
-
-        What it read was zeros, what it wrote reached nobody; so it stays until clear().
-        """
         compiler_barrier()
         return self._lost != 0
 
@@ -239,12 +218,16 @@ cdef class GuestMemory:
         return True
 
     cdef unsigned char *ring_part(
-        self, uint64_t user_address, uint64_t length, uint64_t alignment
+        self,
+        uint64_t user_address,
+        uint64_t length,
+        uint64_t alignment,
+        uint64_t *guest_address,
     ) noexcept nogil:
-        """Give the mapping of ``length`` bytes at a user address, or NULL.
+        """Return where ``length`` bytes at a user address are mapped, and their guest address.
 
-        NULL if they are not all in one region, or not aligned to ``alignment`` bytes. Good for as
-        long as ``generation`` stays.
+        NULL if they are not all in one region, or not aligned to ``alignment`` bytes. Valid while
+        ``generation`` stays.
         """
         cdef size_t index
         cdef uint64_t offset
@@ -262,6 +245,7 @@ cdef class GuestMemory:
                 ):
                     return NULL
                 self.touch(host, length)
+                guest_address[0] = self._table[index].guest_address + offset
                 return host
         return NULL
 

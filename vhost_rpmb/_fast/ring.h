@@ -1,11 +1,14 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Access to a ring in guest memory, little-endian, which the driver uses at the same time. */
+/* Access to a ring in guest memory, little-endian, which the driver accesses at the same time. */
 #ifndef VHOST_RPMB_RING_H
 #define VHOST_RPMB_RING_H
 
 #include <endian.h>
 #include <stdint.h>
 #include <string.h>
+
+/* Order all accesses before against all after it, as the driver sees them. */
+#define full_barrier() __atomic_thread_fence(__ATOMIC_SEQ_CST)
 
 /* The fields that both sides use at once: aligned, little-endian, one access each. */
 static inline uint16_t load_index(const unsigned char *field) {
@@ -15,8 +18,6 @@ static inline uint16_t load_index(const unsigned char *field) {
 static inline void store_index(unsigned char *field, uint16_t value) {
     __atomic_store_n((uint16_t *)field, htole16(value), __ATOMIC_RELEASE);
 }
-
-#define full_barrier() __atomic_thread_fence(__ATOMIC_SEQ_CST)
 
 struct descriptor {
     uint64_t address;
@@ -35,9 +36,14 @@ static inline void load_descriptor(struct descriptor *target, const unsigned cha
     target->next = le16toh(target->next);
 }
 
-static inline void store_used(unsigned char *element, uint32_t id, uint32_t length) {
-    uint32_t pair[2] = { htole32(id), htole32(length) };
-    memcpy(element, pair, sizeof pair);
+struct used_element {
+    uint32_t id;
+    uint32_t length;
+};
+
+static inline struct used_element make_used(uint32_t id, uint32_t length) {
+    struct used_element element = { htole32(id), htole32(length) };
+    return element;
 }
 
 #endif

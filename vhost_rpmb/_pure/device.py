@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The RPMB device: what each request is answered (virtio specification, "RPMB Device").
+"""The RPMB device: its requests and their results (virtio specification, "RPMB Device").
 
 A batch of descriptor chains is copied out of guest memory, executed in order against a staged view,
 made durable at once, and only then answered.
@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
+from vhost_rpmb._pure.batch import Batch, Register, View, Work
 from vhost_rpmb._pure.mac import Authenticator
-from vhost_rpmb._pure.memory import GuestMemory
 from vhost_rpmb._pure.virtqueue import Virtqueue
 from vhost_rpmb.rpmb import limits, spec
 from vhost_rpmb.rpmb.frame import Frame
@@ -24,67 +24,9 @@ if TYPE_CHECKING:
 
 __all__ = ["RpmbDevice"]
 
-_FRAMES = 1  # the level of logging at which frames are written down; no other engine has it
+_FRAMES = 1  # the log level of frames; the compiled engine logs none
 
 logger = logging.getLogger(__name__)
-
-
-class _Result(NamedTuple):
-    """The result register: what RESULT_READ answers."""
-
-    req_resp: int
-    result: int
-    address: int = 0
-    write_counter: int = 0
-
-
-class _Work(NamedTuple):
-    """One chain of a batch, copied: its frames (None: not whole frames) and its room in frames.
-
-    ``length``: of its request, in bytes.
-    """
-
-    head: int
-    writable: list[tuple[int, int]]
-    length: int
-    frames: list[bytes] | None
-    room: int
-    broken: bool
-
-
-class _View:
-    """The state that a batch sees: the durable one, and what the batch has staged on top."""
-
-    def __init__(
-        self, store: DeviceStore, authenticator: Authenticator | None, register: _Result | None
-    ):
-        self.store = store
-        self.authenticator = authenticator
-        self.register = register
-        self.counter = store.counter
-        self.new_key: bytes | None = None
-        self.blocks: dict[int, bytes] = {}
-        self.wrote = False
-
-    def program(self, key: bytes) -> None:
-        self.new_key = key
-        self.authenticator = Authenticator(key)
-        self.wrote = True
-
-    def write(self, address: int, blocks: list[bytes]) -> None:
-        self.blocks.update(enumerate(blocks, address))
-        self.counter += 1
-        self.wrote = True
-
-    def read(self, address: int) -> bytes | None:
-        """Return one block, or None if it is not what was stored."""
-        staged = self.blocks.get(address)
-        if staged is not None:
-            return staged
-        if self.store.damaged[address]:
-            return None
-        start = address * spec.BLOCK_SIZE
-        return bytes(self.store.image[start : start + spec.BLOCK_SIZE])
 
 
 class RpmbDevice:
@@ -126,7 +68,8 @@ class RpmbDevice:
         self._strict = strict
         self._capacity_blocks = size // spec.BLOCK_SIZE
         self._authenticator = Authenticator(store.key) if store.key is not None else None
-        self._register: _Result | None = None
+        self._register: Register | None = None
+        self._batch = Batch()
 
     @property
     def config(self) -> bytes:
@@ -135,7 +78,7 @@ class RpmbDevice:
         return bytes((units, self._max_write_blocks, self._announced_read_blocks))
 
     def reset(self) -> None:
-        """Forget the result register (VHOST_USER_RESET_DEVICE); what must last, lasts."""
+        """Clear the result register (VHOST_USER_RESET_DEVICE); durable state stays."""
         self._register = None
 
     def process(self, queue: Virtqueue) -> int:
@@ -143,71 +86,33 @@ class RpmbDevice:
 
         Never raises for what a guest does.
         """
-        memory = queue._memory
-        batch, drained = self._take(queue)
+        batch = self._batch
+        drained = batch.take(queue)
         if queue._memory_lost():
-            batch = []  # who knows what was copied
-        view, answers = self._execute(batch, writable=True)
-        if view.wrote and not self._store.commit(
-            view.counter, list(view.blocks.items()), view.new_key
-        ):
-            view, answers = self._execute(batch, writable=False)
+            batch.work.clear()  # the copied bytes may be invalid
+        view, answers = self._execute(writable=True)
+        if view.wrote and not view.commit():
+            view, answers = self._execute(writable=False)
         self._authenticator = view.authenticator
         self._register = view.register
-        for work, answer in zip(batch, answers, strict=True):
-            _scatter(memory, work.writable, answer)
-            queue._push(work.head, len(answer))
-        self.served += len(batch)
+        batch.answer(queue, answers)
+        self.served += len(batch.work)
         return queue._close(drained)
 
-    def _take(self, queue: Virtqueue) -> tuple[list[_Work], bool]:
-        """Copy the available chains out of guest memory, up to the limit of a batch.
-
-        Return them, and whether nothing is left.
-        """
-        batch: list[_Work] = []
-        frames = 0
-        for _ in range(queue._open()):
-            if frames >= limits.MAX_BATCH_FRAMES or queue._walked >= limits.MAX_BATCH_DESCRIPTORS:
-                return batch, False
-            chain = queue._pop()
-            if chain is None:
-                return batch, False
-            length = sum(length for _, length in chain.readable)
-            room = sum(length for _, length in chain.writable) // spec.FRAME_SIZE
-            room = min(room, limits.MAX_RESPONSE_FRAMES)
-            request: list[bytes] | None = None
-            if (
-                not length % spec.FRAME_SIZE
-                and 0 < length <= limits.MAX_REQUEST_FRAMES * spec.FRAME_SIZE
-            ):
-                data = b"".join(queue._memory.read(*buffer) for buffer in chain.readable)
-                request = [
-                    data[start : start + spec.FRAME_SIZE]
-                    for start in range(0, length, spec.FRAME_SIZE)
-                ]
-            frames += room + len(request or ())
-            batch.append(_Work(chain.head, chain.writable, length, request, room, chain.broken))
-        return batch, True
-
-    def _execute(self, batch: list[_Work], writable: bool) -> tuple[_View, list[bytes]]:
-        """Execute a batch in order against a fresh view; return it and each chain's answer.
-
-        Not ``writable``: nothing can be made durable, so writes that would be done fail.
-        """
-        view = _View(self._store, self._authenticator, self._register)
-        return view, [_ChainRun(self, view, work, writable).run() for work in batch]
+    def _execute(self, writable: bool) -> tuple[View, list[bytes]]:
+        """Execute the batch in order against a fresh view; return it and each chain's answer."""
+        view = View(self._store, self._authenticator, self._register, writable)
+        return view, [_ChainRun(self, view, work).run() for work in self._batch.work]
 
 
 class _ChainRun:
     """The execution of one chain: requests in order, each answer appended while room lasts."""
 
-    def __init__(self, device: RpmbDevice, view: _View, work: _Work, writable: bool) -> None:
+    def __init__(self, device: RpmbDevice, view: View, work: Work) -> None:
         self._device = device
         self._view = view
         self._work = work
         self._room = work.room
-        self._writable = writable
         self._answers: list[bytes] = []
         self._left_out = 0  # frames of the answer at hand, if there was no room for it
         self._result = spec.VIRTIO_RPMB_RES_OK  # of the request at hand
@@ -241,7 +146,7 @@ class _ChainRun:
         return b"".join(self._answers)
 
     def _log_answer(self, answered: int) -> None:
-        """Tell of the answer behind the first ``answered`` frames, or that it was left out."""
+        """Log the answer behind the first ``answered`` frames, or that it was left out."""
         for answer in self._answers[answered : answered + 1]:
             logger.debug("%s", describe_answer(Frame.unpack(answer), len(self._answers) - answered))
         if self._left_out:
@@ -284,12 +189,12 @@ class _ChainRun:
         view = self._view
         if self._bad_single_count(frame.block_count):
             result = spec.VIRTIO_RPMB_RES_GENERAL_FAILURE
-        elif view.authenticator is not None or not self._writable:
+        elif view.authenticator is not None or not view.writable:
             result = spec.VIRTIO_RPMB_RES_WRITE_FAILURE
         else:
             view.program(frame.key_mac)
             result = spec.VIRTIO_RPMB_RES_OK
-        view.register = _Result(spec.VIRTIO_RPMB_RESP_PROGRAM_KEY, result)
+        view.register = Register(spec.VIRTIO_RPMB_RESP_PROGRAM_KEY, result)
         self._result = result
         return 1
 
@@ -321,7 +226,7 @@ class _ChainRun:
         if result == spec.VIRTIO_RPMB_RES_OK:
             view.write(first.address, [frame.data for frame in frames])
         counter = view.counter if view.authenticator is not None else 0
-        view.register = _Result(spec.VIRTIO_RPMB_RESP_DATA_WRITE, result, first.address, counter)
+        view.register = Register(spec.VIRTIO_RPMB_RESP_DATA_WRITE, result, first.address, counter)
         self._result = result
         if sound:
             return count
@@ -352,7 +257,7 @@ class _ChainRun:
             return spec.VIRTIO_RPMB_RES_AUTH_FAILURE
         if first.write_counter != view.counter:
             return spec.VIRTIO_RPMB_RES_COUNT_FAILURE
-        if not self._writable:
+        if not view.writable:
             return spec.VIRTIO_RPMB_RES_WRITE_FAILURE
         return spec.VIRTIO_RPMB_RES_OK
 
@@ -422,13 +327,3 @@ def _continues(first: Frame, frame: Frame) -> bool:
         and frame.block_count == first.block_count
         and frame.write_counter == first.write_counter
     )
-
-
-def _scatter(memory: GuestMemory, writable: list[tuple[int, int]], answer: bytes) -> None:
-    """Write an answer into the device-writable buffers of its chain."""
-    done = 0
-    for address, length in writable:
-        if done >= len(answer):
-            return
-        memory.write(address, answer[done : done + length])
-        done += length

@@ -1,17 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Serving one virtqueue until something else needs attention.
-
-Between batches the loop watches the available ring for a bounded time before it sleeps: that takes
-the two wake-ups out of a ping-pong. The bound adapts as KVM's halt polling does: it grows when a
-sleep turned out shorter than the watch would have been allowed to be, and goes back to nothing when
-it was longer. So an idle queue costs nothing.
-"""
+"""Serving one virtqueue until something else needs attention."""
 
 from __future__ import annotations
 
 import os
 import select
-import time
 from typing import Protocol
 
 from vhost_rpmb._pure.virtqueue import Virtqueue
@@ -20,28 +13,25 @@ from vhost_rpmb.virtio.limits import SLEEP_MS
 
 __all__ = ["Loop"]
 
-MAX_AWAY = 1_000_000  # ns of watching without a look at the other descriptors
-FIRST_WATCH = 8_000  # ns that a first watch takes; then they double
-
 
 class _Device(Protocol):
     def process(self, queue: Virtqueue) -> int: ...
 
 
 class Loop:
-    """Serves the virtqueues of ``device``; watches a ring for up to ``poll_us`` microseconds.
+    """Serves the virtqueues of ``device``.
 
     ``epoll`` is where all descriptors that may need attention are registered: kick descriptors
     edge-triggered, others level-triggered. When one of the others is ready, serve() returns. Epoll
     reports an edge once: kicks of other virtqueues that serve() saw are in take_events().
+
+    The compiled engine polls a ring for up to ``poll_us`` microseconds before it sleeps. A guest
+    cannot observe that, so this engine always sleeps.
     """
 
     def __init__(self, device: _Device, epoll: select.epoll, poll_us: int) -> None:
         self._device = device
         self._epoll = epoll
-        self._most = poll_us * 1000  # ns
-        self._watch = 0  # ns that the next watch may take
-        self._away = 0  # when watching began without a look at the others, 0: just looked
         self._events: list[int] = []
 
     def take_events(self) -> list[int]:
@@ -56,10 +46,8 @@ class Loop:
         returns them), UNSIGNALLED, BLOCKED, IDLE. With ``once``, returns after one batch: another
         virtqueue waits for its turn.
         """
-        self._away = 0
         self._events = []
         while True:
-            queue._watch(self._watch > 0)
             flags = self._device.process(queue)
             if flags & NOTIFY:
                 flags |= _signal(call_fd)
@@ -68,22 +56,13 @@ class Loop:
             if flags & MORE:
                 if self._others_ready(kick_fd, 0):
                     return self._leave(queue, flags & MORE)
-            elif self._spin(queue):
-                if time.monotonic_ns() - self._away > MAX_AWAY:
-                    self._away = 0
-                    if self._others_ready(kick_fd, 0):
-                        return self._leave(queue, 0)
             elif not queue._arm():
-                start = time.monotonic_ns()
                 others = self._others_ready(kick_fd, SLEEP_MS / 1000)
-                self._adapt(time.monotonic_ns() - start)
-                self._away = 0
                 if others is not False:
                     return self._leave(queue, 0 if others else IDLE)
 
     def _leave(self, queue: Virtqueue, flags: int) -> int:
-        """Make sure that the driver kicks while nobody looks at the ring; complete the flags."""
-        queue._watch(False)
+        """Ask the driver for a kick, because nobody looks at the ring now; complete the flags."""
         if not flags & BROKEN and queue._arm():
             flags |= MORE
         return flags
@@ -95,26 +74,6 @@ class Loop:
             return None
         self._events = [fd for fd, _ in events if fd != kick_fd]
         return bool(self._events)
-
-    def _spin(self, queue: Virtqueue) -> bool:
-        """Watch the available ring for as long as that may pay; tell whether something came."""
-        if not self._watch:
-            return False
-        start = time.monotonic_ns()
-        if not self._away:
-            self._away = start
-        while not queue._peek():
-            if time.monotonic_ns() - start > self._watch:
-                return False
-            os.sched_yield()  # the driver may need this processor
-        return True
-
-    def _adapt(self, slept: int) -> None:
-        """Learn from a sleep of ``slept`` ns whether a watch would have been enough."""
-        if slept <= self._most:
-            self._watch = min(max(2 * self._watch, FIRST_WATCH), self._most)
-        else:
-            self._watch = 0
 
 
 def _signal(fd: int) -> int:

@@ -161,7 +161,7 @@ _handler_address = ctypes.cast(_handler, ctypes.c_void_p).value
 
 
 def _guard(region: _Region) -> None:
-    """See to it that the end of a region's file does not end the process."""
+    """Install the handler for a region, so that the end of its file does not end the process."""
     current = _SignalAction()
     _libc.sigaction(signal.SIGBUS, None, ctypes.byref(current))
     if current.handler != _handler_address:
@@ -243,7 +243,10 @@ class GuestMemory:
         return b"".join(pieces)
 
     def write(self, guest_address: int, data: bytes) -> None:
-        """Copy ``data`` in, across regions that adjoin; GuestMemoryError (and no write) outside."""
+        """Copy ``data`` in, across regions that adjoin; GuestMemoryError (and no write) outside.
+
+        Buffers and rings are written by this method and by _write_index() only.
+        """
         done = 0
         for region, start, count in list(self._spans(guest_address, len(data))):
             self._touch(region, start, count)
@@ -254,7 +257,7 @@ class GuestMemory:
     def _lost(self) -> bool:
         """Whether an access so far found the file behind a region truncated.
 
-        What it read was zeros, what it wrote reached nobody; so it stays until clear().
+        Its reads were zeros and its writes reached nobody, so this is true until clear().
         """
         return self._was_lost or any(region.lost for region in self._regions)
 
@@ -277,8 +280,14 @@ class GuestMemory:
             guest_address += count
             length -= count
 
-    def _ring_part(self, user_address: int, length: int, alignment: int) -> memoryview | None:
-        """Give ``length`` bytes at a user address for ring access, or None.
+    def _write_index(self, guest_address: int, cell: memoryview, value: int) -> None:
+        """Store 16 bits at ``guest_address``, where ``cell`` is mapped, in one access."""
+        cell[0] = value
+
+    def _ring_part(
+        self, user_address: int, length: int, alignment: int
+    ) -> tuple[int, memoryview] | None:
+        """Return the guest address and a view of ``length`` bytes at a user address, or None.
 
         None if they are not all in one region, or not aligned to ``alignment`` bytes. The caller
         releases the view before the memory table can change.
@@ -290,7 +299,8 @@ class GuestMemory:
                 if length > region.size - offset or user_address % alignment or start % alignment:
                     return None
                 self._touch(region, start, length)
-                return memoryview(region.map)[start : start + length]
+                view = memoryview(region.map)[start : start + length]
+                return region.guest_address + offset, view
         return None
 
     def _touch(self, region: _Region, start: int, length: int) -> None:

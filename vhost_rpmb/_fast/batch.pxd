@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+from libc.stddef cimport size_t
+from libc.stdint cimport uint16_t, uint32_t, uint64_t
+
+from vhost_rpmb._fast.mac cimport Authenticator
+from vhost_rpmb._fast.memory cimport GuestMemory
+from vhost_rpmb._fast.ring cimport Buffers
+from vhost_rpmb._fast.virtqueue cimport Virtqueue
+
+
+cdef struct Work:
+    # One chain of a batch: where its frames and answer are in the arenas.
+    uint16_t head
+    bint broken
+    bint whole  # its device-readable bytes are whole frames, and were copied
+    size_t request  # offset of its frames, bytes
+    uint32_t frames
+    uint32_t room  # frames
+    size_t response  # offset of its answer, bytes
+    uint32_t answered  # frames
+    size_t segment  # the first of its writable ones
+
+
+cdef struct Register:
+    # The result register: the content of the answer to RESULT_READ.
+    bint valid
+    uint16_t req_resp
+    uint16_t result
+    uint16_t address
+    uint32_t write_counter
+
+
+cdef struct Staged:
+    # A block of 256 bytes that waits to be made durable, where its frame has it.
+    uint16_t address
+    const unsigned char *data
+
+
+cdef class Batch:
+    cdef Work *work
+    cdef size_t count
+    # The arenas, kept from batch to batch.
+    cdef unsigned char *requests
+    cdef unsigned char *responses
+    cdef size_t _capacity
+    cdef size_t _requests_size
+    cdef size_t _requests_capacity
+    cdef size_t _responses_size
+    cdef size_t _responses_capacity
+    cdef Buffers _buffers
+
+    cdef bint take(self, Virtqueue queue) except -1
+    cdef void answer(self, Virtqueue queue) noexcept
+    cdef void wipe(self) noexcept
+    cdef bint _take(self, Virtqueue queue) except -1
+    cdef Work *_add_work(self) except NULL
+    cdef int _gather(self, GuestMemory memory, uint64_t length) except -1
+    cdef void _scatter(self, GuestMemory memory, const Work *work) noexcept
+
+
+cdef class View:
+    cdef object _store
+    cdef const unsigned char[::1] _image
+    cdef const unsigned char[::1] _damaged
+    cdef const unsigned char *_new_key
+    cdef Staged *_staged
+    cdef size_t _staged_count
+    cdef size_t _staged_capacity
+    cdef uint32_t *_staged_at  # by address: 1 + its latest index in _staged, 0 for none
+    cdef Authenticator authenticator
+    cdef Register register
+    cdef uint32_t counter
+    cdef bint writable
+    cdef bint wrote
+
+    cdef void begin(
+        self, uint32_t counter, Authenticator authenticator, Register register, bint writable
+    ) noexcept
+    cdef int program(self, const unsigned char *key) except -1
+    cdef int write(self, uint16_t address, const unsigned char *frames, uint32_t count) except -1
+    cdef const unsigned char *read(self, uint32_t address) noexcept
+    cdef bint commit(self) except -1
+    cdef void end(self) noexcept
+    cdef int _stage(self, uint16_t address, const unsigned char *data) except -1

@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+# cython: language_level=3, auto_pickle=False
+"""The twin of vhost_rpmb._pure.batch, where the docstrings are.
+
+No Python object is made here, except for the changes that a write hands to the store.
+"""
+
+cimport cython
+from libc.stddef cimport size_t
+from libc.stdint cimport uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free, realloc
+from libc.string cimport memcpy
+
+from cpython.bytes cimport PyBytes_FromStringAndSize
+
+from vhost_rpmb._fast.constants cimport *
+from vhost_rpmb._fast.mac cimport Authenticator, new_authenticator
+from vhost_rpmb._fast.memory cimport GuestMemory
+from vhost_rpmb._fast.ring cimport CHAIN_GOOD, Chain, Segment
+from vhost_rpmb._fast.virtqueue cimport Virtqueue
+
+__all__ = ["Batch", "View"]
+
+cdef extern from "<openssl/crypto.h>" nogil:
+    void OPENSSL_cleanse(void *, size_t)
+
+
+@cython.final
+cdef class Batch:
+    def __cinit__(self):
+        self._buffers.readable.wanted = MAX_REQUEST_FRAMES * FRAME_SIZE
+        self._buffers.writable.wanted = MAX_RESPONSE_FRAMES * FRAME_SIZE
+
+    def __dealloc__(self):
+        free(self.work)
+        free(self.requests)
+        free(self.responses)
+        free(self._buffers.readable.items)
+        free(self._buffers.writable.items)
+
+    cdef bint take(self, Virtqueue queue) except -1:
+        cdef bint drained
+        self.count = 0
+        self._requests_size = 0
+        self._responses_size = 0
+        self._buffers.writable.count = 0
+        drained = self._take(queue)
+        self.responses = _grow(
+            self.responses, &self._responses_capacity, self._responses_size
+        )
+        return drained
+
+    cdef bint _take(self, Virtqueue queue) except -1:
+        cdef uint32_t available = queue.open()
+        cdef uint32_t _
+        cdef uint64_t frames = 0
+        cdef Chain chain
+        cdef Work *work
+        for _ in range(available):
+            if frames >= MAX_BATCH_FRAMES or queue.walked() >= MAX_BATCH_DESCRIPTORS:
+                return False
+            self._buffers.readable.count = 0
+            work = self._add_work()
+            work.segment = self._buffers.writable.count
+            if not queue.take(&chain, &self._buffers):
+                return False
+            work.head = chain.head
+            work.broken = chain.fault != CHAIN_GOOD
+            work.room = <uint32_t>min(
+                chain.writable // FRAME_SIZE, <uint64_t>MAX_RESPONSE_FRAMES
+            )
+            if not work.room:
+                self._buffers.writable.count = work.segment
+            work.response = self._responses_size
+            self._responses_size += <size_t>work.room * FRAME_SIZE
+            work.request = self._requests_size
+            work.whole = (
+                chain.readable % FRAME_SIZE == 0
+                and 0 < chain.readable <= MAX_REQUEST_FRAMES * FRAME_SIZE
+            )
+            work.frames = 0
+            if work.whole:
+                self._gather(queue.memory, chain.readable)
+                work.frames = <uint32_t>(chain.readable // FRAME_SIZE)
+            frames += work.room + work.frames
+            self.count += 1
+        return True
+
+    cdef void answer(self, Virtqueue queue) noexcept:
+        cdef size_t index
+        for index in range(self.count):
+            self._scatter(queue.memory, &self.work[index])
+            queue.put(self.work[index].head, self.work[index].answered * FRAME_SIZE)
+
+    cdef void wipe(self) noexcept:
+        """Erase the requests: one of them had a key."""
+        OPENSSL_cleanse(self.requests, self._requests_capacity)
+
+    cdef Work *_add_work(self) except NULL:
+        """Return a place behind the chains taken so far."""
+        cdef size_t capacity
+        cdef Work *items
+        if self.count == self._capacity:
+            capacity = 2 * self._capacity + 64
+            items = <Work *>realloc(self.work, capacity * sizeof(Work))
+            if items == NULL:
+                raise MemoryError()
+            self.work = items
+            self._capacity = capacity
+        return &self.work[self.count]
+
+    cdef int _gather(self, GuestMemory memory, uint64_t length) except -1:
+        """Copy the readable segments, ``length`` bytes in all, behind the requests."""
+        cdef size_t index
+        cdef Segment *segment
+        self.requests = _grow(
+            self.requests, &self._requests_capacity, self._requests_size + length
+        )
+        for index in range(self._buffers.readable.count):
+            segment = &self._buffers.readable.items[index]
+            memory.touch(segment.host, segment.length)
+            memcpy(self.requests + self._requests_size, segment.host, segment.length)
+            self._requests_size += segment.length
+        return 0
+
+    cdef void _scatter(self, GuestMemory memory, const Work *work) noexcept:
+        """Write the answer of a chain into its device-writable buffers."""
+        cdef const unsigned char *answer = self.responses + work.response
+        cdef uint64_t length = <uint64_t>work.answered * FRAME_SIZE
+        cdef uint64_t part
+        cdef Segment *segment = self._buffers.writable.items + work.segment
+        while length:
+            part = min(length, segment.length)
+            memory.put(segment.guest_address, segment.host, answer, part)
+            answer += part
+            length -= part
+            segment += 1
+
+
+@cython.final
+cdef class View:
+    def __cinit__(self, store):
+        self._store = store
+        self._image = store.image
+        self._damaged = store.damaged
+        cdef size_t blocks = <size_t>len(store.image) // BLOCK_SIZE
+        self._staged_at = <uint32_t *>calloc(blocks, sizeof(uint32_t))
+        if self._staged_at == NULL:
+            raise MemoryError()
+
+    def __dealloc__(self):
+        free(self._staged)
+        free(self._staged_at)
+
+    cdef void begin(
+        self, uint32_t counter, Authenticator authenticator, Register register, bint writable
+    ) noexcept:
+        """Start from the state between batches."""
+        self.end()
+        self._new_key = NULL
+        self.counter = counter
+        self.authenticator = authenticator
+        self.register = register
+        self.writable = writable
+        self.wrote = False
+
+    cdef int program(self, const unsigned char *key) except -1:
+        self._new_key = key
+        self.authenticator = new_authenticator(key)
+        self.wrote = True
+        return 0
+
+    cdef int write(self, uint16_t address, const unsigned char *frames, uint32_t count) except -1:
+        cdef uint32_t index
+        for index in range(count):
+            self._stage(
+                <uint16_t>(address + index), frames + <size_t>index * FRAME_SIZE + FRAME_DATA
+            )
+        self.counter += 1
+        self.wrote = True
+        return 0
+
+    cdef const unsigned char *read(self, uint32_t address) noexcept:
+        if self._staged_at[address]:
+            return self._staged[self._staged_at[address] - 1].data
+        if self._damaged[address]:
+            return NULL
+        return &self._image[<size_t>address * BLOCK_SIZE]
+
+    cdef bint commit(self) except -1:
+        cdef size_t index
+        cdef Staged *staged
+        cdef list blocks = []
+        for index in range(self._staged_count):
+            staged = &self._staged[index]
+            if self._staged_at[staged.address] == index + 1:
+                blocks.append(
+                    (
+                        staged.address,
+                        PyBytes_FromStringAndSize(<const char *>staged.data, BLOCK_SIZE),
+                    )
+                )
+        key = None
+        if self._new_key != NULL:
+            key = PyBytes_FromStringAndSize(<const char *>self._new_key, KEY_SIZE)
+        return self._store.commit(self.counter, blocks, key)
+
+    cdef void end(self) noexcept:
+        """Drop the staged blocks, before the memory of their frames is used again."""
+        while self._staged_count:
+            self._staged_count -= 1
+            self._staged_at[self._staged[self._staged_count].address] = 0
+
+    cdef int _stage(self, uint16_t address, const unsigned char *data) except -1:
+        cdef size_t capacity
+        cdef Staged *items
+        if self._staged_count == self._staged_capacity:
+            capacity = 2 * self._staged_capacity + 64
+            items = <Staged *>realloc(self._staged, capacity * sizeof(Staged))
+            if items == NULL:
+                raise MemoryError()
+            self._staged = items
+            self._staged_capacity = capacity
+        self._staged[self._staged_count].address = address
+        self._staged[self._staged_count].data = data
+        self._staged_count += 1
+        self._staged_at[address] = <uint32_t>self._staged_count
+        return 0
+
+
+cdef unsigned char *_grow(unsigned char *arena, size_t *capacity, size_t size) except? NULL:
+    """Make an arena hold at least ``size`` bytes."""
+    cdef unsigned char *grown
+    if size <= capacity[0]:
+        return arena
+    size = max(size, 2 * capacity[0])
+    grown = <unsigned char *>realloc(arena, size)
+    if grown == NULL:
+        raise MemoryError()
+    capacity[0] = size
+    return grown

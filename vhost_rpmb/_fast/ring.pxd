@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+from libc.stddef cimport size_t
+from libc.stdint cimport uint16_t, uint32_t, uint64_t
+
+from vhost_rpmb._fast.memory cimport GuestMemory
+
+
+cdef enum:
+    CHAIN_GOOD = -1  # it breaks none of the rules
+
+
+cdef struct Segment:
+    # A piece of a buffer, in one region.
+    uint64_t guest_address
+    unsigned char *host
+    uint64_t length
+
+
+cdef struct Segments:
+    Segment *items
+    size_t count
+    size_t capacity
+    uint64_t wanted  # bytes of one chain; the rest of its buffers is checked only
+
+
+cdef struct Buffers:
+    # Of the chains of a batch, one behind the other.
+    Segments readable
+    Segments writable
+
+
+cdef struct Chain:
+    uint16_t head
+    int fault  # CHAIN_GOOD, or the number of the rule that it breaks
+    uint32_t count  # descriptors
+    uint64_t readable  # bytes
+    uint64_t writable  # bytes
+
+
+cdef class Ring:
+    cdef GuestMemory memory
+    cdef uint32_t size
+    cdef uint64_t[3] addresses
+    cdef bint indirect
+    cdef bint event_index
+    cdef bint mapped  # the parts were found when ``generation`` was the memory's
+    cdef uint64_t generation
+    cdef size_t walked
+    cdef size_t crossings
+
+    cdef uint16_t base(self) noexcept
+    cdef void set_base(self, uint16_t index) noexcept
+    cdef int map(self) noexcept nogil
+    cdef int look(self, uint32_t *available) noexcept nogil
+    cdef int take(self, Chain *chain, Buffers *buffers) except -1 nogil
+    cdef void put(self, uint16_t head, uint32_t length) noexcept nogil
+    cdef void publish(self) noexcept nogil
+    cdef void ask_for_kick(self) noexcept nogil
+    cdef void refuse_kicks(self) noexcept nogil
+    cdef bint wants_notification(self) noexcept nogil
+    cdef bint changed(self) noexcept nogil
+
+    cdef int check_table(
+        self, uint64_t address, uint32_t length, uint16_t flags, bint nested
+    ) except -2 nogil
+    cdef int add(
+        self, Chain *chain, Buffers *buffers, uint64_t address, uint32_t length, bint writable
+    ) except -2 nogil
+    cdef int _add_buffer(
+        self, Segments *segments, uint64_t address, uint64_t length, uint64_t wanted
+    ) except -2 nogil

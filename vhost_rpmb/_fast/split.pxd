@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+from libc.stdint cimport uint16_t, uint32_t, uint64_t
+
+from vhost_rpmb._fast.ring cimport Buffers, Chain, Ring
+
+
+cdef class SplitRing(Ring):
+    cdef uint16_t _next_available
+    cdef uint16_t _next_used
+    cdef uint16_t _published  # the used index before the batch published last
+    cdef uint32_t _unpublished
+    cdef bint _started
+    cdef unsigned char *_descriptors
+    cdef unsigned char *_available
+    cdef unsigned char *_used
+    cdef uint64_t _used_address  # guest physical
+
+    cdef int _walk(self, Chain *chain, Buffers *buffers) except -2 nogil
+    cdef void _store_used(self, size_t offset, uint16_t value) noexcept nogil

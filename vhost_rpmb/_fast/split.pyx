@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+# cython: language_level=3, auto_pickle=False
+"""The twin of vhost_rpmb._pure.split, where the docstrings are."""
+
+cimport cython
+from libc.stddef cimport size_t
+from libc.stdint cimport uint16_t, uint32_t, uint64_t
+
+from vhost_rpmb._fast.constants cimport *
+from vhost_rpmb._fast.ring cimport CHAIN_GOOD, Buffers, Chain, Ring
+
+__all__ = ["SplitRing"]
+
+cdef extern from "ring.h" nogil:
+    uint16_t load_index(const unsigned char *)
+    cdef struct descriptor:
+        uint64_t address
+        uint32_t length
+        uint16_t flags
+        uint16_t next
+    void load_descriptor(descriptor *, const unsigned char *)
+    cdef struct used_element:
+        pass
+    used_element make_used(uint32_t id, uint32_t length)
+
+
+@cython.final
+cdef class SplitRing(Ring):
+    cdef uint16_t base(self) noexcept:
+        return self._next_available
+
+    cdef void set_base(self, uint16_t index) noexcept:
+        self._next_available = index
+        self._next_used = 0
+        self._published = 0
+        self._unpublished = 0
+        self._started = False
+
+    cdef int map(self) noexcept nogil:
+        cdef uint64_t size = self.size
+        cdef uint64_t address = 0
+        if self.mapped and self.generation == self.memory.generation:
+            return RING_OK
+        self.mapped = False
+        if not size:
+            return RING_NO_SIZE
+        self._descriptors = self.memory.ring_part(
+            self.addresses[0], size * VIRTQ_DESC_SIZE, 16, &address
+        )
+        if self._descriptors == NULL:
+            return RING_DESCRIPTOR_TABLE
+        self._available = self.memory.ring_part(self.addresses[1], 6 + 2 * size, 2, &address)
+        if self._available == NULL:
+            return RING_AVAILABLE
+        self._used = self.memory.ring_part(
+            self.addresses[2], 6 + 8 * size, 4, &self._used_address
+        )
+        if self._used == NULL:
+            return RING_USED
+        self.mapped = True
+        self.generation = self.memory.generation
+        return RING_OK
+
+    cdef int look(self, uint32_t *available) noexcept nogil:
+        self.walked = 0
+        self._unpublished = 0
+        if not self._started:
+            self._next_used = load_index(self._used + 2)
+            self._started = True
+        available[0] = <uint16_t>(load_index(self._available + 2) - self._next_available)
+        return RING_AVAILABLE_INDEX if available[0] > self.size else RING_OK
+
+    cdef int take(self, Chain *chain, Buffers *buffers) except -1 nogil:
+        cdef size_t slot = self._next_available & (self.size - 1)
+        cdef size_t readable = buffers.readable.count
+        cdef size_t writable = buffers.writable.count
+        chain.head = load_index(self._available + 4 + 2 * slot)
+        if chain.head >= self.size:
+            return RING_HEAD
+        self._next_available += 1
+        chain.count = 0
+        chain.readable = 0
+        chain.writable = 0
+        chain.fault = self._walk(chain, buffers)
+        if chain.fault != CHAIN_GOOD:
+            chain.readable = 0
+            chain.writable = 0
+            buffers.readable.count = readable
+            buffers.writable.count = writable
+        return RING_OK
+
+    cdef int _walk(self, Chain *chain, Buffers *buffers) except -2 nogil:
+        """Follow a chain; return CHAIN_GOOD, or the rule that it breaks."""
+        cdef descriptor entry
+        cdef unsigned char raw[VIRTQ_DESC_SIZE]
+        cdef bint indirect = False
+        cdef uint64_t table = 0
+        cdef uint32_t index = chain.head
+        cdef uint32_t entries = self.size
+        cdef int rule
+        self.crossings = 0
+        while True:
+            self.walked += 1
+            if indirect:
+                if not self.memory.copy_out(raw, table + index * VIRTQ_DESC_SIZE, VIRTQ_DESC_SIZE):
+                    return CHAIN_INDIRECT_TABLE
+                load_descriptor(&entry, raw)
+            else:
+                load_descriptor(&entry, self._descriptors + index * VIRTQ_DESC_SIZE)
+            if entry.flags & VIRTQ_DESC_F_INDIRECT:
+                rule = self.check_table(entry.address, entry.length, entry.flags, indirect)
+                if rule != CHAIN_GOOD:
+                    return rule
+                indirect = True
+                table = entry.address
+                index = 0
+                entries = entry.length // VIRTQ_DESC_SIZE
+                continue
+            rule = self.add(
+                chain, buffers, entry.address, entry.length, entry.flags & VIRTQ_DESC_F_WRITE
+            )
+            if rule != CHAIN_GOOD:
+                return rule
+            if not entry.flags & VIRTQ_DESC_F_NEXT:
+                return CHAIN_GOOD
+            if entry.next >= entries:
+                return CHAIN_NEXT
+            index = entry.next
+
+    cdef void put(self, uint16_t head, uint32_t length) noexcept nogil:
+        cdef size_t slot = (self._next_used + self._unpublished) & (self.size - 1)
+        cdef size_t offset = 4 + 8 * slot
+        cdef used_element element = make_used(head, length)
+        self.memory.put(
+            self._used_address + offset, self._used + offset, &element, sizeof(element)
+        )
+        self._unpublished += 1
+
+    cdef void publish(self) noexcept nogil:
+        self._published = self._next_used
+        if self._unpublished:
+            self._next_used = <uint16_t>(self._next_used + self._unpublished)
+            self._unpublished = 0
+            self._store_used(2, self._next_used)
+
+    cdef void ask_for_kick(self) noexcept nogil:
+        if self.event_index:
+            self._store_used(4 + 8 * <size_t>self.size, self._next_available)
+        else:
+            self._store_used(0, 0)
+
+    cdef void refuse_kicks(self) noexcept nogil:
+        # With the event index, the event before the last one stays asked for, and is past.
+        if not self.event_index:
+            self._store_used(0, VIRTQ_USED_F_NO_NOTIFY)
+
+    cdef void _store_used(self, size_t offset, uint16_t value) noexcept nogil:
+        """Store a 16-bit field of the used ring."""
+        self.memory.put_index(self._used_address + offset, self._used + offset, value)
+
+    cdef bint wants_notification(self) noexcept nogil:
+        cdef uint16_t count = <uint16_t>(self._next_used - self._published)
+        cdef uint16_t event
+        if not count:
+            return False
+        if not self.event_index:
+            return not load_index(self._available) & VIRTQ_AVAIL_F_NO_INTERRUPT
+        event = load_index(self._available + 4 + 2 * <size_t>self.size)
+        return <uint16_t>(self._next_used - event - 1) < count
+
+    cdef bint changed(self) noexcept nogil:
+        return load_index(self._available + 2) != self._next_available

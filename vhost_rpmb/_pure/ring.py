@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The interface of a ring format, and the checks of descriptor chains that all formats share.
+
+A format (`vhost_rpmb._pure.split`) knows where descriptors, indices and flags are in guest memory.
+The virtqueue calls it, in this order: map, look, take ..., put ..., publish, ask_for_kick or
+refuse_kicks, wants_notification, changed, unmap. The device sees neither.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+
+from vhost_rpmb._pure.memory import GuestMemory, GuestMemoryError
+from vhost_rpmb.virtio import limits, rules
+from vhost_rpmb.virtio import spec as virtio
+
+__all__ = ["Ring"]
+
+_MAX_CHAIN_BYTES = 1 << 32
+_LOCK = threading.Lock()
+
+
+def full_barrier() -> None:
+    """Order all loads and stores before against all after it, as the driver sees them.
+
+    Taking a lock is an atomic acquire, giving it back an atomic release, and each is a full barrier
+    on x86-64. On processors that order less, what stands before may still move behind the acquire,
+    and what follows ahead of the release; but no acquire overtakes an earlier release, so a second
+    round keeps the two apart.
+    """
+    for _ in range(2):
+        with _LOCK:
+            pass
+
+
+@dataclass(slots=True)
+class Chain:
+    """One descriptor chain: its head and buffers, or the number of the chain rule that it breaks.
+
+    ``readable`` and ``writable`` are lists of (guest physical address, length in bytes), ``length``
+    is their sum.
+    """
+
+    head: int
+    readable: list[tuple[int, int]] = field(default_factory=list)
+    writable: list[tuple[int, int]] = field(default_factory=list)
+    length: int = 0
+    fault: int | None = None
+
+
+class BrokenChainError(Exception):
+    """A descriptor chain breaks the rule with this number in rules.CHAIN_RULES."""
+
+    def __init__(self, rule: int) -> None:
+        super().__init__(rules.CHAIN_RULES[rule])
+        self.rule = rule
+
+
+class BrokenRingError(Exception):
+    """A ring breaks the rule with this number in rules.RING_RULES."""
+
+    def __init__(self, rule: int) -> None:
+        super().__init__(rules.RING_RULES[rule])
+        self.rule = rule
+
+
+class Ring:
+    """A ring of ``size`` descriptors in guest memory, with its negotiated features.
+
+    ``addresses`` are the user addresses of its three parts. ``walked`` counts the descriptors since
+    the last look().
+    """
+
+    def __init__(self, memory: GuestMemory) -> None:
+        self.memory = memory
+        self.size = 0
+        self.addresses = (0, 0, 0)
+        self.indirect = False
+        self.event_index = False
+        self.walked = 0
+        self._crossings = 0
+
+    # A format implements these.
+
+    @property
+    def base(self) -> int:
+        """The position of the next chain, as GET_VRING_BASE has it."""
+        raise NotImplementedError
+
+    def set_base(self, index: int) -> None:
+        """Set the position of the next chain, as SET_VRING_BASE has it."""
+        raise NotImplementedError
+
+    def map(self) -> None:
+        """Find the parts in guest memory; BrokenRingError where a part breaks a rule."""
+        raise NotImplementedError
+
+    def unmap(self) -> None:
+        """Release guest memory, so that the front-end can remove it."""
+        raise NotImplementedError
+
+    @property
+    def mapped(self) -> bool:
+        """Whether the parts are mapped."""
+        raise NotImplementedError
+
+    def look(self) -> int:
+        """Begin a batch: return how many chains are available; BrokenRingError."""
+        raise NotImplementedError
+
+    def take(self) -> Chain:
+        """Take the next available chain; BrokenRingError where its head is invalid."""
+        raise NotImplementedError
+
+    def put(self, head: int, length: int) -> None:
+        """Return a chain, ``length`` bytes of which were written; visible after publish()."""
+        raise NotImplementedError
+
+    def publish(self) -> None:
+        """Make the chains that were put visible to the driver."""
+        raise NotImplementedError
+
+    def ask_for_kick(self) -> None:
+        """Ask for an available buffer notification for the next chain."""
+        raise NotImplementedError
+
+    def wants_notification(self) -> bool:
+        """Tell whether the driver asked to be notified of the chains published last."""
+        raise NotImplementedError
+
+    def changed(self) -> bool:
+        """Look again: tell whether there are chains that were not taken."""
+        raise NotImplementedError
+
+    # The checks of chains.
+
+    def _check_table(self, address: int, length: int, flags: int, nested: bool) -> None:
+        """Check the descriptor of an indirect table; ``nested``: it is in such a table itself."""
+        if not self.indirect:
+            raise BrokenChainError(rules.CHAIN_INDIRECT_FEATURE)
+        if nested or flags & virtio.VIRTQ_DESC_F_NEXT:
+            raise BrokenChainError(rules.CHAIN_INDIRECT_FLAGS)
+        if not length or length % virtio.VIRTQ_DESC_SIZE:
+            raise BrokenChainError(rules.CHAIN_INDIRECT_LENGTH)
+        if length // virtio.VIRTQ_DESC_SIZE > self.size:
+            raise BrokenChainError(rules.CHAIN_INDIRECT_SIZE)
+        self._check_buffer(address, length, rules.CHAIN_INDIRECT_TABLE)
+
+    def _add(self, chain: Chain, address: int, length: int, writable: bool) -> None:
+        """Check the next descriptor of a chain and append its buffer."""
+        if len(chain.readable) + len(chain.writable) >= self.size:
+            raise BrokenChainError(rules.CHAIN_TOO_LONG)
+        if not length:
+            raise BrokenChainError(rules.CHAIN_EMPTY_DESCRIPTOR)
+        chain.length += length
+        if chain.length > _MAX_CHAIN_BYTES:
+            raise BrokenChainError(rules.CHAIN_BYTES)
+        if writable:
+            chain.writable.append((address, length))
+        elif chain.writable:
+            raise BrokenChainError(rules.CHAIN_ORDER)
+        else:
+            chain.readable.append((address, length))
+        self._check_buffer(address, length, rules.CHAIN_BUFFER)
+
+    def _check_buffer(self, address: int, length: int, outside: int) -> None:
+        """Check that a buffer is in the regions, with few enough borders in the chain so far.
+
+        ``outside``: the rule that the chain breaks where the buffer is not.
+        """
+        try:
+            for _, _, count in self.memory._spans(address, length):
+                length -= count
+                if length:
+                    self.walked += 1
+                    self._crossings += 1
+                    if self._crossings > limits.MAX_CROSSINGS:
+                        raise BrokenChainError(rules.CHAIN_CROSSINGS)
+        except GuestMemoryError:
+            raise BrokenChainError(outside) from None
