@@ -31,7 +31,7 @@ the connection, 2 for a wrong option or an input file that cannot be used.
 """
 
 FAILURE = 1
-_KICK_PATIENCE = 0.1  # seconds that a back-end can make a kick wait
+_KICK_PATIENCE = 0.1  # seconds that a back-end can block a kick
 
 _HINTS = {
     ("PROGRAM_KEY", spec.VIRTIO_RPMB_RES_WRITE_FAILURE): (
@@ -81,7 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command in ``argv`` (default: the process's own); return the exit status.
+    """Run the command in ``argv`` (default: those of the process); return the exit status.
 
     0 after success, 1 for a failure of the device, the connection or the output, 2 for a wrong
     option or an input file that cannot be used.
@@ -111,14 +111,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _fail(f"cannot set up a front-end on this machine: {error.strerror}", FAILURE)
     except KeyboardInterrupt:
-        return 130  # what a shell reports for a program ended by SIGINT
+        return 130  # the status that a shell reports for SIGINT
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
     return 0
 
 
 def _bound_kicks() -> None:
-    """Interrupt a kick that the back-end makes wait; all other calls go on after a signal."""
+    """Interrupt a kick that the back-end blocks; all other calls continue after a signal."""
     signal.signal(signal.SIGALRM, lambda _number, _frame: None)
     signal.setitimer(signal.ITIMER_REAL, _KICK_PATIENCE, _KICK_PATIENCE)
 

@@ -15,12 +15,12 @@ __all__ = [
 
 
 class BackendError(ClientError):
-    """The back-end cannot be reached, is gone, does not answer in time or broke the protocol."""
+    """The back-end is unreachable, disconnected, too slow, or violated the protocol."""
 
 
 class RequestRefusedError(BackendError):
-    """The back-end answered a vhost-user message with an error; the connection is still good."""
+    """The back-end answered a vhost-user message with an error; the connection is intact."""
 
 
 class QueueError(ClientError):
-    """The device reports the queue broken, or wrote something impossible into the used ring."""
+    """The device reports the queue broken, or wrote an invalid value into the used ring."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The front-end of a vhost-user connection, as a VMM has it (QEMU's vhost-user specification)."""
+"""The front-end of a vhost-user connection, the role of a VMM (QEMU's specification)."""
 
 import errno
 import select
@@ -39,9 +39,9 @@ _CONNECT_HINTS = {
 class Frontend(Closing):
     """A connection to a back-end, which it owns; a context manager.
 
-    Every message is acknowledged once REPLY_ACK is negotiated. All methods raise BackendError when
-    the back-end is gone or does not answer within ``timeout`` seconds, and RequestRefusedError when
-    it says no.
+    Every message is acknowledged once REPLY_ACK is negotiated. All methods raise BackendError if
+    the back-end has disconnected or does not answer within ``timeout`` seconds, and
+    RequestRefusedError if it refuses a message.
     """
 
     def __init__(self, sock: socket.socket, *, timeout: float = 10.0) -> None:
@@ -50,7 +50,7 @@ class Frontend(Closing):
         self._reader = wire.MessageReader(sock, max_fds=0)
         self.features = 0  # virtio feature bits, negotiated
         self.protocol_features = ProtocolFeature(0)  # negotiated
-        self._offered = 0  # as GET_FEATURES said
+        self._offered = 0  # the reply to GET_FEATURES
         self._status = 0
         sock.setblocking(False)
 
@@ -68,14 +68,15 @@ class Frontend(Closing):
 
     def close(self) -> None:
         """Close the connection."""
-        # Descriptors that the back-end sent and nobody took are closed with the socket, and such a
-        # close can wait: a TCP socket with SO_LINGER, for one. The process's end waits for nothing.
+        # Closing the socket closes the descriptors in it that were not received, and such a close
+        # can block: a TCP socket with SO_LINGER, for example. Hence a daemon thread, for which
+        # the end of the process does not wait.
         closing = threading.Thread(target=self._sock.close, daemon=True)
         closing.start()
         closing.join(self._timeout)
 
     def fileno(self) -> int:
-        """The socket, for `Ring.wait` to notice its end."""
+        """The socket, for `Ring.wait` to detect a disconnect."""
         return self._sock.fileno()
 
     # Single messages
@@ -83,7 +84,7 @@ class Frontend(Closing):
     def send(
         self, request: int, payload: bytes = b"", fds: Sequence[int] = (), flags: int = 0
     ) -> None:
-        """Send any message, well-formed or not, and await nothing."""
+        """Send any message, well-formed or not, without waiting for a reply."""
         try:
             wire.send_message(self._sock, request, flags, payload, fds)
         except BlockingIOError:
@@ -97,7 +98,7 @@ class Frontend(Closing):
             ) from None
 
     def receive(self) -> Message:
-        """The next message of the back-end, whatever it is."""
+        """The next message of the back-end, of any type."""
         deadline = time.monotonic() + self._timeout
         poll = select.poll()
         poll.register(self._sock, select.POLLIN)
@@ -123,7 +124,7 @@ class Frontend(Closing):
         return self._take_reply(request)
 
     def ask_u64(self, request: Request) -> int:
-        """Send a message without payload that is answered by one 64-bit integer; return that."""
+        """Send a message without payload; return the 64-bit integer of its reply."""
         return _unpack_u64(request, self.ask(request))
 
     def tell(self, request: Request, payload: bytes = b"", fds: Sequence[int] = ()) -> None:
@@ -145,10 +146,10 @@ class Frontend(Closing):
             )
         return reply.payload
 
-    # A device's life
+    # Life cycle of a device
 
     def handshake(self, protocol_features: ProtocolFeature = PROTOCOL_FEATURES) -> None:
-        """Take what both sides have of these protocol features, and become the owner."""
+        """Negotiate these protocol features as far as they are offered, and become the owner."""
         self._offered = self.ask_u64(Request.GET_FEATURES)
         if not self._offered >> virtio.VIRTIO_F_VERSION_1 & 1:
             raise BackendError(
@@ -184,7 +185,7 @@ class Frontend(Closing):
             )
         asked = wire.Config(0, size, wire.CONFIG_FLAG_WRITABLE, bytes(size))
         payload = self.ask(Request.GET_CONFIG, asked.pack())
-        if not payload:  # the protocol's way of refusing
+        if not payload:  # a refusal in the protocol
             raise BackendError(f"expected {size} bytes of config space, found none: {_NOT_RPMB}")
         try:
             config = wire.Config.unpack(payload)
@@ -201,7 +202,7 @@ class Frontend(Closing):
         return config.data
 
     def share_memory(self, memory: GuestMemory) -> None:
-        """Give the back-end all memory regions, one by one where it can take them so."""
+        """Share all memory regions, one by one if CONFIGURE_MEM_SLOTS is negotiated."""
         if self.protocol_features & ProtocolFeature.CONFIGURE_MEM_SLOTS:
             slots = self.ask_u64(Request.GET_MAX_MEM_SLOTS)
             if slots < len(memory.regions):
@@ -216,7 +217,7 @@ class Frontend(Closing):
         self.tell(Request.SET_MEM_TABLE, table, [region.fd for region in memory.regions])
 
     def start_ring(self, ring: Ring, index: int = 0) -> None:
-        """Set up vring ``index``, enable it, and let the driver be ready."""
+        """Set up vring ``index``, enable it, and set DRIVER_OK."""
         self.tell(Request.SET_VRING_NUM, wire.VringState(index, ring.size).pack())
         self.tell(Request.SET_VRING_BASE, wire.VringState(index, ring.base).pack())
         user = ring.memory.user_address
@@ -247,7 +248,7 @@ class Frontend(Closing):
         return state.num
 
     def set_status(self, status: int) -> None:
-        """Set the device status field; 0 is a virtio reset, after which comes `start_device`."""
+        """Set the device status field; 0 is a virtio reset, to be followed by `start_device`."""
         self.tell(Request.SET_STATUS, wire.pack_u64(status))
         self._status = status
 
@@ -256,7 +257,7 @@ class Frontend(Closing):
         return self.ask_u64(Request.GET_STATUS)
 
     def reset_device(self) -> None:
-        """Send RESET_DEVICE: vrings are stopped, and the device starts with `start_device` again.
+        """Send RESET_DEVICE: vrings are stopped, and the device restarts with `start_device`.
 
         Memory regions and the owner stay.
         """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guest memory as a VMM provides it: memfds, mapped here and, by descriptor, in the back-end."""
+"""Guest memory as a VMM provides it: memfds, mapped in this process and in the back-end."""
 
 import fcntl
 import mmap
@@ -14,8 +14,8 @@ from vhost_rpmb.vhost_user.wire import MemoryRegion
 #: address differ so that mixing them up is noticed.
 DEFAULT_REGIONS = (MemoryRegion(0x4000_0000, 4 << 20, 0x7F00_0000_0000, 0),)
 
-# The back-end has the descriptor too. An access behind the end of a file that it made shorter would
-# be a SIGBUS here, and a file that it made longer would take memory without bound.
+# The back-end has the descriptor too. If it shortened the file, an access behind the end would
+# raise SIGBUS here; if it extended the file, memory use would have no bound.
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
@@ -50,7 +50,7 @@ class GuestMemory(Closing):
     """Memory regions at chosen addresses, with an allocator for rings and buffers.
 
     Addresses are guest physical, sizes are bytes. Sizes and mmap offsets of the regions have to be
-    multiples of the page size. The memfds are sealed: nobody can change their size, unless
+    multiples of the page size. The memfds are sealed against changes of their size, unless
     ``sealed`` is False. A context manager: leaving it unmaps everything.
     """
 
@@ -75,7 +75,7 @@ class GuestMemory(Closing):
     # Allocation
 
     def allocate(self, size: int, align: int = 1) -> int:
-        """Take ``size`` bytes inside one region; MemoryError when there is no such room."""
+        """Allocate ``size`` bytes inside one region; MemoryError if there is no room."""
         size = max(size, 1)
         for start, end in self._free:
             address = -(-start // align) * align
@@ -85,7 +85,7 @@ class GuestMemory(Closing):
         raise MemoryError(f"no {size} free bytes in guest memory")
 
     def reserve(self, address: int, size: int) -> None:
-        """Take exactly these bytes, which may span regions that adjoin; MemoryError if taken."""
+        """Allocate exactly these bytes, which may span adjoining regions; MemoryError if in use."""
         kept = []
         taken = 0
         for start, end in self._free:
@@ -101,7 +101,7 @@ class GuestMemory(Closing):
         self._allocated[address] = size
 
     def free(self, address: int) -> None:
-        """Give back what `allocate` or `reserve` took at this address; KeyError if nothing."""
+        """Free an allocation by its address; KeyError if there is none."""
         end = address + self._allocated.pop(address)
         spans: list[tuple[int, int]] = []
         borders = {region.start for region in self.regions}

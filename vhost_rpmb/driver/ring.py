@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Driver side of a split virtqueue (virtio specification, "Split Virtqueues").
 
-`Ring.add`, `Ring.flush` and `Ring.wait` are what a well-behaved driver does. Everything below
-them, under "Raw access", stores whatever it is told, so that tests can build malformed rings.
+`Ring.add`, `Ring.flush` and `Ring.wait` are the operations of a conforming driver. The methods
+under "Raw access" store any value, so that tests can build malformed rings.
 """
 
 import os
@@ -30,9 +30,9 @@ _lock = threading.Lock()
 def full_barrier() -> None:
     """Order all loads and stores before against all after it, as other processes see them.
 
-    Taking a CPython lock is an atomic acquire, giving it back an atomic release, each of them a
-    full barrier on x86. On machines that order less, an acquire stays behind the release before
-    it, and so the second round keeps everything ahead of the first from passing what follows.
+    Locking a CPython lock is an atomic acquire, unlocking it an atomic release, each of them a
+    full barrier on x86. On machines with weaker ordering an acquire is not moved ahead of an
+    earlier release, so the second round orders everything before the first against all after.
     """
     for _ in range(2):
         _lock.acquire()
@@ -76,8 +76,8 @@ class Ring(Closing):
         self.event_idx = bool(features >> virtio.VIRTIO_F_EVENT_IDX & 1)
         self._fds: list[int] = []
         self._broken = False  # the error eventfd was signalled since the last reset
-        # Edge-triggered, so that nothing is ever read from the eventfds: the back-end shares their
-        # flags and counters, and a read could wait for as long as it likes.
+        # Edge-triggered, so that the eventfds are never read: the back-end shares their flags and
+        # counters, and could make a read block.
         self._events = select.epoll()
         self._lengths = (virtio.VIRTQ_DESC_SIZE * size, 6 + 2 * size, 6 + 8 * size)
         self.descriptor_table = memory.allocate(self._lengths[0], 16)
@@ -99,7 +99,7 @@ class Ring(Closing):
             self._events.register(fd, select.EPOLLIN | select.EPOLLET)
 
     def close(self) -> None:
-        """Close the eventfds and give the ring memory back."""
+        """Close the eventfds and free the ring memory."""
         self._events.close()
         while self._fds:
             os.close(self._fds.pop())
@@ -108,12 +108,12 @@ class Ring(Closing):
             self.memory.free(address)
 
     def reset(self, first_index: int = 0) -> None:
-        """Forget all chains and signals of the device, and zero the ring memory.
+        """Drop all chains and signals of the device, and zero the ring memory.
 
         Only while the back-end has the vring stopped.
         """
         self._drop_chains()
-        self._look_at_events()
+        self._consume_events()
         self._broken = False
         addresses = (self.descriptor_table, self.available_ring, self.used_ring)
         for address, length in zip(addresses, self._lengths, strict=True):
@@ -125,21 +125,21 @@ class Ring(Closing):
         self.memory.store16(self.available_ring + 2, first_index)
         self.memory.store16(self.used_ring + 2, first_index)
 
-    # What a driver does
+    # Operations of a driver
 
     @property
     def base(self) -> int:
-        """The index of the first chain that has not come back yet, for SET_VRING_BASE."""
+        """The index of the first chain that is not used yet, for SET_VRING_BASE."""
         return self._next_used
 
     @property
     def free_descriptors(self) -> int:
-        """How many entries of the descriptor table no chain holds."""
+        """The number of entries of the descriptor table that are in no chain."""
         return len(self._free)
 
     @property
     def in_flight(self) -> int:
-        """How many chains were added or offered and have not come back."""
+        """The number of chains that were added or offered and are not used yet."""
         return len(self._chains) + self._offered.total()
 
     def add(
@@ -152,7 +152,7 @@ class Ring(Closing):
         """Put a chain into the descriptor table and the available ring; return its head index.
 
         The device does not see it before `publish` or `flush`. ``indirect`` overrides the choice
-        that the features made. QueueError when too few descriptors are free.
+        by the features. QueueError when too few descriptors are free.
         """
         segments = [*readable, *writable]
         if indirect is None:
@@ -201,17 +201,17 @@ class Ring(Closing):
         return not self.used_flags & virtio.VIRTQ_USED_F_NO_NOTIFY
 
     def kick(self) -> None:
-        """Signal the kick eventfd, wanted or not; one that is full is signalled.
+        """Signal the kick eventfd, requested or not; a full counter counts as signalled.
 
         The back-end shares its flags and its counter. If it clears O_NONBLOCK and fills the counter
-        between the look and the write, that waits until a signal interrupts it: BackendError then.
+        between poll and write, the write blocks until a signal interrupts it: BackendError then.
         """
         if not self._room.poll(0):
             return
         try:
             os.eventfd_write(self.kick_fd, 1)
         except BlockingIOError:
-            pass  # full by now
+            pass  # full in the meantime
         except InterruptedError:
             raise BackendError("the back-end made a kick wait") from None
 
@@ -221,10 +221,10 @@ class Ring(Closing):
             self.kick()
 
     def collect(self) -> list[Used]:
-        """The chains that have come back since the last call, without waiting.
+        """The chains that were used since the last call, without waiting.
 
-        QueueError when the device returned something that was not in flight or claims to have
-        written more than there was room for.
+        QueueError if the device returned a chain that was not in flight, or claims to have
+        written more bytes than the chain has.
         """
         ahead = (self.used_index - self._next_used) & 0xFFFF
         if not ahead:
@@ -238,16 +238,16 @@ class Ring(Closing):
         for _ in range(ahead):
             element = self.used_element(self._next_used % self.size)
             self._next_used = (self._next_used + 1) & 0xFFFF
-            self._take_back(element)
+            self._retire(element)
             used.append(element)
         return used
 
     def wait(self, timeout: float, *, peer: int | None = None) -> list[Used]:
-        """Chains that have come back, at least one, in the device's order.
+        """Chains that were used, at least one, in the device's order.
 
-        Sleeps on the call eventfd. ``peer`` is the vhost-user socket, whose end is noticed.
-        BackendError after ``timeout`` seconds or when the peer is gone, QueueError when the error
-        eventfd is signalled. Answers that came before count first.
+        Sleeps on the call eventfd. ``peer``: the vhost-user socket, to detect a disconnect.
+        BackendError after ``timeout`` seconds or after a disconnect, QueueError if the error
+        eventfd is signalled; chains that were used before that are returned first.
         """
         deadline = time.monotonic() + timeout
         poll = select.poll()
@@ -272,10 +272,10 @@ class Ring(Closing):
                     f"{self.in_flight} in flight"
                 )
             gone = any(fd == peer for fd, _events in poll.poll(left * 1000))
-            self._look_at_events()
+            self._consume_events()
 
-    def _look_at_events(self) -> None:
-        """Take the edges of the eventfds; a call needs nothing more."""
+    def _consume_events(self) -> None:
+        """Consume the edges of the eventfds; a call has no further effect."""
         if any(fd == self.error_fd for fd, _events in self._events.poll(0)):
             self._broken = True
 
@@ -289,7 +289,7 @@ class Ring(Closing):
     def suppress_calls(self) -> None:
         """Ask the device for no notifications, until the next wait()."""
         if self.event_idx:
-            # The index that was just passed comes round again after 65,536 chains.
+            # The index just passed is reached again after 65,536 chains only.
             self.set_used_event((self._next_used - 1) & 0xFFFF)
         else:
             self.set_available_flags(virtio.VIRTQ_AVAIL_F_NO_INTERRUPT)
@@ -298,7 +298,7 @@ class Ring(Closing):
         self.write_available(self._next_available % self.size, head)
         self._next_available = (self._next_available + 1) & 0xFFFF
 
-    def _take_back(self, used: Used) -> None:
+    def _retire(self, used: Used) -> None:
         chain = self._chains.get(used.head)
         if chain is None:
             if not self._offered[used.head]:
@@ -341,7 +341,7 @@ class Ring(Closing):
     def offer(self, head: int) -> None:
         """Append any head index (16 bits) to the available ring; `publish` makes it visible.
 
-        The descriptors are the caller's own business, and so is their being free.
+        The caller manages the descriptors of such a chain.
         """
         self._offered[head] += 1
         self._append(head)
@@ -351,7 +351,7 @@ class Ring(Closing):
         self.memory.store16(self.available_ring + _AVAILABLE_RING + 2 * position, head)
 
     def set_available_index(self, index: int) -> None:
-        """Store the available index; `add` and `publish` go on from there."""
+        """Store the available index; `add` and `publish` continue from it."""
         self._next_available = self._published = index
         full_barrier()
         self.memory.store16(self.available_ring + 2, index)

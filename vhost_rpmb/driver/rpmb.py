@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A virtio-rpmb driver and the VMM under it, in one object: `RpmbClient`.
+"""A virtio-rpmb driver and its VMM in one object: `RpmbClient`.
 
 ::
 
@@ -32,7 +32,7 @@ FEATURES = (
     | 1 << virtio.VIRTIO_F_EVENT_IDX
 )
 
-_NO_LIMIT = 255  # blocks; where a device writes 0, "no limit", this is what others allow
+_NO_LIMIT = 255  # blocks; the largest limit in the config space, used where a device has none (0)
 
 
 class Config(NamedTuple):
@@ -54,7 +54,7 @@ class _Buffers(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What came back for a chain: the token that `RpmbClient.submit` gave, and the bytes."""
+    """The answer to a chain: the token that `RpmbClient.submit` returned, and the bytes."""
 
     token: int
     data: bytes
@@ -62,7 +62,7 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What a client negotiates and how its chains look; the defaults are what a VM does.
+    """Feature negotiation and the shape of the chains; the defaults are those of a VM.
 
     ``features`` and ``protocol_features`` are accepted as far as they are offered. The ring has
     ``queue_size`` descriptors and its indices start at ``first_index``. A descriptor covers at
@@ -85,8 +85,8 @@ class RpmbClient:
 
     Addresses and counts are in blocks of 256 bytes. With a ``key`` (32 bytes) every answer has to
     carry its MAC; without one answers are checked for everything else, and `write` is not
-    possible. Methods raise BackendError (gone, silent for ``timeout`` seconds), QueueError,
-    VerificationError or RpmbResultError; after a BackendError the client is of no more use.
+    possible. Methods raise BackendError (disconnected, no answer within ``timeout`` seconds),
+    QueueError, VerificationError or RpmbResultError; after a BackendError the client is unusable.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class RpmbClient:
     def close(self) -> None:
         """Stop the queue as a VMM does, then close the connection and free everything.
 
-        All answers are here already, so a back-end that is gone by now is no error.
+        All answers have been received, so a back-end that has disconnected is no error.
         """
         with self._resources, suppress(BackendError):
             self.frontend.stop_ring()
@@ -153,12 +153,12 @@ class RpmbClient:
         if kind is None:
             self.close()
         else:
-            self._resources.close()  # no farewell to a back-end that may not answer
+            self._resources.close()  # without GET_VRING_BASE: the back-end may not answer
 
     # RPMB requests
 
     def program_key(self, key: bytes) -> None:
-        """Program the key, once and for all; the client uses it from then on."""
+        """Program the key, which is possible once; the client uses it from then on."""
         authenticator = Authenticator(key)
         answer = self.exchange(frame.program_key_request(key), spec.FRAME_SIZE)
         frame.check_program_key(answer, authenticator)
@@ -183,7 +183,7 @@ class RpmbClient:
         return frame.check_write(answer, address, counter, self._authenticator)
 
     def read(self, address: int, count: int) -> bytes:
-        """Read ``count`` blocks, by as many requests as ``config.max_rd_cnt`` makes necessary."""
+        """Read ``count`` blocks, in as many requests as ``config.max_rd_cnt`` requires."""
         limit = self.config.max_rd_cnt or _NO_LIMIT
         parts = []
         for start in range(address, address + count, limit):
@@ -212,7 +212,7 @@ class RpmbClient:
     # Many requests in flight
 
     def submit(self, request: bytes | Sequence[bytes], room: int | Sequence[int]) -> int:
-        """Put one chain into the ring and return its token; `flush` sends all that were put.
+        """Put one chain into the ring and return its token; `flush` publishes all of them.
 
         ``request`` and ``room`` (bytes) are cut into segments of ``segment_size``; as sequences
         they are taken as they are, one descriptor an element. QueueError when the ring is full.
@@ -237,11 +237,11 @@ class RpmbClient:
         return head
 
     def flush(self) -> None:
-        """Make everything submitted available to the device, and kick it if it wants that."""
+        """Make all submitted chains available to the device, and kick it if it asks for that."""
         self.ring.flush()
 
     def answers(self) -> list[Answer]:
-        """The answers that are there, at least one; waits up to ``timeout`` seconds.
+        """The answers that have arrived, at least one; waits up to ``timeout`` seconds.
 
         Only for chains of `submit`: those offered to the ring directly come back from `Ring.wait`.
         """
@@ -251,12 +251,12 @@ class RpmbClient:
     # Resets
 
     def reset_queue(self) -> None:
-        """Stop the queue, throw away what is in flight and start it anew, also a broken one."""
+        """Stop the queue, drop all chains in flight and restart it, also a broken one."""
         self.frontend.stop_ring()
         self._restart_queue()
 
     def reset_device(self) -> None:
-        """Reset the device by RESET_DEVICE and start it anew."""
+        """Reset the device by RESET_DEVICE and restart it."""
         self.frontend.reset_device()
         self.frontend.start_device(self.setup.features)
         self._restart_queue()
@@ -270,8 +270,8 @@ class RpmbClient:
 
     def _cut(self, length: int) -> list[int]:
         """The lengths of the segments that make up ``length`` bytes."""
-        most = self.setup.segment_size or length
-        return [min(most, length - start) for start in range(0, length, most)] if length else []
+        limit = self.setup.segment_size or length
+        return [min(limit, length - start) for start in range(0, length, limit)] if length else []
 
     def _allocate(self, length: int) -> Segment:
         return Segment(self.memory.allocate(length), length)
