@@ -3,17 +3,13 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support.rig import PATIENCE, SANDBOX, Rig, make_image
+from tests.support.daemon import SANDBOX, Daemon, DaemonFactory
+from tests.support.rig import Rig, RigFactory, make_image
 from vhost_rpmb import engine as engines
 
 
@@ -40,9 +36,6 @@ def engine(request: pytest.FixtureRequest) -> engines.Engine:
 def flash(tmp_path: Path) -> Path:
     """A fresh image of 128 KiB."""
     return make_image(tmp_path / "flash.img")
-
-
-RigFactory = Callable[..., Rig]
 
 
 @pytest.fixture
@@ -73,95 +66,16 @@ def keyed(rig: Rig) -> Rig:
     return rig
 
 
-@dataclass
-class Daemon:
-    """A running vhost-user-rpmb and where it keeps its files."""
-
-    process: subprocess.Popen[str]
-    socket_path: Path
-    flash_path: Path
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.communicate()
-
-    def stop(self) -> str:
-        """End it as an operator would; it has to end cleanly. Return what it said."""
-        self.process.send_signal(signal.SIGTERM)
-        _, errors = self.process.communicate(timeout=PATIENCE)
-        assert self.process.returncode == 0, errors
-        return errors
-
-
-DaemonFactory = Callable[..., Daemon]
-
-
 @pytest.fixture
-def daemon(engine: engines.Engine, flash: Path, tmp_path: Path) -> Iterator[DaemonFactory]:
-    """Start real daemons on one engine and one image; killed at the end if still there."""
-    started: list[Daemon] = []
+def daemon(engine: engines.Engine, tmp_path: Path) -> Iterator[DaemonFactory]:
+    """Start real daemons on one engine and one image, one at a time; killed at the end."""
+    made: list[Daemon] = []
 
-    def start(*options: str, flash_path: Path = flash) -> Daemon:
-        path = tmp_path / f"vhost{len(started)}.sock"
-        process = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "vhost_rpmb",
-                f"--socket-path={path}",
-                f"--flash-path={flash_path}",
-                *SANDBOX,
-                *options,
-            ],
-            env=environment(options) | {"VHOST_RPMB_ENGINE": engine.name},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        started.append(Daemon(process, path, flash_path))
-        wait_for_socket(process, path)
-        return started[-1]
+    def start(*options: str) -> Daemon:
+        made.append(Daemon(tmp_path, *options, engine=engine.name, sandbox=SANDBOX))
+        made[-1].start()
+        return made[-1]
 
     yield start
-    for running in started:
-        if running.process.poll() is None:
-            running.kill()
-        elif running.process.stderr and not running.process.stderr.closed:
-            running.process.communicate()
-
-
-def environment(options: Sequence[str] = ("--sandbox=on",)) -> dict[str, str]:
-    """The environment of a process, without coverage if it is to be in the sandbox."""
-    if "--sandbox=on" not in options:
-        return dict(os.environ)
-    return {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Wait until a condition holds."""
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not become true in time"
-        time.sleep(0.005)
-
-
-def processor_time(pid: int) -> float:
-    """The processor time of a process in seconds, by its clock: see clock_getcpuclockid(3)."""
-    return time.clock_gettime(~pid << 3 | 2)
-
-
-def is_asleep(pid: int) -> bool:
-    """Whether a process waits for something."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "S"
-
-
-def wait_for_socket(process: subprocess.Popen[str], path: Path) -> None:
-    """Wait until a daemon listens; fail with what it says if it ends instead."""
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise AssertionError(f"the daemon ended: {process.communicate()[1]}")
-        with socket.socket(socket.AF_UNIX) as probe:
-            if path.exists() and not probe.connect_ex(str(path)):
-                return
-        time.sleep(0.005)
-    raise AssertionError("the daemon does not listen")
+    for each in made:
+        each.kill()

@@ -11,9 +11,9 @@ from types import FrameType
 
 import pytest
 
-from tests.conftest import RigFactory
+from tests.support.daemon import PATIENCE
 from tests.support.oracle import read_counter
-from tests.support.rig import PATIENCE
+from tests.support.rig import RigFactory
 from vhost_rpmb.engine import Engine
 
 Handle = Callable[[Callable[[], None]], None]

@@ -280,13 +280,13 @@ class TestConnectionFailures:
 
     @pytest.mark.parametrize("verb", ["write-key", "read-counter"])
     def test_a_daemon_that_hangs(self, keyed: Device, verb: str) -> None:
-        keyed.served.process.send_signal(signal.SIGSTOP)
+        keyed.served.send(signal.SIGSTOP)
         try:
             started = time.monotonic()
             fails(keyed("--timeout=0.5", verb, keyed.key_file), 1, "did not answer within 0.5 s")
             assert time.monotonic() - started > 0.5
         finally:
-            keyed.served.process.send_signal(signal.SIGCONT)
+            keyed.served.send(signal.SIGCONT)
 
     def test_a_daemon_that_serves_somebody_else(self, keyed: Device) -> None:
         with RpmbClient.connect(keyed.served.socket_path, KEY):

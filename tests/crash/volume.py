@@ -14,47 +14,47 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.conftest import wait_for_socket
+from tests.support.daemon import PATIENCE
 from tests.support.oracle import KEY
-from tests.support.rig import PATIENCE, make_image
+from tests.support.rig import make_image
 from vhost_rpmb.driver.errors import RpmbResultError
 from vhost_rpmb.driver.rpmb import RpmbClient
 from vhost_rpmb.rpmb import spec
 from vhost_rpmb.storage.local.opening import verify
 from vhost_rpmb.storage.paths import Paths
+from vhost_rpmb.testing import RunningDevice
 
 BLOCKS = 32  # in each write
 
 
 class Volume:
-    """A mounted folder, the device in it, and the command that serves it."""
+    """A mounted folder and the device in it."""
 
     def __init__(self, folder: Path, outside: Path) -> None:
         self.folder = folder
         self.flash = folder / "flash.img"
-        self.socket = outside / "socket"
         self.filler = folder / "filler"
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "none", folder], check=True)
-
-    def command(self, *options: str) -> list[str]:
-        paths = (f"--flash-path={self.flash}", f"--socket-path={self.socket}")
-        return [sys.executable, "-m", "vhost_rpmb", *paths, *options]
+        # Socket and log stand outside, and an image that is not used.
+        self._device = RunningDevice(outside)
+        given = self._device.command_line.index(f"--flash-path={self._device.flash_path}")
+        self._device.command_line[given] = f"--flash-path={self.flash}"
 
     @contextmanager
     def served(self) -> Iterator[RpmbClient]:
         """Serve the device to a client; killed at the end."""
-        process = subprocess.Popen(self.command(), stderr=subprocess.PIPE, text=True)
         try:
-            wait_for_socket(process, self.socket)
-            with RpmbClient.connect(self.socket, KEY) as client:
+            self._device.start()
+            with self._device.client(KEY) as client:
                 yield client
         finally:
-            process.kill()
-            process.communicate()
+            self._device.kill()
 
     def refused(self) -> str:
         """Start the daemon, which has to end with one line; return it."""
-        done = subprocess.run(self.command(), capture_output=True, text=True, timeout=PATIENCE)
+        done = subprocess.run(
+            self._device.command_line, capture_output=True, text=True, timeout=PATIENCE
+        )
         assert done.returncode in (1, 2), done
         (line,) = done.stderr.splitlines()
         return line

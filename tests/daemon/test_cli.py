@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.rig import SANDBOX
+from tests.support.daemon import SANDBOX
 from vhost_rpmb import __version__
 from vhost_rpmb.cli import build_parser, parse_options
 from vhost_rpmb.daemon.server import Options

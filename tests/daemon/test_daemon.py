@@ -16,8 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import until
-from tests.support.rig import PATIENCE, SANDBOX
+from tests.support.daemon import PATIENCE, SANDBOX, until
 from vhost_rpmb.daemon import server as daemon
 from vhost_rpmb.daemon.notify import Notifier
 from vhost_rpmb.daemon.server import EventLoop

@@ -17,9 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import until
+from tests.support.daemon import PATIENCE, SANDBOX, until
 from tests.support.oracle import KEY
-from tests.support.rig import PATIENCE, SANDBOX
 from vhost_rpmb import cli
 from vhost_rpmb.daemon.notify import Notifier
 from vhost_rpmb.driver.rpmb import RpmbClient

@@ -13,9 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import is_asleep, until
+from tests.support.daemon import PATIENCE, SANDBOX, is_asleep, until
 from tests.support.oracle import read_counter
-from tests.support.rig import PATIENCE, SANDBOX
 from vhost_rpmb.driver.frontend import Frontend
 from vhost_rpmb.driver.memory import GuestMemory
 from vhost_rpmb.driver.ring import Ring, Segment

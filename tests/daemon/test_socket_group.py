@@ -16,8 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import environment
-from tests.support.rig import SANDBOX
+from tests.support.daemon import SANDBOX, environment
 from vhost_rpmb.cli import parse_options
 from vhost_rpmb.errors import UsageError
 from vhost_rpmb.testing import RunningDevice

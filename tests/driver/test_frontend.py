@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.daemon import PATIENCE
 from tests.support.driver import open_fds
-from tests.support.rig import PATIENCE
 from vhost_rpmb.driver.errors import BackendError, RequestRefusedError
 from vhost_rpmb.driver.frontend import Frontend
 from vhost_rpmb.vhost_user import wire

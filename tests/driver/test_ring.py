@@ -11,8 +11,8 @@ import time
 
 import pytest
 
+from tests.support.daemon import PATIENCE
 from tests.support.driver import EVENT_IDX, MIB
-from tests.support.rig import PATIENCE
 from vhost_rpmb.driver.errors import BackendError, QueueError
 from vhost_rpmb.driver.memory import GuestMemory
 from vhost_rpmb.driver.ring import Ring, Segment

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.daemon import PATIENCE
 from tests.support.driver import (
     AUTHENTICATOR,
     EVENT_IDX,
@@ -25,7 +26,6 @@ from tests.support.driver import (
     VERSION_1,
 )
 from tests.support.oracle import Frame
-from tests.support.rig import PATIENCE
 from vhost_rpmb.driver.errors import BackendError, QueueError, RpmbResultError, VerificationError
 from vhost_rpmb.driver.frontend import PROTOCOL_FEATURES
 from vhost_rpmb.driver.ring import Segment, Used
@@ -389,17 +389,17 @@ def test_killed_daemon_is_reported(daemon: Callable[..., Any]) -> None:
     served = daemon()
     with RpmbClient.connect(served.socket_path, timeout=PATIENCE) as client:
         client.program_key(KEY)
-        served.process.send_signal(signal.SIGSTOP)
+        served.send(signal.SIGSTOP)
         client.submit(messages.counter_request(NONCE), 512)
         client.flush()
-        killer = threading.Timer(0.1, served.process.kill)
+        killer = threading.Timer(0.1, served.send, [signal.SIGKILL])
         killer.start()
         with pytest.raises(BackendError, match="closed the connection with 1 requests"):
             client.answers()
         killer.join()
         with pytest.raises(BackendError, match="closed the connection"):
             client.reset_queue()
-    served.process.wait()
+    served.wait()
     with pytest.raises(BackendError, match="cannot connect"):
         RpmbClient.connect(served.socket_path)
 
@@ -408,7 +408,7 @@ def test_hanging_daemon_times_out(daemon: Callable[..., Any]) -> None:
     served = daemon()
     with RpmbClient.connect(served.socket_path) as client:
         client.program_key(KEY)
-        served.process.send_signal(signal.SIGSTOP)
+        served.send(signal.SIGSTOP)
         client._timeout = client.frontend._timeout = 0.3
         try:
             with pytest.raises(BackendError, match=r"within 0\.3 s"):
@@ -416,7 +416,7 @@ def test_hanging_daemon_times_out(daemon: Callable[..., Any]) -> None:
             with pytest.raises(BackendError, match=r"within 0\.3 s"):
                 client.reset_queue()
         finally:
-            served.process.send_signal(signal.SIGCONT)
+            served.send(signal.SIGCONT)
 
 
 def test_key_of_a_wrong_length_is_refused(daemon: Callable[..., Any]) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.daemon import DaemonProcess
 from tests.e2e.kit import AMD64, ARM64, Kit, make_kit
+from tests.support.daemon import Daemon, installed_daemon
 
 
 @pytest.fixture(scope="session", params=[AMD64, ARM64], ids=lambda found: found.name)
@@ -20,8 +20,8 @@ def kit(request: pytest.FixtureRequest, pytestconfig: pytest.Config) -> Kit:
 
 
 @pytest.fixture(params=["fast", "pure"])
-def daemon(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[DaemonProcess]:
+def daemon(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Daemon]:
     """A daemon, not yet started, on a new image; on either engine."""
-    process = DaemonProcess(tmp_path, request.param)
+    process = installed_daemon(tmp_path, request.param)
     yield process
     process.kill()

@@ -17,10 +17,10 @@ from itertools import pairwise
 from pathlib import Path
 
 from tests.e2e.cache import KitUnavailable
-from tests.e2e.daemon import DaemonProcess
 from tests.e2e.kit import make_kit
 from tests.e2e.story import ClientStage, GuestStage, Stage, StoryError, tell
 from tests.e2e.vm import GuestError, qemu_command_line
+from tests.support.daemon import installed_daemon
 
 
 def say(text: str) -> None:
@@ -40,7 +40,7 @@ def main() -> int:
     """Run the demo; return the exit status."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as with Ctrl-C
     folder = Path(tempfile.mkdtemp(prefix="vhost-rpmb-demo-"))
-    daemon = DaemonProcess(folder)
+    daemon = installed_daemon(folder)
     qemu = None
     start = time.monotonic()
     try:

@@ -15,10 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from tests.e2e.daemon import BLOCK_SIZE, DaemonProcess, installed_program
 from tests.e2e.kit import Kit
 from tests.e2e.vm import VirtualMachine
 from tests.support import oracle
+from tests.support.daemon import Daemon, installed_program
+from tests.support.oracle import BLOCK_SIZE
 
 KEY = bytes(range(0x41, 0x61))
 OTHER_KEY = bytes(reversed(KEY))
@@ -65,7 +66,7 @@ class GuestStage:
     cast = "Daemon and guest"
     prompt = "guest# "
 
-    def __init__(self, kit: Kit, daemon: DaemonProcess) -> None:
+    def __init__(self, kit: Kit, daemon: Daemon) -> None:
         self._kit = kit
         self._daemon = daemon
         self._vm: VirtualMachine | None = None
@@ -109,7 +110,7 @@ class ClientStage:
     cast = "Daemon and client"
     prompt = "$ "
 
-    def __init__(self, folder: Path, daemon: DaemonProcess) -> None:
+    def __init__(self, folder: Path, daemon: Daemon) -> None:
         """Work in `folder`."""
         self._folder = folder
         self._daemon = daemon

@@ -11,16 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.daemon import DaemonProcess
 from tests.e2e.story import KEY, ClientStage, StoryError, tell
+from tests.support.daemon import Daemon
 from vhost_rpmb.driver.rpmb import RpmbClient
 
 
-def test_story_through_the_client(daemon: DaemonProcess, tmp_path: Path) -> None:
+def test_story_through_the_client(daemon: Daemon, tmp_path: Path) -> None:
     tell(ClientStage(tmp_path, daemon), print)
 
 
-def test_story_fails_on_a_device_with_a_key(daemon: DaemonProcess, tmp_path: Path) -> None:
+def test_story_fails_on_a_device_with_a_key(daemon: Daemon, tmp_path: Path) -> None:
     daemon.start()
     with RpmbClient.connect(str(daemon.socket_path)) as client:
         client.program_key(KEY)

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.cache import Steps
-from tests.e2e.daemon import DaemonProcess
 from tests.e2e.kit import AMD64, DRIVER_FOLDER, DRIVER_SOURCES, Kit
 from tests.e2e.vm import BOOT_TIMEOUT, READY, Guest, VirtualMachine
+from tests.support.daemon import Daemon
 from tests.support.documents import ROOT, blocks_of_guide, blocks_that_begin, commands
 
 pytestmark = [
@@ -48,7 +48,7 @@ def succeed(guest: Guest, command: str) -> str:
     return output
 
 
-def test_qemu_by_hand(kit: Kit, daemon: DaemonProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_qemu_by_hand(kit: Kit, daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command line for each architecture, and what a user does then in the guest."""
     monkeypatch.chdir(daemon.socket_path.parent)
     daemon.start()
@@ -65,7 +65,7 @@ def test_qemu_by_hand(kit: Kit, daemon: DaemonProcess, monkeypatch: pytest.Monke
 
 
 @AMD64_ONLY
-def test_the_driver_is_built_and_loaded(kit: Kit, daemon: DaemonProcess, tmp_path: Path) -> None:
+def test_the_driver_is_built_and_loaded(kit: Kit, daemon: Daemon, tmp_path: Path) -> None:
     (block,) = blocks_that_begin("guest", "make ")
     build, load = commands(block)
     folder = Path(tempfile.mkdtemp(prefix="guide-", dir=kit.system / "tmp"))
@@ -106,7 +106,7 @@ AS_IF_INSTALLED = (
 
 
 @AMD64_ONLY
-def test_libvirt(kit: Kit, daemon: DaemonProcess, tmp_path: Path) -> None:
+def test_libvirt(kit: Kit, daemon: Daemon, tmp_path: Path) -> None:
     """The domain of the guide, without KVM, started by libvirt's own QEMU driver."""
     daemon.start()
     console = tmp_path / "console"
@@ -164,5 +164,5 @@ def wait(terminal: socket.socket, text: bytes) -> None:
         shown += more
 
 
-def test_nothing_else_is_to_be_typed(daemon: DaemonProcess) -> None:
+def test_nothing_else_is_to_be_typed(daemon: Daemon) -> None:
     assert [text.split()[0] for _, text in blocks_of_guide("guest")] == ["make", "(umask"]

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.daemon import BLOCK_SIZE, DaemonProcess
 from tests.e2e.second_vmm import make_second_vmm
+from tests.support.daemon import Daemon
 from tests.support.oracle import (
+    BLOCK_SIZE,
     Frame,
     mac_of,
     program_key,
@@ -37,7 +38,7 @@ def second_vmm(pytestconfig: pytest.Config) -> Path:
 class Machine:
     """Runs the second VMM, once for each row of requests."""
 
-    def __init__(self, program: Path, daemon: DaemonProcess, memory: str, folder: Path) -> None:
+    def __init__(self, program: Path, daemon: Daemon, memory: str, folder: Path) -> None:
         self._command = [str(program), str(daemon.socket_path), memory]
         self._folder = folder
 
@@ -55,7 +56,7 @@ class Machine:
 
 
 @pytest.mark.parametrize("memory", ["table", "slots"])
-def test_another_vmm(second_vmm: Path, daemon: DaemonProcess, memory: str, tmp_path: Path) -> None:
+def test_another_vmm(second_vmm: Path, daemon: Daemon, memory: str, tmp_path: Path) -> None:
     machine = Machine(second_vmm, daemon, memory, tmp_path)
     blocks = [os.urandom(BLOCK_SIZE) for _ in range(32)]
     write = signed_write(0, 5, *blocks)

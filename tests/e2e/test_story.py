@@ -10,7 +10,6 @@ import time
 
 import pytest
 
-from tests.e2e.daemon import BLOCK_SIZE, DaemonProcess
 from tests.e2e.kit import AMD64, Kit
 from tests.e2e.monitor import Monitor
 from tests.e2e.story import (
@@ -24,8 +23,9 @@ from tests.e2e.story import (
     write_frames,
 )
 from tests.e2e.vm import VirtualMachine
+from tests.support.daemon import Daemon
 from tests.support.documents import demo_of_readme
-from tests.support.oracle import read_result
+from tests.support.oracle import BLOCK_SIZE, read_result
 
 # The first test may have to make the kit.
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(900)]
@@ -53,7 +53,7 @@ def program_key(vm: VirtualMachine) -> None:
     succeed(vm, "mmc rpmb write-key /dev/rpmb0 key")
 
 
-def test_story(kit: Kit, daemon: DaemonProcess) -> None:
+def test_story(kit: Kit, daemon: Daemon) -> None:
     transcript: list[str] = []
     tell(GuestStage(kit, daemon), transcript.append)
     print(*transcript, sep="\n")
@@ -63,7 +63,7 @@ def test_story(kit: Kit, daemon: DaemonProcess) -> None:
             assert shown in lines, f"the README shows a line that is not next in the demo: {shown}"
 
 
-def test_daemon_killed_while_the_guest_writes(kit: Kit, daemon: DaemonProcess) -> None:
+def test_daemon_killed_while_the_guest_writes(kit: Kit, daemon: Daemon) -> None:
     """What the guest was told is written is there after the daemon died at any moment."""
     blocks = 200
     daemon.start()
@@ -94,7 +94,7 @@ def test_daemon_killed_while_the_guest_writes(kit: Kit, daemon: DaemonProcess) -
     daemon.stop()
 
 
-def test_guest_reboots_and_the_daemon_goes_on(kit: Kit, daemon: DaemonProcess) -> None:
+def test_guest_reboots_and_the_daemon_goes_on(kit: Kit, daemon: Daemon) -> None:
     daemon.start()
     with VirtualMachine(kit, daemon.socket_path) as vm:
         program_key(vm)
@@ -110,7 +110,7 @@ def test_guest_reboots_and_the_daemon_goes_on(kit: Kit, daemon: DaemonProcess) -
     daemon.stop()
 
 
-def test_monitor_commands(kit: Kit, daemon: DaemonProcess) -> None:
+def test_monitor_commands(kit: Kit, daemon: Daemon) -> None:
     """The device works after each, and QEMU goes on: it aborts where dirty logging is refused."""
     daemon.start()
     monitor_path = daemon.folder / "monitor.sock"
@@ -152,7 +152,7 @@ def write_and_read(vm: VirtualMachine, number: int) -> None:
 
 
 @pytest.mark.parametrize("daemon", ["fast"], indirect=True)
-def test_guest_driver(kit: Kit, daemon: DaemonProcess) -> None:
+def test_guest_driver(kit: Kit, daemon: Daemon) -> None:
     """What the mmc tool does not use of the driver: other shapes, limits, loss of the device."""
     daemon.command_line.append("--max-read-blocks=0")
     daemon.start()
@@ -228,7 +228,7 @@ def _wrong_commands(vm: VirtualMachine) -> None:
         assert error in output
 
 
-def _silent_device(vm: VirtualMachine, daemon: DaemonProcess) -> None:
+def _silent_device(vm: VirtualMachine, daemon: Daemon) -> None:
     """A request given up on leaves its buffers with the device; the next one waits for them."""
     os.kill(daemon.pid, signal.SIGSTOP)
     try:

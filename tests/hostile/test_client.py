@@ -30,7 +30,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.conftest import environment
+from tests.support.daemon import environment
 from tests.support.fake_backend import (
     FEATURES,
     PROTOCOL_FEATURES,

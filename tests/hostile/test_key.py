@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Daemon, DaemonFactory
+from tests.support.daemon import Daemon, DaemonFactory
 from tests.support.oracle import (
     program_key,
     read_counter,
@@ -68,11 +68,12 @@ def test_the_key_is_nowhere_else(
     assert not traces(key, answers)
     assert not traces(other, answers)
     for name in ("cmdline", "environ"):
-        assert not traces(key, Path(f"/proc/{running.process.pid}/{name}").read_bytes())
+        assert not traces(key, Path(f"/proc/{running.pid}/{name}").read_bytes())
     stored = stored_beside(running)
     if key_file:
         assert not traces(key, stored)
-    said = running.stop().encode()
+    running.stop()
+    said = running.log.encode()
     assert b"ADD_MEM_REG" in said
     assert not traces(key, said)
     assert not traces(other, said)
@@ -116,7 +117,8 @@ def test_each_frame_is_told_in_words(daemon: DaemonFactory, engine: object) -> N
     list(use(running, key, os.urandom(32)))
     with RpmbClient.connect(str(running.socket_path), key) as client:
         assert client.read(0, 2) == bytes(512)
-    said = running.stop()
+    running.stop()
+    said = running.log
     for line in (
         "request PROGRAM_KEY: address 0, block count 1, write counter 0: OK",
         "request DATA_WRITE: address 1, block count 1, write counter 0: OK",
@@ -139,7 +141,8 @@ def test_answers_without_room_are_told(daemon: DaemonFactory) -> None:
         client.program_key(os.urandom(32))
         assert len(client.exchange(read_counter() * 2 + read_data(0), 1100)) == 1024
         assert client.exchange(bytes(1000), 511) == b""
-    said = running.stop()
+    running.stop()
+    said = running.log
     pattern = (
         "request DATA_READ: .*: GENERAL_FAILURE\n"
         f"{TIME} vhost-user-rpmb: debug: answer left out: expected room for 1 frame, found room "

@@ -11,7 +11,7 @@ from types import FrameType
 
 import pytest
 
-from tests.conftest import Daemon, DaemonFactory
+from tests.support.daemon import Daemon, DaemonFactory
 from tests.support.oracle import KEY, read_counter
 from tests.support.raw import GUEST, USER, RawGuest, available_ring, descriptor
 from tests.support.rig import Rig
@@ -92,7 +92,7 @@ TABLES = 16 << 20  # bytes that they may cost; 32 MiB if all of their tables sta
 
 def page_tables(running: Daemon) -> int:
     """The size of a daemon's page tables, in bytes."""
-    for line in Path(f"/proc/{running.process.pid}/status").read_text().splitlines():
+    for line in Path(f"/proc/{running.pid}/status").read_text().splitlines():
         if line.startswith("VmPTE:"):
             return int(line.split()[1]) * 1024
     raise AssertionError("no VmPTE")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import DaemonFactory, environment
+from tests.support.daemon import DaemonFactory, environment
 from tests.support.oracle import KEY
 from vhost_rpmb.driver.rpmb import RpmbClient
 
@@ -241,7 +241,7 @@ def test_all_of_serving_works_inside(daemon: DaemonFactory, tmp_path: Path, key_
     running = daemon("--sandbox=on", *options)
     with RpmbClient.connect(str(running.socket_path)) as client:
         client.program_key(KEY)
-    found = status(running.process.pid)
+    found = status(running.pid)
     assert (found["NoNewPrivs"], found["Seccomp"]) == ("1", "2")
     for number in range(3):
         with RpmbClient.connect(str(running.socket_path), KEY) as client:
@@ -250,7 +250,8 @@ def test_all_of_serving_works_inside(daemon: DaemonFactory, tmp_path: Path, key_
     with RpmbClient.connect(str(running.socket_path), KEY) as client:
         assert client.read(0, 1) == b"\3" * 256
         assert client.read_counter() == 45
-    assert running.stop() == ""
+    running.stop()
+    assert running.log == ""
     assert not running.socket_path.exists()
     assert not Path(f"{running.flash_path}.state-wal").exists()
     assert running.flash_path.read_bytes()[: 480 * 256] == b"\3" * 480 * 256
@@ -261,7 +262,7 @@ def test_all_of_serving_works_inside(daemon: DaemonFactory, tmp_path: Path, key_
 
 def test_off(daemon: DaemonFactory) -> None:
     running = daemon("--sandbox=off")
-    found = status(running.process.pid)
+    found = status(running.pid)
     assert (found["NoNewPrivs"], found["Seccomp"]) == ("0", "0")
 
 

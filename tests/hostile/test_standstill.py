@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Daemon, DaemonFactory
+from tests.support.daemon import Daemon, DaemonFactory
 from tests.support.oracle import KEY
 from tests.support.raw import hammer
 from vhost_rpmb.driver.errors import BackendError
@@ -54,8 +54,8 @@ def assert_serves(running: Daemon, after: str = "") -> None:
 
 
 def assert_stops(running: Daemon) -> None:
-    running.process.send_signal(signal.SIGTERM)
-    assert running.process.wait(STOP) == 0
+    running.send(signal.SIGTERM)
+    assert running.wait(STOP) == 0
 
 
 def connect(running: Daemon) -> socket.socket:
@@ -253,7 +253,7 @@ def test_sockets_whose_close_waits(
 ) -> None:
     for place, (before, beside, flags) in PLACES.items():
         with connect(running) as sock:
-            running.process.send_signal(signal.SIGSTOP)
+            running.send(signal.SIGSTOP)
             sock.send(before)
             for _ in range(10):
                 with ExitStack() as stack:
@@ -263,7 +263,7 @@ def test_sockets_whose_close_waits(
                         socket.send_fds(far, [b"x"], [left.fileno()])
                         left = near
                     socket.send_fds(sock, [beside], [left.fileno()], flags)
-            running.process.send_signal(signal.SIGCONT)
+            running.send(signal.SIGCONT)
         assert_serves(running, place)
     assert_stops(running)
 
@@ -322,7 +322,7 @@ def test_image_is_free_after_a_stop_although_a_close_waits(
         send_files(sock, LEFT["message without descriptors"], silent)
         assert sock.recv(20) == b""  # refused
     assert_serves(running)
-    running.process.send_signal(signal.SIGTERM)
+    running.send(signal.SIGTERM)
     until(lambda: not running.socket_path.exists())
     until(lambda: state_of(running) == "Z")
     assert_serves(daemon())
@@ -342,7 +342,7 @@ def test_more_files_than_threads_to_close_them(running: Daemon, silent: Path) ->
 
 def state_of(running: Daemon) -> str:
     """The state of the process's first thread, as ps shows it."""
-    return Path(f"/proc/{running.process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+    return Path(f"/proc/{running.pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 def until(condition: Callable[[], bool]) -> None:

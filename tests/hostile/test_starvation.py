@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Daemon, DaemonFactory, RigFactory, is_asleep, processor_time, until
+from tests.support.daemon import PATIENCE, Daemon, DaemonFactory, is_asleep, processor_time, until
 from tests.support.oracle import KEY, read_counter, read_data, write_data
 from tests.support.raw import GUEST, QUEUE, hammer
-from tests.support.rig import PATIENCE
+from tests.support.rig import RigFactory
 from vhost_rpmb.driver.errors import BackendError
 from vhost_rpmb.driver.frontend import Frontend
 from vhost_rpmb.driver.memory import GuestMemory
@@ -39,8 +39,8 @@ FEW_DESCRIPTORS = 64
 def programmed(daemon: DaemonFactory) -> Daemon:
     """A daemon that has few descriptors to lose, with a key."""
     running = daemon("--poll-us=64")
-    limits = resource.prlimit(running.process.pid, resource.RLIMIT_NOFILE)
-    resource.prlimit(running.process.pid, resource.RLIMIT_NOFILE, (FEW_DESCRIPTORS, limits[1]))
+    limits = resource.prlimit(running.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(running.pid, resource.RLIMIT_NOFILE, (FEW_DESCRIPTORS, limits[1]))
     with RpmbClient.connect(str(running.socket_path)) as client:
         client.program_key(KEY)
     return running
@@ -48,7 +48,7 @@ def programmed(daemon: DaemonFactory) -> Daemon:
 
 def memory_of(running: Daemon) -> int:
     """The resident memory of a daemon, in bytes."""
-    pages = Path(f"/proc/{running.process.pid}/statm").read_text().split()[1]
+    pages = Path(f"/proc/{running.pid}/statm").read_text().split()[1]
     return int(pages) * resource.getpagesize()
 
 
@@ -65,9 +65,9 @@ def processor_time_of_children() -> float:
 
 def takes_no_time(running: Daemon) -> bool:
     """Whether a daemon does nothing at all for a second."""
-    before = processor_time(running.process.pid)
+    before = processor_time(running.pid)
     time.sleep(1)
-    return processor_time(running.process.pid) == before
+    return processor_time(running.pid) == before
 
 
 def costs(running: Daemon, action: Callable[[], object]) -> list[float]:
@@ -78,9 +78,9 @@ def costs(running: Daemon, action: Callable[[], object]) -> list[float]:
     times = []
     end = time.monotonic() + LONG
     while time.monotonic() < end:
-        before = processor_time(running.process.pid)
+        before = processor_time(running.pid)
         action()
-        times.append(processor_time(running.process.pid) - before)
+        times.append(processor_time(running.pid) - before)
     return times
 
 
@@ -127,13 +127,13 @@ def test_a_ring_that_is_always_full(programmed: Daemon, kind: str) -> None:
                 assert times[-1] < 3 * SOON
                 served = ring.used_index
                 until(lambda: ring.used_index != served)  # it is still starved
-                before = processor_time(programmed.process.pid)
+                before = processor_time(programmed.pid)
                 others = processor_time_of_children()
-                programmed.process.send_signal(signal.SIGTERM)
+                programmed.send(signal.SIGTERM)
                 with suppress(BackendError):
-                    while programmed.process.poll() is None:
+                    while programmed.running:
                         frontend.get_status()
-                assert programmed.process.wait(PATIENCE) == 0
+                assert programmed.wait(PATIENCE) == 0
                 # The end of the interpreter is in it.
                 assert processor_time_of_children() - others - before < 5 * SOON
 
@@ -268,15 +268,15 @@ def stuck(programmed: Daemon) -> Iterator[tuple[Frontend, Ring]]:
             ring.publish()
             ring.kick()
             until(lambda: ring.used_index == 1)
-            until(lambda: is_asleep(programmed.process.pid))  # in the write, which comes next
+            until(lambda: is_asleep(programmed.pid))  # in the write, which comes next
             yield frontend, ring
 
 
 def test_a_full_call_eventfd_does_not_keep_the_stop(
     programmed: Daemon, stuck: tuple[Frontend, Ring]
 ) -> None:
-    programmed.process.send_signal(signal.SIGTERM)
-    assert programmed.process.wait(PATIENCE) == 0
+    programmed.send(signal.SIGTERM)
+    assert programmed.wait(PATIENCE) == 0
 
 
 def test_a_full_call_eventfd_does_not_keep_the_next_front_end(

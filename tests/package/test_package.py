@@ -20,9 +20,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import wait_for_socket
 from tests.support.documents import blocks_that_begin
 from vhost_rpmb import __version__
+from vhost_rpmb.testing import RunningDevice
 
 ROOT = Path(__file__).resolve().parents[2]
 MAN_PAGE = "share/man/man1/vhost-user-rpmb.1"
@@ -421,21 +421,13 @@ def test_a_session_on_each_python(engine: str, each_installation: Installation) 
     folder.mkdir()
     (folder / "key").write_bytes(b"k" * 32)
     (folder / "data").write_bytes(bytes(range(256)) * 2)
-    created = installed.run("vhost-rpmb-client", "create", str(folder / "image"))
+    created = installed.run("vhost-rpmb-client", "create", str(folder / "rpmb.img"))
     assert created.returncode == 0, created.stderr
-    listening = f"--socket-path={folder / 'socket'}"
-    daemon = subprocess.Popen(
-        [
-            str(installed.venv / "bin/vhost-user-rpmb"),
-            *(listening, f"--flash-path={folder / 'image'}", "-v"),
-        ],
-        cwd=installed.folder,
-        env=installed.environment() | {"VHOST_RPMB_ENGINE": engine},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        wait_for_socket(daemon, folder / "socket")
+    device = RunningDevice(folder, "-v")
+    options = device.command_line.index("vhost_rpmb") + 1
+    device.command_line[:options] = [str(installed.venv / "bin/vhost-user-rpmb")]
+    device.environment = installed.environment() | {"VHOST_RPMB_ENGINE": engine}
+    with device:
         for verb in (
             ("write-key", "key"),
             ("write-block", "3", "data", "key"),
@@ -443,17 +435,12 @@ def test_a_session_on_each_python(engine: str, each_installation: Installation) 
             ("read-counter", "key"),
         ):
             words = [str(folder / word) if word.isalpha() else word for word in verb[1:]]
-            done = installed.run("vhost-rpmb-client", listening, verb[0], *words)
+            socket_path = f"--socket-path={device.socket_path}"
+            done = installed.run("vhost-rpmb-client", socket_path, verb[0], *words)
             assert done.returncode == 0, done.stderr
         assert int(done.stdout.split()[-1], 16) == 1
         assert (folder / "read").read_bytes() == (folder / "data").read_bytes()
-        daemon.terminate()
-        _, errors = daemon.communicate(timeout=TIMEOUT)
-    finally:
-        daemon.kill()
-        daemon.communicate()
-    assert daemon.returncode == 0, errors
-    assert "Traceback" not in errors
+    assert "Traceback" not in device.log
 
 
 @pytest.mark.parametrize("module", FAST)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.rig import SANDBOX
+from tests.support.daemon import SANDBOX
 from vhost_rpmb.driver.errors import BackendError
 from vhost_rpmb.testing import RunningDevice
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -21,12 +21,6 @@ from vhost_rpmb.vhost_user.wire import MemoryRegion
 from vhost_rpmb.virtio import spec as virtio
 
 ALL_FEATURES = 1 << virtio.VIRTIO_F_INDIRECT_DESC | 1 << virtio.VIRTIO_F_EVENT_IDX
-# What a daemon of a test is started with: under coverage it writes a file at its end, which the
-# sandbox refuses; and QEMU's user emulation has no sandbox.
-NO_SANDBOX = "COVERAGE_PROCESS" in str(os.environ.keys()) or "VHOST_RPMB_EMULATED" in os.environ
-SANDBOX = ["--sandbox=off"] if NO_SANDBOX else []
-# Seconds to wait for a state that comes at once on a machine without other work.
-PATIENCE = 120.0
 UNIT_BLOCKS = spec.CAPACITY_UNIT // spec.BLOCK_SIZE  # blocks in the smallest image
 
 
@@ -172,3 +166,6 @@ class Rig:
         answers = self.chain(read_data(address, count), count)
         assert [answer.result for answer in answers] == [0] * count
         return [answer.data for answer in answers]
+
+
+RigFactory = Callable[..., Rig]

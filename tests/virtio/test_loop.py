@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.conftest import until
+from tests.support.daemon import PATIENCE, until
 from tests.support.oracle import read_counter
-from tests.support.rig import ALL_FEATURES, PATIENCE, Rig
+from tests.support.rig import ALL_FEATURES, Rig
 from vhost_rpmb.driver.ring import Used
 from vhost_rpmb.engine import Engine
 from vhost_rpmb.virtio import spec as virtio
