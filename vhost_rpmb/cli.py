@@ -262,10 +262,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = parse_options(arguments, os.environ)
 
-        from vhost_rpmb.daemon import server as daemon
+        from vhost_rpmb import log
+        from vhost_rpmb.daemon import server
 
         gc.enable()
-        daemon.run(options)
+        log.configure(PROG, options.verbosity)
+        server.run(options)
     except OperatorError as error:
         return _fail(str(error), error.exit_status)
     except OSError as error:

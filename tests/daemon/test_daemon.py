@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 
 from tests.support.daemon import PATIENCE, SANDBOX, until
-from vhost_rpmb.daemon import server as daemon
+from vhost_rpmb.daemon import listener, server
+from vhost_rpmb.daemon.eventloop import EventLoop, StopSignals
 from vhost_rpmb.daemon.notify import Notifier
-from vhost_rpmb.daemon.server import EventLoop
 from vhost_rpmb.driver.errors import ClientError
 from vhost_rpmb.driver.frontend import Frontend
 from vhost_rpmb.driver.rpmb import RpmbClient
@@ -426,19 +426,18 @@ class TestCheckpoint:
 
             store.checkpoint = observed  # type: ignore[method-assign]
             device = engine.RpmbDevice(store)
-            listener = daemon._listen(path, None, stack)
-            server = daemon._Server(loop, listener, device, engine, once=True, poll_us=64)
-            stack.callback(server.close)
-            server.listen()
+            sock = listener.listen(path, None, stack)
+            daemon = server.Server(loop, sock, device, engine, once=True, poll_us=64)
+            stack.callback(daemon.close)
+            daemon.listen()
             notifier = Notifier({})
             stack.callback(notifier.close)
-            stop = daemon._StopSignals(loop)
+            stop = StopSignals(loop)
             stack.callback(stop.close)
             guest = threading.Thread(target=write)
             guest.start()
-            daemon._serve(
-                loop, stop, server, store, daemon._Status(notifier, server, store, device)
-            )
+            status = server.Status(notifier, daemon, store, device)
+            server.serve(loop, stop, daemon, store, status)
             guest.join()
             assert quiet
             assert not any(quiet)
@@ -466,7 +465,7 @@ class TestSocketPath:
         try:
             monkeypatch.setattr(socket, "socket", Observed)
             with ExitStack() as stack:
-                daemon._listen(str(path), None, stack)
+                listener.listen(str(path), None, stack)
             assert os.umask(0) == 0
         finally:
             os.umask(umask)
@@ -697,7 +696,7 @@ class TestAdopt:
         fd = os.dup(far.fileno())
         os.set_inheritable(fd, True)
         with near, far:
-            sock, listening = daemon._adopt(fd)
+            sock, listening = listener.adopt(fd)
             with sock:
                 assert not listening
                 assert sock.fileno() == fd
@@ -707,6 +706,6 @@ class TestAdopt:
         with socket.socket(socket.AF_UNIX) as sock:
             fd = os.dup(sock.fileno())
         with pytest.raises(UsageError):
-            daemon._adopt(fd)
+            listener.adopt(fd)
         with pytest.raises(OSError, match="Bad file descriptor"):
             os.fstat(fd)

@@ -7,7 +7,7 @@ import logging
 
 import pytest
 
-from vhost_rpmb.vhost_user.session import LimitedLog
+from vhost_rpmb.log import LimitedLog
 
 
 def test_one_line_per_rule_and_interval(caplog: pytest.LogCaptureFixture) -> None:
@@ -22,7 +22,7 @@ def test_next_line_counts_what_was_left_out(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 5.0
-    monkeypatch.setattr("vhost_rpmb.vhost_user.session.time.monotonic", lambda: now)
+    monkeypatch.setattr("vhost_rpmb.log.time.monotonic", lambda: now)
     log = LimitedLog(logging.getLogger("vhost_rpmb.test"), interval=10)
     for _ in range(4):
         log.report("rule", "text")

@@ -142,13 +142,13 @@ def test_addresses(name: str, tmp_path: Path) -> None:
     manager = Manager(address)
     environment = {"NOTIFY_SOCKET": address.replace("\0", "@")}
     notifier = Notifier(environment)
-    notifier.tell("READY=1", "STATUS=a b")
+    notifier.send("READY=1", "STATUS=a b")
     assert manager.hears() == {"READY": "1", "STATUS": "a b"}
     assert not environment
     manager.close()
-    notifier.tell("STOPPING=1")
+    notifier.send("STOPPING=1")
     notifier.close()
-    assert not notifier.listens
+    assert not notifier.active
 
 
 def test_no_descriptor_for_the_manager(tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_no_descriptor_for_the_manager(tmp_path: Path) -> None:
         "limits = resource.getrlimit(resource.RLIMIT_NOFILE);"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]));"
         f"notifier = Notifier({{'NOTIFY_SOCKET': {str(tmp_path / 'notify')!r}}});"
-        "notifier.tell('READY=1'); print(notifier.listens);"
+        "notifier.send('READY=1'); print(notifier.active);"
         "resource.setrlimit(resource.RLIMIT_NOFILE, limits)"  # for what measures coverage
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

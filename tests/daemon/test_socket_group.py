@@ -102,7 +102,7 @@ def test_a_group_of_others_is_refused(folder: Path) -> None:
     (line,) = device.log.splitlines()
     assert re.fullmatch(
         rf"vhost-user-rpmb: error: --socket-group={GROUP}: expected .*, found: "
-        "Operation not permitted: name a group of this user's, or start as root",
+        "Operation not permitted: name one of this user's groups, or start as root",
         line,
     )
     assert not device.socket_path.exists()

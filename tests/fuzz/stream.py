@@ -15,12 +15,13 @@ from pathlib import Path
 
 from tests.fuzz.targets import Disk, Source, Target
 from tests.support.oracle import program_key, read_counter, read_data, read_result, write_data
-from vhost_rpmb.daemon.server import EventLoop
+from vhost_rpmb.daemon.eventloop import EventLoop
 from vhost_rpmb.engine import Engine
 from vhost_rpmb.errors import PeerError
+from vhost_rpmb.log import LimitedLog
 from vhost_rpmb.rpmb import spec
 from vhost_rpmb.vhost_user import wire
-from vhost_rpmb.vhost_user.session import PROTOCOL_FEATURES, Backend, LimitedLog
+from vhost_rpmb.vhost_user.session import PROTOCOL_FEATURES, Session
 from vhost_rpmb.vhost_user.wire import MemoryRegion, Request, VringState
 from vhost_rpmb.virtio import spec as virtio
 
@@ -155,7 +156,7 @@ class Stream(Target):
         self._sock, far = socket.socketpair()
         self._sock.setblocking(False)
         self._loop = EventLoop()
-        self._backend = Backend(
+        self._backend = Session(
             far, device, self.engine, self._loop, LimitedLog(self._logger.getChild("limited"))
         )
         self._far = far.fileno()

@@ -96,8 +96,8 @@ def in_sandbox(
         file.touch()
     script = f"""
 import _thread, ctypes, errno, fcntl, mmap, os, signal, socket, stat, time
-from vhost_rpmb.daemon import server as daemon
-from vhost_rpmb.daemon import sandbox
+from vhost_rpmb import process
+from vhost_rpmb.daemon import sandbox, server
 from vhost_rpmb.storage.local.store import resources
 from vhost_rpmb.storage.paths import Paths
 inside, outside = {str(inside)!r}, {str(outside)!r}
@@ -110,8 +110,8 @@ other.bind("run/datagrams")
 datagrams, _ = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
 if not {landlock}:
     sandbox._restrict_files = lambda folders: None
-sandbox.hide_memory()
-sandbox.enter(daemon._folders(resources(paths, {programmed}), inside + "/run/socket"))
+process.hide_memory()
+sandbox.enter(server.folders(resources(paths, {programmed}), inside + "/run/socket"))
 try:
     {statement}
 except OSError as error:
@@ -209,13 +209,12 @@ def test_no_descriptor_sends_signals_without_landlock(tmp_path: Path) -> None:
 def test_empty_log_replaces_the_one_that_sqlite_removes(flash: Path) -> None:
     """If the state cannot be marked as closed, SQLite removes its log all the same."""
     script = f"""
-from vhost_rpmb.daemon import server as daemon
-from vhost_rpmb.daemon import sandbox
+from vhost_rpmb.daemon import sandbox, server
 from vhost_rpmb.storage.paths import Paths
 from vhost_rpmb.storage.local.opening import open_store
 paths = Paths.resolve({str(flash)!r})
 store = open_store(paths)
-sandbox.enter(daemon._folders(store.resources(), None))
+sandbox.enter(server.folders(store.resources(), None))
 store._database._close_connection()
 """
     done = subprocess.run(

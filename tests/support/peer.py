@@ -10,13 +10,15 @@ import struct
 
 import pytest
 
-from vhost_rpmb.daemon.server import EventLoop
+from vhost_rpmb.daemon.eventloop import EventLoop
 from vhost_rpmb.driver.memory import GuestMemory
 from vhost_rpmb.driver.ring import Ring
 from vhost_rpmb.engine import Engine
 from vhost_rpmb.errors import PeerError
+from vhost_rpmb.log import LimitedLog
 from vhost_rpmb.vhost_user import wire
-from vhost_rpmb.vhost_user.session import PROTOCOL_FEATURES, Backend, Device, LimitedLog
+from vhost_rpmb.vhost_user.interfaces import Device
+from vhost_rpmb.vhost_user.session import PROTOCOL_FEATURES, Session
 from vhost_rpmb.vhost_user.wire import MemoryRegion, Request, VringState
 from vhost_rpmb.virtio import spec as virtio
 
@@ -49,7 +51,7 @@ class EchoDevice:
 
 
 class Peer:
-    """The front-end's end of a connection to a `Backend`, which is driven by a real event loop."""
+    """The front-end's end of a connection to a `Session`, which is driven by a real event loop."""
 
     def __init__(self, engine: Engine, device: Device) -> None:
         self.sock, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -57,12 +59,18 @@ class Peer:
         self.reader = wire.MessageReader(self.sock)
         self.loop = EventLoop()
         self.log = LimitedLog(logging.getLogger("vhost_rpmb.test"))
-        self.backend = Backend(far, device, engine, self.loop, self.log)
+        self.backend = Session(far, device, engine, self.loop, self.log)
         self.end: Exception | None = None
         self._attention = os.eventfd(1)
         self._far = far.fileno()
         self._watched = True
         self.loop.add(self._far, self._receive)
+
+    @property
+    def regions(self) -> tuple[tuple[int, int, int], ...]:
+        """The memory regions that the back-end has mapped."""
+        regions: tuple[tuple[int, int, int], ...] = self.backend._memory.regions  # type: ignore[attr-defined]
+        return regions
 
     def _receive(self) -> None:
         try:

@@ -15,7 +15,7 @@ from vhost_rpmb.vhost_user.wire import MemoryRegion, Request
 
 
 def mapped(peer: Peer) -> tuple[tuple[int, int, int], ...]:
-    return peer.backend._memory.regions
+    return peer.regions
 
 
 def make_places(count: int) -> list[MemoryRegion]:

@@ -74,7 +74,7 @@ def test_only_reset_device_resets_the_device(peer: Peer, device: EchoDevice) -> 
 @pytest.mark.parametrize("request_", [Request.SET_STATUS, Request.RESET_DEVICE])
 def test_memory_outlives_a_reset(peer: Peer, memory: GuestMemory, request_: Request) -> None:
     peer.share(memory)
-    before = peer.backend._memory.regions
+    before = peer.regions
     peer.send(request_, wire.pack_u64(0) if request_ == Request.SET_STATUS else b"")
     assert before
-    assert peer.backend._memory.regions == before
+    assert peer.regions == before

@@ -10,7 +10,7 @@ import argparse
 import signal
 from collections.abc import Sequence
 
-from vhost_rpmb import __version__, signals
+from vhost_rpmb import __version__, process
 from vhost_rpmb.arguments import Parser, path_argument
 from vhost_rpmb.client.arguments import seconds
 from vhost_rpmb.client.files import PROG, write_stdout
@@ -86,13 +86,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     0 after success, 1 for a failure of the device, the connection or the output, 2 for a wrong
     option or an input file that cannot be used.
     """
-    signals.reset_inherited()
+    process.reset_signals()
     _bound_kicks()
     try:
         arguments = build_parser().parse_args(argv)
-        from vhost_rpmb.daemon import sandbox
-
-        sandbox.hide_memory()  # before a key is read
+        process.hide_memory()  # before a key is read
         result = arguments.run(arguments)
         if arguments.json:
             import json

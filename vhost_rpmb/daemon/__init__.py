@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The process of the daemon: once per start.
+"""The process of the daemon: everything that is done once for each start.
 
-Belongs here: socket, signals, event loop, log, notifications, sandbox. Does not: messages of the
-protocol, requests of a guest, files of the state.
+Belongs here: the socket, signals, the event loop, notifications, the sandbox. Does not belong here:
+messages of the protocol (``vhost_user``), requests of a guest (the engines), files of the state
+(``storage``), the format of log lines (``log``).
 """

@@ -1,26 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a service manager gets to know: notifications, and priorities of log lines.
+"""Notifications to a service manager, by the protocol of sd_notify(3).
 
-Both are protocols of systemd that others speak as well: sd_notify(3) and sd-daemon(3).
-docs/decisions/0014-systemd.md says why no library does this.
+docs/decisions/0014-systemd.md explains why no library is used.
 """
 
-import os
 import socket
 from collections.abc import MutableMapping
 from contextlib import suppress
 
-__all__ = ["Notifier", "priority"]
+__all__ = ["Notifier"]
 
 _SOCKET_VARIABLE = "NOTIFY_SOCKET"
-_JOURNAL_VARIABLE = "JOURNAL_STREAM"
 
 
 class Notifier:
-    """Tells the service manager how the service is doing; silent where there is none.
+    """Sends notifications to the service manager, if there is one.
 
-    The variable is taken out of ``environment``. The socket is connected at once, because a process
-    in the sandbox cannot make another one. Nothing that goes wrong here ends the service.
+    The variable is removed from ``environment``. The socket is connected at once, because a process
+    in the sandbox cannot create one. No error here ends the service.
     """
 
     def __init__(self, environment: MutableMapping[str, str]) -> None:
@@ -38,33 +35,18 @@ class Notifier:
             self.close()
 
     @property
-    def listens(self) -> bool:
-        """Whether there is a service manager to tell."""
+    def active(self) -> bool:
+        """Whether there is a service manager."""
         return self._socket is not None
 
-    def tell(self, *assignments: str) -> None:
-        """Send ``READY=1``, ``STATUS=text``, ...: one each."""
+    def send(self, *assignments: str) -> None:
+        """Send assignments: ``READY=1``, ``STATUS=text``, ..."""
         if self._socket is not None:
-            with suppress(OSError):  # gone or busy: the next line says what this one would have
+            with suppress(OSError):  # gone or busy: the next status replaces this one
                 self._socket.send("\n".join(assignments).encode())
 
     def close(self) -> None:
-        """Give the socket back."""
+        """Close the socket."""
         if self._socket is not None:
             self._socket.close()
             self._socket = None
-
-
-def priority(level: int) -> str:
-    """Give the prefix of a line on standard error: the priority, where it goes to the journal.
-
-    ``level``: one of syslog's, 3 for an error to 7 for debugging.
-    """
-    journal = os.environ.get(_JOURNAL_VARIABLE)
-    if journal is None:
-        return ""
-    try:
-        stream = os.fstat(2)
-    except OSError:
-        return ""
-    return f"<{level}>" if journal == f"{stream.st_dev}:{stream.st_ino}" else ""

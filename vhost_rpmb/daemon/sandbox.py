@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the process gives up for good: core dumps at its start, the rest before it serves anybody.
+"""The sandbox: access that the process gives up for good before it serves a front-end.
 
-Landlock rulesets are made by the kernel's three system calls, seccomp filters by libseccomp 2,
-which knows the numbers of the system calls on each machine. docs/decisions/0013-sandbox.md says why
-no Python package does this, and why a denied call fails instead of ending the process.
+A Landlock ruleset takes three system calls. The seccomp filter is made by libseccomp 2, which has
+the numbers of the system calls on each machine. docs/decisions/0013-sandbox.md explains why no
+Python package is used, and why a denied call fails instead of ending the process.
 """
 
 from __future__ import annotations
@@ -13,21 +13,18 @@ import errno
 import fcntl
 import logging
 import os
-import resource
 import stat
 from collections.abc import Mapping
 from contextlib import suppress
 
-__all__ = ["MAKE", "OPEN_FOLDER", "REMOVE", "WRITE", "enter", "hide_memory"]
+from vhost_rpmb import libc
+from vhost_rpmb.storage.interface import Access
+
+__all__ = ["enter"]
 
 logger = logging.getLogger(__name__)
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.prctl.argtypes = (ctypes.c_int, *(ctypes.c_ulong,) * 4)
-
-# prctl(2)
-_PR_SET_DUMPABLE = 4
-_PR_SET_NO_NEW_PRIVS = 38
+_PR_SET_NO_NEW_PRIVS = 38  # prctl(2)
 
 # landlock(7): numbers of the system calls, the same on every machine.
 _LANDLOCK_CREATE_RULESET = 444
@@ -35,12 +32,14 @@ _LANDLOCK_ADD_RULE = 445
 _LANDLOCK_RESTRICT_SELF = 446
 _LANDLOCK_CREATE_RULESET_VERSION = 1
 _LANDLOCK_RULE_PATH_BENEATH = 1
-# Rights in a folder and everything below it. Nothing is opened for reading, and nothing truncated
-# by its name: what serving reads and truncates is open already.
-WRITE = 1 << 1  # open files for writing
-OPEN_FOLDER = 1 << 3  # open the folder, as syncing it takes; seccomp allows no listing
-REMOVE = 1 << 5  # remove files that are not folders
-MAKE = 1 << 8  # make regular files, and with REMOVE rename them
+# Rights in a folder and everything below it. None allows to open a file for reading or to truncate
+# it by its name: files that serving reads and truncates are open already.
+_RIGHTS = {
+    Access.WRITE: 1 << 1,  # open files for writing
+    Access.SYNC: 1 << 3,  # open the folder; seccomp allows no listing
+    Access.REMOVE: 1 << 5,  # remove files that are not folders
+    Access.CREATE: 1 << 8,  # create regular files, and with REMOVE rename them
+}
 # Rights that a ruleset handles, by version of the interface: files, network, scopes.
 _HANDLED_FILES = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 5: (1 << 16) - 1}
 _HANDLED_NETWORK = {4: 0b11}  # bind and connect of TCP
@@ -74,7 +73,7 @@ _ALLOWED = (
     "accept4", "accept", "close", "dup", "epoll_create1", "epoll_ctl", "eventfd2",
     "getpeername", "getsockname", "getsockopt", "pipe2", "poll", "ppoll", "recvfrom", "select",
     "pselect6", "setsockopt", "shutdown",
-    # Files: which ones, is for Landlock to say.
+    # Files; Landlock decides which ones.
     "access", "faccessat", "faccessat2", "fallocate", "flock", "fstat", "fstatfs", "fsync",
     "ftruncate", "getcwd", "lseek", "lstat", "newfstatat", "preadv", "preadv2", "pwritev",
     "pwritev2", "readlink", "readlinkat", "readv", "rename", "renameat", "renameat2", "stat",
@@ -90,46 +89,33 @@ _ALLOWED = (
 )  # fmt: skip
 
 
-def hide_memory() -> None:
-    """Keep memory out of core dumps, and away from debuggers of the same user."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    _check(_libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0))
+def enter(folders: Mapping[str, Access]) -> None:
+    """Give up all access that serving does not need, irrevocably.
 
-
-def enter(folders: Mapping[str, int]) -> None:
-    """Give up everything that serving does not need; there is no way back.
-
-    ``folders``: the rights (MAKE, OPEN_FOLDER, REMOVE, WRITE) that remain in each, and in all below
-    it. Every other file, new sockets, other programs and new executable memory are out of reach;
-    what is open stays usable. Where the kernel or libseccomp lacks a part, the log says so and the
-    rest is done.
+    ``folders``: the access that remains in each folder and in all folders below it. Every other
+    file, new sockets, other programs and new executable memory become inaccessible; open files stay
+    usable. If the kernel or libseccomp lacks a part, a warning is logged and the rest is done.
     """
-    _check(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+    libc.prctl(_PR_SET_NO_NEW_PRIVS, 1)
     try:
         library = ctypes.CDLL("libseccomp.so.2")  # while files can still be opened
     except OSError as error:
         logger.warning("sandbox: no seccomp filter, install libseccomp 2: %s", error)
         library = None
     with suppress(OSError):
-        # glibc loads it when a thread ends at the end of the process, and aborts where it cannot.
+        # glibc loads it when a thread ends at process exit, and aborts if it cannot.
         ctypes.CDLL("libgcc_s.so.1")
     try:
         _restrict_files(folders)
     except OSError as error:
         logger.warning(
-            "sandbox: no Landlock ruleset, every file stays in reach: %s", error.strerror
+            "sandbox: no Landlock ruleset, every file stays accessible: %s", error.strerror
         )
     if library is not None:
         try:
             _filter_calls(library)
         except OSError as error:
             logger.warning("sandbox: no seccomp filter: %s", error.strerror)
-
-
-def _check(result: int) -> int:
-    if result < 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    return result
 
 
 class _RulesetAttributes(ctypes.Structure):
@@ -145,14 +131,14 @@ class _RulesetAttributes(ctypes.Structure):
 class _PathBeneath(ctypes.Structure):
     """struct landlock_path_beneath_attr."""
 
-    _layout_ = "ms"  # Python 3.14 wants it said; for these fields it is the layout of gcc too
+    _layout_ = "ms"  # required by Python 3.14; for these fields the same layout as gcc's
     _pack_ = 1
     _fields_ = (("allowed", ctypes.c_uint64), ("parent", ctypes.c_int32))
 
 
-def _restrict_files(folders: Mapping[str, int]) -> None:
+def _restrict_files(folders: Mapping[str, Access]) -> None:
     def call(number: int, *values: object) -> int:
-        return _check(_libc.syscall(ctypes.c_long(number), *values))
+        return libc.check(libc.library.syscall(ctypes.c_long(number), *values))
 
     def handled(table: dict[int, int]) -> int:
         return max((rights for since, rights in table.items() if since <= version), default=0)
@@ -167,7 +153,8 @@ def _restrict_files(folders: Mapping[str, int]) -> None:
     size = ctypes.c_size_t(ctypes.sizeof(attributes) if version >= 6 else 16 if version >= 4 else 8)
     ruleset = call(_LANDLOCK_CREATE_RULESET, ctypes.byref(attributes), size, 0)
     try:
-        for path, rights in folders.items():
+        for path, access in folders.items():
+            rights = sum(right for operation, right in _RIGHTS.items() if operation in access)
             parent = os.open(path, os.O_PATH | os.O_CLOEXEC)
             try:
                 rule = _PathBeneath(rights, parent)
@@ -213,12 +200,12 @@ def _filter_calls(library: ctypes.CDLL) -> None:
     try:
         for name in _ALLOWED:
             allow(name)
-        # Without an address: the service manager's datagram socket could reach any other one. The
-        # address of sendmsg is in memory, which a filter cannot see.
+        # Without an address: the service manager's datagram socket could reach any other socket.
+        # The address of sendmsg is in memory, which a filter cannot read.
         allow("sendto", _Comparison(4, _EQUAL, 0))
         for name in ("mmap", "mprotect"):
             allow(name, _Comparison(2, _MASKED_EQUAL, _PROT_EXEC, 0))
-        # Without O_CREAT the mode means nothing, and the C library passes 0.
+        # Without O_CREAT the mode has no meaning, and the C library passes 0.
         allow("open", _Comparison(2, _MASKED_EQUAL, _SPECIAL_BITS, 0))
         allow("openat", _Comparison(3, _MASKED_EQUAL, _SPECIAL_BITS, 0))
         allow("mknod", _Comparison(1, _MASKED_EQUAL, _INT, _PRIVATE_FILE))
@@ -231,7 +218,7 @@ def _filter_calls(library: ctypes.CDLL) -> None:
             "clone",
             _Comparison(0, _MASKED_EQUAL, _CLONE_THREAD | _CLONE_NAMESPACES, _CLONE_THREAD),
         )
-        # Its flags lie in memory, where no filter sees them; without it the C library calls clone.
+        # Its flags are in memory, which a filter cannot read; without it the C library uses clone.
         rule("clone3", _FAIL & ~0xFFFF | errno.ENOSYS)
         allow("tgkill", _Comparison(0, _EQUAL, os.getpid()))  # a signal to itself, as abort() does
         result = library.seccomp_load(context)

@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
 
+from vhost_rpmb import libc
 from vhost_rpmb.errors import PeerError
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "is_lasting",
     "left_open",
     "refuse_path",
+    "reopen_pipe",
 ]
 
 _MAX_THREADS = 32  # that may all wait; then the rest waits for them
@@ -55,8 +57,6 @@ _F_GET_SEALS = 1034  # fcntl has it from Python 3.12 on
 _EVENTFD = "anon_inode:[eventfd]"
 _PIPE = "pipe:["
 _NO_LINGER = struct.pack("=ii", 0, 0)
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def check_event(fd: int) -> bool:
@@ -137,6 +137,18 @@ def close_connection(sock: socket.socket) -> None:
         sock.close()
 
 
+def reopen_pipe(fd: int) -> int:
+    """Exchange a pipe's descriptor for one whose O_NONBLOCK the front-end cannot change.
+
+    Full or drained by the front-end, the pipe then blocks no call. An eventfd cannot be reopened;
+    the event loop's timer interrupts a blocked write to one.
+    """
+    access = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
+    reopened = os.open(f"/proc/self/fd/{fd}", access | os.O_NONBLOCK | os.O_CLOEXEC)
+    close([fd])
+    return reopened
+
+
 def left_open() -> int:
     """How many descriptors stay open because every thread waits for another one."""
     return _aside.left()
@@ -196,8 +208,7 @@ def _ask(fd: int) -> tuple[int, os.stat_result | None]:
 def _file_system(fd: int) -> int:
     """The type of a file's file system; may wait."""
     buffer = (ctypes.c_long * 32)()  # struct statfs, which begins with the type
-    if _libc.fstatfs(fd, ctypes.byref(buffer)):
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    libc.check(libc.library.fstatfs(fd, ctypes.byref(buffer)))
     return buffer[0] & 0xFFFF_FFFF
 
 

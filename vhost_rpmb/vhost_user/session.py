@@ -1,53 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The back-end side of one vhost-user connection: features, memory table, vrings, config, status.
+"""The back-end side of one vhost-user connection: one table row for each message.
 
-Source: QEMU's ``docs/interop/vhost-user.rst``. Knows nothing of the device but the `Device`
-protocol. Each message is a row of the table at the end. A row's handler raises ValueError when the
-message breaks a rule and OSError when the kernel refuses what it asks for, and has changed nothing
-then.
+Source: QEMU's ``docs/interop/vhost-user.rst``. A row's handler raises ValueError if the message
+breaks a rule and OSError if the kernel refuses an operation, and changes nothing then.
 
-What the protocol leaves open:
+Behaviour that the protocol leaves open:
 
-- A message that fails is answered by a non-zero REPLY_ACK where one was asked for (NEED_REPLY set
-  and REPLY_ACK negotiated), GET_CONFIG by an empty payload. Otherwise the connection ends
-  (PeerError), also when a message with a reply of its own fails: the front-end could not tell the
-  error from an answer.
-- A vring runs while it is enabled and has a size, addresses and a kick descriptor. When it comes to
-  run it is looked at once without a kick, and its call descriptor is signalled once: an earlier
-  back-end that was killed may have taken the kick, or not have given the signal.
-- GET_VRING_BASE stops a vring by giving up its kick descriptor. A broken vring works again after a
-  new SET_VRING_BASE or SET_VRING_KICK, and is set up anew after a reset of the device
+- A failed message is answered by a non-zero REPLY_ACK if one was requested (NEED_REPLY set and
+  REPLY_ACK negotiated), GET_CONFIG by an empty payload. Otherwise the connection ends (PeerError),
+  also if a message with a reply of its own fails: the front-end could not distinguish an error from
+  an answer.
+- GET_VRING_BASE stops a vring by closing its kick descriptor. A broken vring works again after a
+  new SET_VRING_BASE or SET_VRING_KICK, and is set up again after a reset of the device
   (RESET_DEVICE, or status 0). Call and error descriptors, memory regions and acknowledged features
   stay through all of these: front-ends send them once.
-- Size and base of a running vring cannot be changed, as in the kernel's vhost.
-- A front-end turns dirty logging on although it was not offered: QEMU does on the monitor command
-  calc-dirty-rate, and aborts with the whole VM when that is refused. SET_LOG_BASE,
-  VHOST_F_LOG_ALL and the log flag of SET_VRING_ADDR are accepted without effect.
+- A front-end enables dirty logging although it was not offered: QEMU does on the monitor command
+  calc-dirty-rate, and aborts with the whole VM if that is refused. SET_LOG_BASE, VHOST_F_LOG_ALL
+  and the log flag of SET_VRING_ADDR are accepted without effect.
 - GET_CONFIG beyond the config space reads zeros: some front-ends let the guest choose offset and
-  size, and abort when they are refused.
+  size, and abort if they are refused.
 """
 
 from __future__ import annotations
 
-import fcntl
 import logging
-import os
-import select
 import socket
-import time
 from collections.abc import Callable, Collection
-from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple
 
 from vhost_rpmb.errors import PeerError
 from vhost_rpmb.vhost_user import foreign, wire
+from vhost_rpmb.vhost_user.interfaces import Device, Engine, Log, Watcher
+from vhost_rpmb.vhost_user.vring import Vring
 from vhost_rpmb.vhost_user.wire import Message, ProtocolFeature, Request
+from vhost_rpmb.virtio import flags
 
-if TYPE_CHECKING:
-    from vhost_rpmb import _pure
-    from vhost_rpmb.engine import Engine
+__all__ = ["MAX_MEM_SLOTS", "PROTOCOL_FEATURES", "Session"]
 
-MAX_MEM_SLOTS = 509  # as many as the kernel's vhost takes
+MAX_MEM_SLOTS = 509  # the limit of the kernel's vhost
 PROTOCOL_FEATURES = (
     ProtocolFeature.MQ
     | ProtocolFeature.REPLY_ACK
@@ -59,101 +49,16 @@ PROTOCOL_FEATURES = (
 
 _ACK_SUCCESS = 0
 _ACK_FAILURE = 1
-_MESSAGES_AT_A_TIME = 32  # then vrings and signals have their turn
-_PIPE_BYTES = 65536  # of a kick pipe, at a time
-_BLOCKED = "the front-end made a write to an eventfd wait"
+_MESSAGES_AT_A_TIME = 32  # before vrings and signals are served
 
 logger = logging.getLogger(__name__)
 
 
-class Device(Protocol):
-    """The virtio device behind a connection."""
+class Session:
+    """One connection to a front-end; owns the socket (non-blocking) and every received descriptor.
 
-    @property
-    def features(self) -> int:
-        """The virtio feature bits that it offers."""
-
-    @property
-    def num_queues(self) -> int:
-        """How many virtqueues it has."""
-
-    @property
-    def config(self) -> bytes:
-        """Its configuration space, read-only."""
-
-    def process(self, queue: _pure.Virtqueue) -> int:
-        """Serve one batch of a virtqueue; return the engine's flags NOTIFY, MORE, ..."""
-
-    def reset(self) -> None:
-        """Go back to the initial state (RESET_DEVICE)."""
-
-
-class Watcher(Protocol):
-    """The event loop, as far as a connection uses it."""
-
-    @property
-    def epoll(self) -> select.epoll:
-        """Where it waits."""
-
-    @property
-    def stopping(self) -> bool:
-        """Whether it was asked to end."""
-
-    def add(self, fd: int, handler: Callable[[], None], *, edge: bool = False) -> None:
-        """Call `handler` when `fd` is readable; OSError if it cannot be watched.
-
-        With `edge`, once each time something arrives, not as long as something is there.
-        """
-
-    def remove(self, fd: int) -> None:
-        """Stop that; before `fd` is closed, because the front-end still has the same file open."""
-
-
-class LimitedLog:
-    """Warnings that a guest or a front-end can trigger: one line per rule and interval.
-
-    A rule is one of a fixed set of texts, so that the table stays small. The line that comes after
-    the interval says how many were left out.
-    """
-
-    def __init__(self, target: logging.Logger, interval: float = 10.0) -> None:
-        self._target = target
-        self._interval = interval  # seconds
-        self._next: dict[str, float] = {}
-        self._omitted: dict[str, int] = {}
-
-    def report(self, rule: str, text: str) -> None:
-        """Log `text`, unless there was a line for `rule` within the interval."""
-        now = time.monotonic()
-        if now < self._next.get(rule, now):
-            self._omitted[rule] = self._omitted.get(rule, 0) + 1
-            return
-        self._next[rule] = now + self._interval
-        omitted = self._omitted.pop(rule, 0)
-        self._target.warning("%s%s", text, f" ({omitted} more before)" if omitted else "")
-
-
-class _Vring:
-    """One vring: its virtqueue and its descriptors (-1: none), which it owns."""
-
-    def __init__(self, index: int, queue: _pure.Virtqueue) -> None:
-        self.index = index
-        self.queue = queue
-        self.has_size = False
-        self.has_addresses = False
-        self.enabled = False
-        self.running = False
-        self.kick_fd = -1
-        self.kick_is_pipe = False
-        self.call_fd = -1
-        self.error_fd = -1
-
-
-class Backend:
-    """One connection to a front-end; owns the socket (non-blocking) and all that comes over it.
-
-    The caller's event loop calls `receive` when the socket is readable, and `run` as long as
-    `pending` is true, between other events. Kick descriptors go to `watcher` by themselves.
+    The caller's event loop calls `receive` when the socket is readable, and `run` while `pending`
+    is true, between other events. The vrings add their kick descriptors to `watcher`.
     """
 
     def __init__(
@@ -162,7 +67,7 @@ class Backend:
         device: Device,
         engine: Engine,
         watcher: Watcher,
-        log: LimitedLog,
+        log: Log,
         *,
         poll_us: int = 0,
     ) -> None:
@@ -174,28 +79,29 @@ class Backend:
         self._reader = wire.MessageReader(sock)
         self._memory = engine.GuestMemory(MAX_MEM_SLOTS)
         self._vrings = [
-            _Vring(index, engine.Virtqueue(self._memory)) for index in range(device.num_queues)
+            Vring(index, engine.Virtqueue(self._memory), watcher, log)
+            for index in range(device.num_queues)
         ]
         self._loop = engine.Loop(device, watcher.epoll, poll_us)
-        self._pending: set[_Vring] = set()
         self._features = 0
         self._protocol_features = ProtocolFeature(0)
         self._owned = False
         self._status = 0
         sock.setblocking(False)
-        # A byte out of band would be passed over, with descriptors that close wherever they do.
+        # Otherwise a byte out of band is skipped, and descriptors sent with it are closed by the
+        # kernel in this thread.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
 
     @property
     def pending(self) -> bool:
         """Whether a vring waits for `run`."""
-        return bool(self._pending)
+        return any(vring.pending for vring in self._vrings)
 
     def receive(self) -> None:
         """Serve the messages that have arrived, up to a bound.
 
-        Raises EOFError when the front-end is gone, PeerError when it broke the protocol in a way
-        that ends the connection.
+        Raises EOFError if the front-end has disconnected, PeerError if it broke the protocol in a
+        way that ends the connection.
         """
         for _ in range(_MESSAGES_AT_A_TIME):
             left_open = foreign.left_open()
@@ -209,24 +115,23 @@ class Backend:
                 return
 
     def run(self) -> bool:
-        """Serve every vring that was kicked or has more, until something else needs attention.
+        """Serve every pending vring, until something else needs attention.
 
-        True when that was a second without any event. Raises PeerError when the front-end made a
-        write to an eventfd wait.
+        True if that was a second without any event. Raises PeerError if the front-end blocked a
+        write to an eventfd.
         """
-        vrings = list(self._pending)
-        self._pending.clear()
+        vrings = [vring for vring in self._vrings if vring.pending]
+        for vring in vrings:
+            vring.pending = False
         idle = False
         for vring in vrings:
-            idle = self._process(vring, once=len(vrings) > 1)  # never asleep while another waits
-        return idle and not self._pending
+            idle = self._process(vring, once=len(vrings) > 1)  # never sleeps while another waits
+        return idle and not self.pending
 
     def close(self) -> None:
         """End the connection: unmap guest memory, close every descriptor and the socket."""
         for vring in self._vrings:
-            self._drop_kick(vring)
-            foreign.close(fd for fd in (vring.call_fd, vring.error_fd) if fd >= 0)
-        self._pending.clear()
+            vring.close()
         self._memory.clear()
         self._reader.close()
         foreign.close_connection(self._sock)
@@ -271,7 +176,7 @@ class Backend:
             raise ValueError(f"expected {expected} file descriptors, found {len(message.fds)}")
 
     def _refuse(self, row: _Row, message: Message, reason: str) -> None:
-        """Answer a message that failed; PeerError where there is no answer that says so."""
+        """Answer a failed message; PeerError if no answer can report the failure."""
         if row.failure is not None:
             self._send(message, row.failure)
         elif self._wants_ack(message) and not row.replies:
@@ -310,10 +215,9 @@ class Backend:
             raise ValueError(f"feature bits 0x{excess:x} were not offered")
         self._features = features
         for vring in self._vrings:
-            vring.queue.set_features(features & ~wire.F_PROTOCOL_FEATURES)
+            vring.set_features(features & ~wire.F_PROTOCOL_FEATURES)
             if not features & wire.F_PROTOCOL_FEATURES:
-                vring.enabled = True
-            self._update(vring)
+                vring.enable(True)
 
     def _get_protocol_features(self, _message: Message) -> bytes:
         return wire.pack_u64(PROTOCOL_FEATURES)
@@ -331,11 +235,10 @@ class Backend:
         self._owned = True
 
     def _reset_owner(self, _message: Message) -> None:
-        """Disable all vrings; to forget more is what made this message deprecated."""
+        """Disable all vrings; the message is deprecated because some back-ends reset more."""
         self._owned = False
         for vring in self._vrings:
-            vring.enabled = False
-            self._update(vring)
+            vring.enable(False)
 
     def _get_queue_num(self, _message: Message) -> bytes:
         return wire.pack_u64(self._device.num_queues)
@@ -343,9 +246,9 @@ class Backend:
     def _set_mem_table(self, message: Message) -> None:
         """Replace the memory table.
 
-        The new one is mapped beside the old one first, so that a table that breaks a rule or cannot
-        be mapped changes nothing. If mapping it again fails even so, the old one is gone and the
-        connection ends.
+        The new table is first mapped beside the old one, so that a table that breaks a rule or
+        cannot be mapped changes nothing. If the second mapping still fails, the old table is lost
+        and the connection ends.
         """
         regions = wire.unpack_memory_table(message.payload)
         if len(regions) != len(message.fds):
@@ -391,58 +294,41 @@ class Backend:
 
     def _set_vring_num(self, message: Message) -> None:
         vring, size = self._vring_state(message)
-        _refuse_running(vring)
-        vring.queue.set_size(size)
-        vring.has_size = True
-        self._update(vring)
+        vring.set_size(size)
 
     def _set_vring_addr(self, message: Message) -> None:
         address = wire.VringAddress.unpack(message.payload)
         vring = self._vring(address.vring)
         if address.flags & ~wire.VRING_ADDRESS_LOG:
             raise ValueError(f"expected no flag but the log's, found 0x{address.flags:x}")
-        vring.queue.set_addresses(
-            address.descriptor_table, address.available_ring, address.used_ring
-        )
-        vring.has_addresses = True
-        self._update(vring)
+        vring.set_addresses(address.descriptor_table, address.available_ring, address.used_ring)
 
     def _set_vring_base(self, message: Message) -> None:
         vring, base = self._vring_state(message)
-        _refuse_running(vring)
-        vring.queue.set_base(base)
-        self._update(vring)
+        vring.set_base(base)
 
     def _get_vring_base(self, message: Message) -> bytes:
         vring, _ = self._vring_state(message)
-        self._drop_kick(vring)
+        vring.stop()
         return wire.VringState(vring.index, vring.queue.base).pack()
 
     def _set_vring_kick(self, message: Message) -> None:
         vring, fd, is_pipe = self._vring_fd(message)
         if fd is None:
             raise ValueError("expected a kick descriptor: polling a vring is not served")
-        self._watcher.add(fd, partial(self._kicked, vring), edge=True)
+        vring.watch(fd)
         message.take_fds()
-        self._drop_kick(vring)
-        vring.kick_fd = fd
-        vring.kick_is_pipe = is_pipe
-        vring.queue.set_base(vring.queue.base)  # also repairs a broken one
-        self._update(vring)
+        vring.set_kick(fd, is_pipe)
 
     def _set_vring_call(self, message: Message) -> None:
         vring, fd, _ = self._vring_fd(message)
         message.take_fds()
-        foreign.close([vring.call_fd] if vring.call_fd >= 0 else [])
-        vring.call_fd = -1 if fd is None else fd
-        if vring.running:
-            self._signal(vring.call_fd)
+        vring.set_call(-1 if fd is None else fd)
 
     def _set_vring_err(self, message: Message) -> None:
         vring, fd, _ = self._vring_fd(message)
         message.take_fds()
-        foreign.close([vring.error_fd] if vring.error_fd >= 0 else [])
-        vring.error_fd = -1 if fd is None else fd
+        vring.set_error(-1 if fd is None else fd)
 
     def _set_vring_enable(self, message: Message) -> None:
         if not self._features & wire.F_PROTOCOL_FEATURES:
@@ -450,8 +336,7 @@ class Backend:
         vring, enable = self._vring_state(message)
         if enable not in (0, 1):
             raise ValueError(f"expected 0 or 1, found {enable}")
-        vring.enabled = bool(enable)
-        self._update(vring)
+        vring.enable(bool(enable))
 
     def _get_config(self, message: Message) -> bytes:
         asked = wire.Config.unpack(message.payload)
@@ -484,27 +369,27 @@ class Backend:
         self._device.reset()
 
     def _set_backend_req_fd(self, message: Message) -> None:
-        """Accept the channel for requests of ours, and keep nothing: this device has none to make.
+        """Accept the channel for back-end requests, and close it: this device sends none.
 
-        It may hold the other end of this connection, whose end would never be seen.
+        It may hold the other end of this connection, whose disconnect would never be detected.
         """
         foreign.check_unix_stream(message.fds[0])
 
     # Vrings
 
-    def _vring(self, index: int) -> _Vring:
+    def _vring(self, index: int) -> Vring:
         if index >= len(self._vrings):
             raise ValueError(f"expected a vring index below {len(self._vrings)}, found {index}")
         return self._vrings[index]
 
-    def _vring_state(self, message: Message) -> tuple[_Vring, int]:
+    def _vring_state(self, message: Message) -> tuple[Vring, int]:
         state = wire.VringState.unpack(message.payload)
         return self._vring(state.vring), state.num
 
-    def _vring_fd(self, message: Message) -> tuple[_Vring, int | None, bool]:
-        """The vring that an event descriptor is for, the descriptor, whether it is a pipe.
+    def _vring_fd(self, message: Message) -> tuple[Vring, int | None, bool]:
+        """Return the vring of an event descriptor, the descriptor, and whether it is a pipe.
 
-        The descriptor is still the message's.
+        The message still owns the descriptor.
         """
         value = wire.unpack_u64(message.payload)
         if value & ~(wire.VRING_INDEX_MASK | wire.VRING_NO_FD):
@@ -517,125 +402,37 @@ class Backend:
             return vring, None, False
         fd = message.fds[0]
         is_pipe = foreign.check_event(fd)
-        # Full or drained by the front-end, it must not hold us up.
         if is_pipe:
-            fd = message.fds[0] = _reopen_pipe(fd)
+            fd = message.fds[0] = foreign.reopen_pipe(fd)
         return vring, fd, is_pipe
-
-    def _update(self, vring: _Vring) -> None:
-        """Start or stop a vring after anything that decides whether it runs has changed."""
-        running = (
-            vring.enabled
-            and vring.has_size
-            and vring.has_addresses
-            and vring.kick_fd >= 0
-            and not vring.queue.error
-        )
-        if running and not vring.running:
-            self._pending.add(vring)
-            self._signal(vring.call_fd)
-        elif not running:
-            self._pending.discard(vring)
-        vring.running = running
-
-    def _drop_kick(self, vring: _Vring) -> None:
-        if vring.kick_fd >= 0:
-            self._watcher.remove(vring.kick_fd)
-            foreign.close([vring.kick_fd])
-            vring.kick_fd = -1
-            self._update(vring)
 
     def _reset_vrings(self) -> None:
         for vring in self._vrings:
-            self._drop_kick(vring)
-            vring.queue.reset()
-            vring.queue.set_features(self._features & ~wire.F_PROTOCOL_FEATURES)
-            vring.has_size = vring.has_addresses = False
-            vring.enabled = not self._features & wire.F_PROTOCOL_FEATURES
-            self._update(vring)
+            vring.reset(
+                self._features & ~wire.F_PROTOCOL_FEATURES,
+                enabled=not self._features & wire.F_PROTOCOL_FEATURES,
+            )
 
-    def _kicked(self, vring: _Vring) -> None:
-        """A kick descriptor became readable.
-
-        It is watched edge-triggered, so that an eventfd need not be read, and one at its end or in
-        error is reported only once. A pipe is read to keep it from filling up.
-        """
-        if vring.kick_is_pipe:
-            try:
-                os.read(vring.kick_fd, _PIPE_BYTES)
-            except OSError as error:
-                logger.debug("vring %d: kick: %s", vring.index, error.strerror)
-        if vring.running:
-            self._pending.add(vring)
-
-    def _process(self, vring: _Vring, *, once: bool) -> bool:
+    def _process(self, vring: Vring, *, once: bool) -> bool:
         """Serve a vring, with `once` one batch of it; True after a second without any event."""
-        kick_fd = -1 if vring.kick_is_pipe else vring.kick_fd  # a pipe wants reading
-        flags = self._loop.serve(vring.queue, kick_fd, vring.call_fd, once)
+        result = self._loop.serve(vring.queue, vring.sleep_fd, vring.call_fd, once)
         taken = self._loop.take_events()
         for other in self._vrings if taken else ():
             if other.kick_fd in taken:
-                self._kicked(other)
-        if flags & self._engine.BLOCKED:
-            raise PeerError(_BLOCKED)
-        if flags & self._engine.UNSIGNALLED:
-            self._log.report("signal", f"vring {vring.index}: the front-end cannot be signalled")
-        if flags & self._engine.MORE:
-            self._pending.add(vring)
-        if flags & self._engine.FAULTS:
-            for rule, count in vring.queue.take_faults().items():
-                self._log.report(rule, f"vring {vring.index}: {count} broken chains: {rule}")
-        if flags & self._engine.BROKEN:
-            cause = vring.queue.error
-            self._log.report(
-                f"vring stopped: {cause}", f"vring {vring.index} stopped until its reset: {cause}"
-            )
-            self._update(vring)
-            self._signal(vring.error_fd)
-        return bool(flags & self._engine.IDLE)
-
-    def _signal(self, fd: int) -> None:
-        if fd < 0:
-            return
-        room = select.poll()
-        room.register(fd, select.POLLOUT)
-        if not any(events & select.POLLOUT for _, events in room.poll(0)):
-            return  # full: the signal is there, and the front-end has yet to take it
-        try:
-            os.eventfd_write(fd, 1)  # unlike os.write(), ends when a signal interrupts it
-        except BlockingIOError:
-            pass  # full by now
-        except InterruptedError:
-            raise PeerError(_BLOCKED) from None
-        except OSError as error:
-            self._log.report("signal", f"a front-end cannot be signalled: {error.strerror}")
-
-
-def _refuse_running(vring: _Vring) -> None:
-    if vring.running:
-        raise ValueError("the vring is running: GET_VRING_BASE stops it")
-
-
-def _reopen_pipe(fd: int) -> int:
-    """Exchange a descriptor of a pipe for one whose O_NONBLOCK is ours alone.
-
-    An eventfd cannot be opened anew; the event loop's timer is for that.
-    """
-    access = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
-    ours = os.open(f"/proc/self/fd/{fd}", access | os.O_NONBLOCK | os.O_CLOEXEC)
-    foreign.close([fd])
-    return ours
+                other.kicked()
+        vring.handle(result)
+        return bool(result & flags.IDLE)
 
 
 class _Row(NamedTuple):
-    """What a message must look like, and what is done with it."""
+    """The required form of a message, and its handler."""
 
-    handler: Callable[[Backend, Message], bytes | None]
-    size: int | None = 0  # bytes of payload; None: the handler judges
-    fds: Collection[int] = (0,)  # how many file descriptors it may carry
-    needs: ProtocolFeature = ProtocolFeature(0)  # to be negotiated
+    handler: Callable[[Session, Message], bytes | None]
+    size: int | None = 0  # bytes of payload; None: the handler checks it
+    fds: Collection[int] = (0,)  # allowed numbers of file descriptors
+    needs: ProtocolFeature = ProtocolFeature(0)  # must be negotiated
     replies: bool = False  # has a reply of its own
-    failure: bytes | None = None  # the reply that stands for a failure, if there is one
+    failure: bytes | None = None  # the reply that reports a failure, if there is one
 
 
 _U64 = wire.U64_SIZE
@@ -644,37 +441,37 @@ _ONE = (1,)
 _OPTIONAL = (0, 1)
 _SLOTS = ProtocolFeature.CONFIGURE_MEM_SLOTS
 
-_UNKNOWN = _Row(Backend._unknown, size=None, fds=range(wire.MAX_FDS + 1))
+_UNKNOWN = _Row(Session._unknown, size=None, fds=range(wire.MAX_FDS + 1))
 _MESSAGES: dict[int, _Row] = {
-    Request.GET_FEATURES: _Row(Backend._get_features, replies=True),
-    Request.SET_FEATURES: _Row(Backend._set_features, _U64),
-    Request.SET_OWNER: _Row(Backend._set_owner),
-    Request.RESET_OWNER: _Row(Backend._reset_owner),
-    Request.SET_MEM_TABLE: _Row(Backend._set_mem_table, size=None, fds=range(wire.MAX_FDS + 1)),
-    Request.SET_LOG_BASE: _Row(Backend._set_log_base, size=None, fds=_OPTIONAL),
-    Request.SET_VRING_NUM: _Row(Backend._set_vring_num, _STATE),
-    Request.SET_VRING_ADDR: _Row(Backend._set_vring_addr, wire.VRING_ADDRESS_SIZE),
-    Request.SET_VRING_BASE: _Row(Backend._set_vring_base, _STATE),
-    Request.GET_VRING_BASE: _Row(Backend._get_vring_base, _STATE, replies=True),
-    Request.SET_VRING_KICK: _Row(Backend._set_vring_kick, _U64, _OPTIONAL),
-    Request.SET_VRING_CALL: _Row(Backend._set_vring_call, _U64, _OPTIONAL),
-    Request.SET_VRING_ERR: _Row(Backend._set_vring_err, _U64, _OPTIONAL),
-    Request.GET_PROTOCOL_FEATURES: _Row(Backend._get_protocol_features, replies=True),
-    Request.SET_PROTOCOL_FEATURES: _Row(Backend._set_protocol_features, _U64),
+    Request.GET_FEATURES: _Row(Session._get_features, replies=True),
+    Request.SET_FEATURES: _Row(Session._set_features, _U64),
+    Request.SET_OWNER: _Row(Session._set_owner),
+    Request.RESET_OWNER: _Row(Session._reset_owner),
+    Request.SET_MEM_TABLE: _Row(Session._set_mem_table, size=None, fds=range(wire.MAX_FDS + 1)),
+    Request.SET_LOG_BASE: _Row(Session._set_log_base, size=None, fds=_OPTIONAL),
+    Request.SET_VRING_NUM: _Row(Session._set_vring_num, _STATE),
+    Request.SET_VRING_ADDR: _Row(Session._set_vring_addr, wire.VRING_ADDRESS_SIZE),
+    Request.SET_VRING_BASE: _Row(Session._set_vring_base, _STATE),
+    Request.GET_VRING_BASE: _Row(Session._get_vring_base, _STATE, replies=True),
+    Request.SET_VRING_KICK: _Row(Session._set_vring_kick, _U64, _OPTIONAL),
+    Request.SET_VRING_CALL: _Row(Session._set_vring_call, _U64, _OPTIONAL),
+    Request.SET_VRING_ERR: _Row(Session._set_vring_err, _U64, _OPTIONAL),
+    Request.GET_PROTOCOL_FEATURES: _Row(Session._get_protocol_features, replies=True),
+    Request.SET_PROTOCOL_FEATURES: _Row(Session._set_protocol_features, _U64),
     # Allowed as soon as MQ was offered, which it always is.
-    Request.GET_QUEUE_NUM: _Row(Backend._get_queue_num, replies=True),
-    Request.SET_VRING_ENABLE: _Row(Backend._set_vring_enable, _STATE),
+    Request.GET_QUEUE_NUM: _Row(Session._get_queue_num, replies=True),
+    Request.SET_VRING_ENABLE: _Row(Session._set_vring_enable, _STATE),
     # From a front-end that does not wait for BACKEND_REQ, which is not offered.
-    Request.SET_BACKEND_REQ_FD: _Row(Backend._set_backend_req_fd, fds=_ONE),
+    Request.SET_BACKEND_REQ_FD: _Row(Session._set_backend_req_fd, fds=_ONE),
     Request.GET_CONFIG: _Row(
-        Backend._get_config, None, needs=ProtocolFeature.CONFIG, replies=True, failure=b""
+        Session._get_config, None, needs=ProtocolFeature.CONFIG, replies=True, failure=b""
     ),
-    Request.SET_CONFIG: _Row(Backend._set_config, None, needs=ProtocolFeature.CONFIG),
-    Request.RESET_DEVICE: _Row(Backend._reset_device, needs=ProtocolFeature.RESET_DEVICE),
-    Request.GET_MAX_MEM_SLOTS: _Row(Backend._get_max_mem_slots, needs=_SLOTS, replies=True),
-    Request.ADD_MEM_REG: _Row(Backend._add_mem_reg, wire.SINGLE_REGION_SIZE, _ONE, _SLOTS),
+    Request.SET_CONFIG: _Row(Session._set_config, None, needs=ProtocolFeature.CONFIG),
+    Request.RESET_DEVICE: _Row(Session._reset_device, needs=ProtocolFeature.RESET_DEVICE),
+    Request.GET_MAX_MEM_SLOTS: _Row(Session._get_max_mem_slots, needs=_SLOTS, replies=True),
+    Request.ADD_MEM_REG: _Row(Session._add_mem_reg, wire.SINGLE_REGION_SIZE, _ONE, _SLOTS),
     # With a descriptor too: there are front-ends that send one. It is closed unused.
-    Request.REM_MEM_REG: _Row(Backend._rem_mem_reg, wire.SINGLE_REGION_SIZE, _OPTIONAL, _SLOTS),
-    Request.SET_STATUS: _Row(Backend._set_status, _U64, needs=ProtocolFeature.STATUS),
-    Request.GET_STATUS: _Row(Backend._get_status, needs=ProtocolFeature.STATUS, replies=True),
+    Request.REM_MEM_REG: _Row(Session._rem_mem_reg, wire.SINGLE_REGION_SIZE, _OPTIONAL, _SLOTS),
+    Request.SET_STATUS: _Row(Session._set_status, _U64, needs=ProtocolFeature.STATUS),
+    Request.GET_STATUS: _Row(Session._get_status, needs=ProtocolFeature.STATUS, replies=True),
 }

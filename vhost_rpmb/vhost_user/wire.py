@@ -14,9 +14,9 @@ import socket
 import struct
 from collections.abc import Sequence
 from enum import IntEnum, IntFlag
-from types import TracebackType
 from typing import NamedTuple, Self
 
+from vhost_rpmb.closing import Closing
 from vhost_rpmb.errors import PeerError
 from vhost_rpmb.vhost_user import foreign
 
@@ -302,7 +302,7 @@ def close_fds(fds: Sequence[int]) -> None:
     foreign.close(fds)
 
 
-class Message:
+class Message(Closing):
     """One message as received; owner of its file descriptors until they are taken.
 
     `fds_complete` is False when descriptors were sent that are not here: more than the reader
@@ -330,17 +330,6 @@ class Message:
     def close(self) -> None:
         """Close the descriptors that nobody took."""
         close_fds(self.take_fds())
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 class MessageReader:

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The objects that a session is given: device, event loop, log, and the classes of an engine.
+
+An engine's objects go from one of its classes to another, so that their types are left open (Any).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import select
+
+__all__ = ["Device", "Engine", "Log", "Loop", "Memory", "Virtqueue", "Watcher"]
+
+
+class Device(Protocol):
+    """The virtio device behind a connection."""
+
+    @property
+    def features(self) -> int:
+        """The virtio feature bits that it offers."""
+
+    @property
+    def num_queues(self) -> int:
+        """The number of its virtqueues."""
+
+    @property
+    def config(self) -> bytes:
+        """Its configuration space, read-only."""
+
+    def process(self, queue: Any) -> int:
+        """Serve one batch of a virtqueue; return flags of `vhost_rpmb.virtio.flags`."""
+
+    def reset(self) -> None:
+        """Return to the initial state (RESET_DEVICE)."""
+
+
+class Watcher(Protocol):
+    """The event loop, as far as a connection uses it."""
+
+    @property
+    def epoll(self) -> select.epoll:
+        """The epoll object on which it waits."""
+
+    @property
+    def stopping(self) -> bool:
+        """Whether a stop is requested."""
+
+    def add(self, fd: int, handler: Callable[[], None], *, edge: bool = False) -> None:
+        """Call `handler` when `fd` is readable; OSError if epoll does not support it.
+
+        With `edge`, once for each arrival, not for as long as data is left.
+        """
+
+    def remove(self, fd: int) -> None:
+        """Stop watching; before `fd` is closed, because the front-end has the same file open."""
+
+
+class Log(Protocol):
+    """A log of warnings that a guest or a front-end can cause."""
+
+    def report(self, rule: str, text: str) -> None:
+        """Log `text`, with a limit on the lines for one `rule`."""
+
+
+class Memory(Protocol):
+    """Guest memory."""
+
+    def add_region(
+        self, guest_address: int, size: int, user_address: int, mmap_offset: int, fd: int
+    ) -> None:
+        """Map a region; ValueError or OSError. The descriptor stays the caller's."""
+
+    def remove_region(self, guest_address: int, size: int, user_address: int) -> None:
+        """Unmap a region; ValueError if there is none."""
+
+    def clear(self) -> None:
+        """Unmap all regions."""
+
+
+class Virtqueue(Protocol):
+    """A virtqueue in guest memory; the setters raise ValueError."""
+
+    @property
+    def base(self) -> int:
+        """The next index in the available ring."""
+
+    @property
+    def error(self) -> str:
+        """The reason why the virtqueue is broken; empty if it works."""
+
+    def reset(self) -> None:
+        """Return to the initial state."""
+
+    def set_size(self, size: int) -> None:
+        """Set the number of descriptors."""
+
+    def set_addresses(self, descriptor_table: int, available_ring: int, used_ring: int) -> None:
+        """Set the user addresses of the three parts."""
+
+    def set_base(self, index: int) -> None:
+        """Set the next index, and repair a broken virtqueue."""
+
+    def set_features(self, features: int) -> None:
+        """Set the negotiated virtio feature bits."""
+
+    def take_faults(self) -> dict[str, int]:
+        """Return the number of broken chains for each broken rule since the last call."""
+
+
+class Loop(Protocol):
+    """Serves one virtqueue until something else needs attention."""
+
+    def serve(self, queue: Any, kick_fd: int, call_fd: int, once: bool = False) -> int:
+        """Serve batches, with `once` one batch; return flags of `vhost_rpmb.virtio.flags`."""
+
+    def take_events(self) -> list[int]:
+        """Return the descriptors, except `kick_fd`, whose events the last serve() took."""
+
+
+class Engine(Protocol):
+    """The classes of an engine that a session creates objects of."""
+
+    @property
+    def GuestMemory(self) -> Callable[[int], Memory]:  # noqa: N802
+        """Create guest memory of a maximum number of regions."""
+
+    @property
+    def Virtqueue(self) -> Callable[[Any], Virtqueue]:  # noqa: N802
+        """Create a virtqueue in guest memory."""
+
+    @property
+    def Loop(self) -> Callable[[Any, select.epoll, int], Loop]:  # noqa: N802
+        """Create the loop of a device: epoll object, microseconds of busy polling."""

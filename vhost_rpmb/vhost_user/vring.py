@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One vring: its virtqueue, its descriptors, and whether it runs.
+
+A vring runs while it is enabled and has a size, addresses and a kick descriptor. When it starts to
+run it is looked at once without a kick, and its call descriptor is signalled once: an earlier
+back-end that was killed may have consumed the kick, or may not have given the signal.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+
+from vhost_rpmb.errors import PeerError
+from vhost_rpmb.vhost_user import foreign
+from vhost_rpmb.vhost_user.interfaces import Log, Virtqueue, Watcher
+from vhost_rpmb.virtio import flags
+
+__all__ = ["Vring"]
+
+_PIPE_BYTES = 65536  # of a kick pipe, at a time
+_BLOCKED = "the front-end made a write to an eventfd wait"
+
+logger = logging.getLogger(__name__)
+
+
+class Vring:
+    """A vring; owns its descriptors (-1: none). `pending`: it is to be served."""
+
+    def __init__(self, index: int, queue: Virtqueue, watcher: Watcher, log: Log) -> None:
+        self.index = index
+        self.queue = queue
+        self.running = False
+        self.pending = False
+        self.kick_fd = -1
+        self.call_fd = -1
+        self._watcher = watcher
+        self._log = log
+        self._has_size = False
+        self._has_addresses = False
+        self._enabled = False
+        self._kick_is_pipe = False
+        self._error_fd = -1
+
+    @property
+    def sleep_fd(self) -> int:
+        """The kick descriptor that need not be read: an eventfd, not a pipe; or -1."""
+        return -1 if self._kick_is_pipe else self.kick_fd
+
+    # Settings; ValueError changes nothing
+
+    def set_features(self, features: int) -> None:
+        """Set the negotiated virtio feature bits."""
+        self.queue.set_features(features)
+        self._update()
+
+    def set_size(self, size: int) -> None:
+        """Set the number of descriptors; not while it runs, as in the kernel's vhost."""
+        self._refuse_running()
+        self.queue.set_size(size)
+        self._has_size = True
+        self._update()
+
+    def set_addresses(self, descriptor_table: int, available_ring: int, used_ring: int) -> None:
+        """Set the user addresses of the three parts."""
+        self.queue.set_addresses(descriptor_table, available_ring, used_ring)
+        self._has_addresses = True
+        self._update()
+
+    def set_base(self, base: int) -> None:
+        """Set the next available index; not while it runs. Repairs a broken vring."""
+        self._refuse_running()
+        self.queue.set_base(base)
+        self._update()
+
+    def enable(self, enabled: bool) -> None:
+        """Enable or disable it."""
+        self._enabled = enabled
+        self._update()
+
+    def reset(self, features: int, enabled: bool) -> None:
+        """Return to the initial state; call and error descriptors stay."""
+        self.stop()
+        self.queue.reset()
+        self.queue.set_features(features)
+        self._has_size = self._has_addresses = False
+        self.enable(enabled)
+
+    # Descriptors
+
+    def watch(self, fd: int) -> None:
+        """Watch the next kick descriptor, for `set_kick`; OSError changes nothing."""
+        self._watcher.add(fd, self.kicked, edge=True)
+
+    def set_kick(self, fd: int, is_pipe: bool) -> None:
+        """Replace the kick descriptor by a watched one. Repairs a broken vring."""
+        self.stop()
+        self.kick_fd = fd
+        self._kick_is_pipe = is_pipe
+        self.queue.set_base(self.queue.base)
+        self._update()
+
+    def set_call(self, fd: int) -> None:
+        """Replace the call descriptor, and signal it in case the vring runs."""
+        _close(self.call_fd)
+        self.call_fd = fd
+        if self.running:
+            self._signal(fd)
+
+    def set_error(self, fd: int) -> None:
+        """Replace the error descriptor."""
+        _close(self._error_fd)
+        self._error_fd = fd
+
+    def stop(self) -> None:
+        """Stop it by closing its kick descriptor."""
+        if self.kick_fd >= 0:
+            self._watcher.remove(self.kick_fd)
+            _close(self.kick_fd)
+            self.kick_fd = -1
+            self._update()
+
+    def close(self) -> None:
+        """Close all descriptors."""
+        self.stop()
+        _close(self.call_fd)
+        _close(self._error_fd)
+        self.pending = False
+
+    # Serving
+
+    def kicked(self) -> None:
+        """Handle the event that the kick descriptor became readable.
+
+        It is watched edge-triggered, so that an eventfd need not be read, and one at its end or in
+        error is reported only once. A pipe is read to keep it from filling up.
+        """
+        if self._kick_is_pipe:
+            try:
+                os.read(self.kick_fd, _PIPE_BYTES)
+            except OSError as error:
+                logger.debug("vring %d: kick: %s", self.index, error.strerror)
+        if self.running:
+            self.pending = True
+
+    def handle(self, result: int) -> None:
+        """Handle the flags that the engine's loop returned for this vring.
+
+        Raises PeerError if the front-end blocked a write.
+        """
+        if result & flags.BLOCKED:
+            raise PeerError(_BLOCKED)
+        if result & flags.UNSIGNALLED:
+            self._log.report("signal", f"vring {self.index}: the front-end cannot be signalled")
+        if result & flags.MORE:
+            self.pending = True
+        if result & flags.FAULTS:
+            for rule, count in self.queue.take_faults().items():
+                self._log.report(rule, f"vring {self.index}: {count} broken chains: {rule}")
+        if result & flags.BROKEN:
+            cause = self.queue.error
+            self._log.report(
+                f"vring stopped: {cause}", f"vring {self.index} stopped until its reset: {cause}"
+            )
+            self._update()
+            self._signal(self._error_fd)
+
+    def _update(self) -> None:
+        """Start or stop the vring after a change of anything that decides whether it runs."""
+        running = (
+            self._enabled
+            and self._has_size
+            and self._has_addresses
+            and self.kick_fd >= 0
+            and not self.queue.error
+        )
+        started = running and not self.running
+        self.running = running
+        if started:
+            self.pending = True
+            self._signal(self.call_fd)
+        elif not running:
+            self.pending = False
+
+    def _refuse_running(self) -> None:
+        if self.running:
+            raise ValueError("the vring is running: GET_VRING_BASE stops it")
+
+    def _signal(self, fd: int) -> None:
+        if fd < 0:
+            return
+        room = select.poll()
+        room.register(fd, select.POLLOUT)
+        if not any(events & select.POLLOUT for _, events in room.poll(0)):
+            return  # full: an earlier signal is pending
+        try:
+            os.eventfd_write(fd, 1)  # unlike os.write(), returns when a signal interrupts it
+        except BlockingIOError:
+            pass  # full by now
+        except InterruptedError:
+            raise PeerError(_BLOCKED) from None
+        except OSError as error:
+            self._log.report("signal", f"a front-end cannot be signalled: {error.strerror}")
+
+
+def _close(fd: int) -> None:
+    if fd >= 0:
+        foreign.close([fd])
