@@ -79,7 +79,7 @@ _ALLOWED = (
     "pwritev2", "readlink", "readlinkat", "readv", "rename", "renameat", "renameat2", "stat",
     "statx", "umask", "unlink", "unlinkat", "writev",
     # Threads; the filter allows no process.
-    "rseq", "set_robust_list",
+    "rseq", "sched_getaffinity", "set_robust_list",
     # Memory and time.
     "brk", "clock_nanosleep", "futex", "getrandom", "gettimeofday", "madvise", "mremap", "munmap",
     "nanosleep", "restart_syscall", "setitimer", "time",
