@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import sys
 import time
@@ -19,6 +20,7 @@ from vhost_rpmb.driver.frontend import Frontend
 from vhost_rpmb.driver.memory import GuestMemory
 from vhost_rpmb.driver.ring import Ring
 from vhost_rpmb.driver.rpmb import RpmbClient
+from vhost_rpmb.engine import Engine
 from vhost_rpmb.rpmb import spec
 from vhost_rpmb.vhost_user.wire import MemoryRegion
 from vhost_rpmb.virtio import rules
@@ -90,12 +92,16 @@ TOUCHES = 8192  # descriptors, each at the border of two areas
 TABLES = 16 << 20  # bytes that they may cost; 32 MiB if all of their tables stayed
 
 
+def sizes(process: int | str, *names: str) -> list[int]:
+    """Sizes of a process's memory, in bytes."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    values = dict(line.split(":", 1) for line in lines)
+    return [int(values[name].split()[0]) * 1024 for name in names]
+
+
 def page_tables(running: Daemon) -> int:
     """The size of a daemon's page tables, in bytes."""
-    for line in Path(f"/proc/{running.pid}/status").read_text().splitlines():
-        if line.startswith("VmPTE:"):
-            return int(line.split()[1]) * 1024
-    raise AssertionError("no VmPTE")
+    return sizes(running.pid, "VmPTE")[0]
 
 
 @pytest.mark.needs_host
@@ -142,3 +148,51 @@ def test_page_tables_of_sparse_memory_are_dropped(daemon: DaemonFactory, flags: 
     with RpmbClient.connect(str(running.socket_path), key=KEY) as client:
         assert client.read_counter() == 0
     running.stop()
+
+
+@pytest.mark.needs_host
+@pytest.mark.parametrize("write", [False, True], ids=["read", "written"])
+def test_page_tables_of_lost_memory_are_dropped(engine: Engine, write: bool) -> None:
+    """The zeros in the place of a truncated file are as sparse, and each page of them is memory."""
+    memory = engine.GuestMemory()
+    fd = os.memfd_create("guest-memory", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(fd, SPARSE)
+        memory.add_region(SPARSE, SPARSE, 1 << 44, 0, fd)
+        os.ftruncate(fd, 0)
+        before = sizes("self", "VmPTE", "RssAnon")
+        for number in range(TOUCHES):
+            address = SPARSE + (number + 1) * AREA - 1
+            if write:
+                memory.write(address, b"\1\1")
+            else:
+                assert memory.read(address, 2) == b"\0\0"
+        after = sizes("self", "VmPTE", "RssAnon")
+        assert max(now - then for now, then in zip(after, before, strict=True)) < TABLES
+    finally:
+        memory.clear()
+        os.close(fd)
+
+
+LARGE = 1 << 46  # bytes, the most that a connection maps
+RATIO = 3  # of processor times; 1.2 are usual
+
+
+@pytest.mark.timing
+def test_touching_the_largest_memory_takes_little_time(engine: Engine) -> None:
+    """A renewal takes time for all that is mapped, so it happens more rarely in large memory."""
+    times = []
+    for size in (SPARSE, LARGE):
+        memory = engine.GuestMemory()
+        fd = os.memfd_create("guest-memory", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(fd, size)
+            memory.add_region(0, size, 0, 0, fd)
+            start = time.thread_time()
+            for number in range(TOUCHES):
+                memory.read((number * (size // AREA // TOUCHES) + 1) * AREA - 1, 2)
+            times.append(time.thread_time() - start)
+        finally:
+            memory.clear()
+            os.close(fd)
+    assert times[1] < RATIO * times[0]

@@ -55,6 +55,7 @@ cdef enum:  # vhost_rpmb.virtio.limits
     MAX_CROSSINGS = 4096
     MAX_TOUCHED_AREAS = 1024
     TOUCHED_AREA_BITS = 21
+    MAPPED_PER_AREA_BITS = 32
     SLEEP_MS = 1000
 
 cdef enum:  # vhost_rpmb.rpmb.spec

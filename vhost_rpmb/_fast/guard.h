@@ -15,7 +15,7 @@
 
 /* The front-end can truncate a file under its mapping; an access to it is a SIGBUS. The handler
    maps private memory of zeros in the place of the region, so that the access continues, and sets
-   a mark. It calls mmap, sigaction, signal and raise only. */
+   a mark. It calls mmap, madvise, sigaction, signal and raise only. */
 #define GUARDS 1024  /* the memory table and, while it is replaced, the new one */
 static struct {
     uintptr_t start;  /* 0: free */
@@ -25,6 +25,15 @@ static struct {
 static struct sigaction guard_previous;
 static int guard_passed_on;
 
+/* Put private memory of zeros in a place. Touched all over, it must not become huge pages. */
+static int put_zeros(void *place, size_t length) {
+    if (mmap(place, length, PROT_READ | PROT_WRITE,
+             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0) == MAP_FAILED)
+        return -1;
+    madvise(place, length, MADV_NOHUGEPAGE);
+    return 0;
+}
+
 static void guard_handle(int number, siginfo_t *info, void *context) {
     uintptr_t address = (uintptr_t)info->si_addr;
     size_t index;
@@ -33,10 +42,7 @@ static void guard_handle(int number, siginfo_t *info, void *context) {
         for (index = 0; index < GUARDS; index++) {
             if (!guards[index].start || address - guards[index].start >= guards[index].length)
                 continue;
-            if (mmap((void *)guards[index].start, guards[index].length,
-                     PROT_READ | PROT_WRITE,
-                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED,
-                     -1, 0) == MAP_FAILED)
+            if (put_zeros((void *)guards[index].start, guards[index].length))
                 break;
             *(volatile int *)guards[index].lost = 1;
             return;
@@ -95,11 +101,11 @@ static void renew_mapping(char *place, size_t length, size_t at_once, int *lost)
         size_t part = length < at_once ? length : at_once;
         void *second = mremap(place, 0, part, MREMAP_MAYMOVE);
         if (second != MAP_FAILED
-            && mremap(second, part, part, MREMAP_MAYMOVE | MREMAP_FIXED, place) == MAP_FAILED
-            && mmap(place, part, PROT_READ | PROT_WRITE,
-                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED,
-                    -1, 0) != MAP_FAILED)
-            *lost = 1;  /* the place may have been empty already */
+            && mremap(second, part, part, MREMAP_MAYMOVE | MREMAP_FIXED, place) == MAP_FAILED) {
+            munmap(second, part);
+            if (!put_zeros(place, part))  /* the place may be empty by now */
+                *lost = 1;
+        }
         place += part;
         length -= part;
     }

@@ -3,7 +3,7 @@ from libc.stddef cimport size_t
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
-from vhost_rpmb._fast.constants cimport MAX_TOUCHED_AREAS, TOUCHED_AREA_BITS
+from vhost_rpmb._fast.constants cimport TOUCHED_AREA_BITS
 
 cdef extern from "ring.h" nogil:
     void store_index(unsigned char *, uint16_t)
@@ -28,6 +28,7 @@ cdef class GuestMemory:
     cdef int _lost  # set by the SIGBUS handler
     cdef uint64_t generation  # counts the changes of the table
     cdef size_t _touched  # areas since the mappings were made, some of them more than once
+    cdef size_t _max_touched
     cdef uint32_t[KNOWN_AREAS] _areas  # by number: the latest one touched with these last bits
 
     cdef bint lost(self) noexcept nogil
@@ -40,9 +41,10 @@ cdef class GuestMemory:
                 self._areas[area % KNOWN_AREAS] = <uint32_t>area
                 self._touched += 1
             area += 1
-        if self._touched >= MAX_TOUCHED_AREAS:
+        if self._touched >= self._max_touched:
             self.renew()
     cdef void renew(self) noexcept nogil
+    cdef void _limit_touched(self) noexcept nogil
 
     # Buffers and rings are written by these two only. ``host`` is where the address is mapped.
     cdef inline void put(

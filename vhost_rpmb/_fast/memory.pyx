@@ -14,7 +14,12 @@ from libc.string cimport memcpy, memmove, memset
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 
-from vhost_rpmb._fast.constants cimport MAX_MAPPED, MAX_RENEWED
+from vhost_rpmb._fast.constants cimport (
+    MAPPED_PER_AREA_BITS,
+    MAX_MAPPED,
+    MAX_RENEWED,
+    MAX_TOUCHED_AREAS,
+)
 
 __all__ = ["GuestMemory", "GuestMemoryError"]
 
@@ -30,6 +35,7 @@ cdef extern from "<sys/mman.h>" nogil:
 cdef extern from "guard.h":
     void compiler_barrier() noexcept nogil
     int guard_add(void *, size_t, int *) noexcept nogil
+    int put_zeros(void *, size_t) noexcept nogil
     void renew_mapping(char *, size_t, size_t, int *) noexcept nogil
     void guard_remove(void *) noexcept nogil
 
@@ -128,6 +134,7 @@ cdef class GuestMemory:
         self._table[index] = region
         self._count += 1
         self.generation += 1
+        self._limit_touched()
 
     def remove_region(self, guest_address, size, user_address):
         cdef size_t index
@@ -250,19 +257,31 @@ cdef class GuestMemory:
         return NULL
 
     cdef void renew(self) noexcept nogil:
-        """Free the page tables of all regions: enough areas were touched since the last time."""
+        """Free the page tables of all regions: enough areas were touched since the last time.
+
+        Once memory was lost, nothing in it counts, and all of it becomes zeros.
+        """
         cdef size_t index
         self._touched = 0
         memset(self._areas, 0, sizeof(self._areas))
-        if self._lost:
-            return
         for index in range(self._count):
+            if self._lost:
+                put_zeros(self._table[index].mapping, self._table[index].mapping_length)
+                continue
             renew_mapping(
                 <char *>self._table[index].mapping,
                 self._table[index].mapping_length,
                 MAX_RENEWED,
                 &self._lost,
             )
+
+    cdef void _limit_touched(self) noexcept nogil:
+        """Set how many areas may be touched before the next renewal."""
+        cdef uint64_t mapped = 0
+        cdef size_t index
+        for index in range(self._count):
+            mapped += self._table[index].size
+        self._max_touched = MAX_TOUCHED_AREAS + (mapped >> MAPPED_PER_AREA_BITS)
 
     cdef void _drop(self, size_t index) noexcept:
         """Unmap one region and close the gap in the table."""
@@ -275,3 +294,4 @@ cdef class GuestMemory:
         )
         self._count -= 1
         self.generation += 1
+        self._limit_touched()

@@ -94,6 +94,7 @@ _MAP_FIXED = 0x10
 _MAP_NORESERVE = 0x4000
 _MREMAP_MAYMOVE = 1
 _MREMAP_FIXED = 2
+_MADV_NOHUGEPAGE = 15
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _map_memory = ctypes.CFUNCTYPE(
@@ -104,6 +105,10 @@ _remap_memory = ctypes.CFUNCTYPE(
     ctypes.c_size_t,
     *(ctypes.c_size_t, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_size_t),
 )(("mremap", _libc))
+_unmap_memory = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_size_t, ctypes.c_size_t)(("munmap", _libc))
+_advise_memory = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int)(
+    ("madvise", _libc)
+)
 _MAP_FAILED = ctypes.c_size_t(-1).value
 
 _mapped: WeakSet[_Region] = WeakSet()
@@ -111,7 +116,10 @@ _previous: list[_SignalAction] = []  # the handler before ours, until it is back
 
 
 def _lose(start: int, length: int) -> bool:
-    """Put private memory of zeros where a region, or a part of one, is mapped."""
+    """Put private memory of zeros where a region, or a part of one, is mapped.
+
+    Touched all over, it must not become huge pages.
+    """
     place = _map_memory(
         start,
         length,
@@ -120,7 +128,10 @@ def _lose(start: int, length: int) -> bool:
         -1,
         0,
     )
-    return bool(place != _MAP_FAILED)
+    if place == _MAP_FAILED:
+        return False
+    _advise_memory(start, length, _MADV_NOHUGEPAGE)
+    return True
 
 
 def _renew(region: _Region) -> None:
@@ -138,7 +149,8 @@ def _renew(region: _Region) -> None:
             continue
         flags = _MREMAP_MAYMOVE | _MREMAP_FIXED
         if _remap_memory(second, length, length, flags, place) == _MAP_FAILED:
-            region.lost = _lose(place, length)  # the place may be empty by now
+            _unmap_memory(second, length)
+            region.lost |= _lose(place, length)  # the place may be empty by now
 
 
 def _handle_bus_error(number: int, info: ctypes._Pointer[_SignalInfo], _context: int) -> None:
@@ -184,6 +196,7 @@ class GuestMemory:
         self._regions: list[_Region] = []  # by guest address
         self._was_lost = False
         self._touched: set[int] = set()  # areas, by number, since the mappings were made
+        self._max_touched = 0
 
     @property
     def regions(self) -> tuple[tuple[int, int, int], ...]:
@@ -218,6 +231,7 @@ class GuestMemory:
         region = _Region(guest_address, size, user_address, mmap_offset, fd)
         _guard(region)
         self._regions.insert(index, region)
+        self._limit_touched()
 
     def remove_region(self, guest_address: int, size: int, user_address: int) -> None:
         """Unmap the region with exactly these three values; ValueError where there is none."""
@@ -266,6 +280,12 @@ class GuestMemory:
         _mapped.discard(region)
         region.map.close()
         self._was_lost |= region.lost
+        self._limit_touched()
+
+    def _limit_touched(self) -> None:
+        """Set how many areas may be touched before the next renewal."""
+        mapped = sum(region.size for region in self._regions)
+        self._max_touched = limits.MAX_TOUCHED_AREAS + (mapped >> limits.MAPPED_PER_AREA_BITS)
 
     def _spans(self, guest_address: int, length: int) -> Iterator[tuple[_Region, int, int]]:
         """Cut a range into (region, offset in its map, byte count)."""
@@ -304,7 +324,10 @@ class GuestMemory:
         return None
 
     def _touch(self, region: _Region, start: int, length: int) -> None:
-        """Count what an access costs in page tables, and free those of all regions in time."""
+        """Count what an access costs in page tables, and free those of all regions in time.
+
+        Once memory was lost, nothing in it counts, and all of it becomes zeros.
+        """
         first = region.start + start
         self._touched.update(
             range(
@@ -312,8 +335,10 @@ class GuestMemory:
                 (first + length - 1 >> limits.TOUCHED_AREA_BITS) + 1,
             )
         )
-        if len(self._touched) >= limits.MAX_TOUCHED_AREAS:
+        if len(self._touched) >= self._max_touched:
             self._touched.clear()
             for mapped in self._regions:
-                if not mapped.lost:
+                if self._lost:
+                    _lose(mapped.start, mapped.length)
+                else:
                     _renew(mapped)

@@ -7,9 +7,11 @@ MAX_CROSSINGS = 4096
 
 # Each access costs the process the page tables of the address, 4 KiB for 2 MiB of addresses and as
 # much again for 1 GiB, and they stay until the mapping goes. A guest could make them grow to 1/512
-# of a sparse file. So the mappings are made anew, in place, after so many areas of 2 MiB.
+# of a sparse file. So the mappings are made anew, in place, after so many areas of 2 MiB. The time
+# of that grows with all that is mapped, to 80 ms: one more area for each 4 GiB bounds a batch's.
 MAX_TOUCHED_AREAS = 1024
 TOUCHED_AREA_BITS = 21
+MAPPED_PER_AREA_BITS = 32
 
 # A mapping is made anew in parts of that size, each of which needs as many free addresses for a
 # moment. Where the regions take half of a 47-bit address space at most, 510 gaps between them
