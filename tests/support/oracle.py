@@ -27,6 +27,18 @@ DATA_WRITE = 3
 DATA_READ = 4
 RESULT_READ = 5
 
+OK = 0
+GENERAL = 1
+AUTH = 2
+COUNT = 3
+ADDR = 4
+WRITE = 5
+READ = 6
+NO_KEY = 7
+EXPIRED = 0x80
+LAST = 0xFFFF_FFFF  # the highest write counter
+
+A, B, C = (bytes([letter]) * BLOCK_SIZE for letter in b"ABC")
 KEY = bytes(range(100, 132))
 OTHER_KEY = bytes(32)
 NONCE = bytes(range(16))
@@ -74,6 +86,11 @@ def sign(frames: Iterable[Frame], key: bytes = KEY) -> list[Frame]:
     signed = list(frames)
     signed[-1] = signed[-1]._replace(key_mac=mac_of(*signed, key=key))
     return signed
+
+
+def sealed(key: bytes = KEY, **fields: int | bytes) -> Frame:
+    """The one answer frame with these fields, every other field zero, and the right MAC."""
+    return sign([Frame(**fields)], key)[0]  # type: ignore[arg-type]
 
 
 def pack(frames: Iterable[Frame]) -> bytes:

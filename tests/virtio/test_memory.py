@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.rig import RigFactory
 from vhost_rpmb.engine import Engine
 
 PAGE = mmap.PAGESIZE
@@ -207,3 +208,11 @@ def test_nothing_stays_mapped_or_open(engine: Engine) -> None:
     assert mappings() == 0
     assert len(os.listdir("/proc/self/fd")) == descriptors
     os.close(fd)
+
+
+@pytest.mark.parametrize("offset", [(1 << 63) - 4096, 1 << 63, (1 << 64) - 4096])
+def test_region_outside_of_a_file_is_refused(make_rig: RigFactory, offset: int) -> None:
+    rig = make_rig()
+    with pytest.raises((ValueError, OSError)):
+        rig.memory.add_region(1 << 40, 8192, 1 << 40, offset, rig.guest.regions[0].fd)
+    assert not rig.device.process(rig.queue) & rig.engine.BROKEN

@@ -16,7 +16,7 @@ LIMITS = {"image": 4096, "key": 16}
 
 
 @pytest.mark.parametrize("failing", LIMITS)
-def test_a_failed_create_leaves_no_file(tmp_path: Path, failing: str) -> None:
+def test_failed_create_leaves_no_file(tmp_path: Path, failing: str) -> None:
     paths = {"image": tmp_path / "rpmb.img", "key": tmp_path / "rpmb.key"}
     arguments = build_parser().parse_args(
         ["create", str(paths["image"]), f"--random-key={paths['key']}"]
