@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Log lines that a guest can cause are limited."""
+"""Lines on standard error: their form, and the limit on those that a guest can cause."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 
 import pytest
 
-from vhost_rpmb.log import LimitedLog
+from vhost_rpmb.log import LimitedLog, fatal, warn
 
 
 def test_one_line_per_rule_and_interval(caplog: pytest.LogCaptureFixture) -> None:
@@ -35,3 +35,21 @@ def test_next_line_counts_what_was_left_out(
         "text (3 more before)",
         "text",
     ]
+
+
+def test_fatal_prints_one_line_and_returns_the_status(capfd: pytest.CaptureFixture[str]) -> None:
+    assert fatal("program", "expected a,\nfound 100%s", 2) == 2
+    assert capfd.readouterr() == ("", "program: error: expected a, found 100%s\n")
+
+
+def test_warn_prints_one_line(capfd: pytest.CaptureFixture[str]) -> None:
+    warn("program", "text")
+    assert capfd.readouterr() == ("", "program: warning: text\n")
+
+
+def test_missing_stderr_is_no_error(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stderr", None)
+    assert fatal("program", "text", 1) == 1
+    assert capfd.readouterr() == ("", "")

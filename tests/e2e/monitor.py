@@ -7,8 +7,9 @@ import json
 import socket
 import time
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
+
+from vhost_rpmb.closing import Closing
 
 _TIMEOUT = 60.0  # seconds
 
@@ -17,7 +18,7 @@ class MonitorError(Exception):
     """The monitor refused a command, or it is gone."""
 
 
-class Monitor:
+class Monitor(Closing):
     """A connection to the monitor of a running QEMU; usable in a ``with`` statement."""
 
     def __init__(self, path: Path) -> None:
@@ -32,15 +33,7 @@ class Monitor:
             self._socket.close()
             raise
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         self._stream.close()
         self._socket.close()
 

@@ -12,10 +12,10 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Self
+from typing import IO
 
 from tests.e2e.kit import Kit
+from vhost_rpmb.closing import Closing
 
 READY = b"Guest is ready."
 BOOT_TIMEOUT = 300.0  # seconds; a boot takes about 6, on a busy machine more
@@ -28,7 +28,7 @@ class GuestError(Exception):
     """The guest did not do what was waited for; the text ends with its console's last lines."""
 
 
-class Guest:
+class Guest(Closing):
     """A guest from the start of QEMU to `close`; usable in a ``with`` statement.
 
     The guest's console is QEMU's standard input and output, so `command_line` started by hand gives
@@ -67,17 +67,6 @@ class Guest:
         except BaseException:
             self.close()
             raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def run(self, command: str, timeout: float = 300.0) -> tuple[int, str]:
         """Run a shell command in the guest: its exit status, and its output (both streams).

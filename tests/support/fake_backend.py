@@ -22,11 +22,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 from tests.support import oracle
 from tests.support.oracle import Frame
+from vhost_rpmb.closing import Closing
 from vhost_rpmb.rpmb import spec
 from vhost_rpmb.vhost_user import wire
 from vhost_rpmb.vhost_user.wire import MemoryRegion, ProtocolFeature, Request
@@ -380,7 +380,7 @@ for line in sys.stdin:
 """
 
 
-class Clients:
+class Clients(Closing):
     """Clients, one after another, each a process of its own; a context manager."""
 
     def __init__(self, folder: Path) -> None:
@@ -407,13 +407,5 @@ class Clients:
         status, stdout, stderr, seconds = json.loads(self._process.stdout.readline())
         return Ended(status, stdout.encode("latin-1"), stderr, seconds)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         self._process.communicate(b"")

@@ -6,10 +6,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from tests.support.oracle import KEY, Frame, program_key, read_data, read_result, split, write_data
+from vhost_rpmb.closing import Closing
 from vhost_rpmb.driver.memory import DEFAULT_REGIONS, GuestMemory
 from vhost_rpmb.driver.ring import Ring, Segment, Used
 from vhost_rpmb.engine import Engine
@@ -42,7 +41,7 @@ def resolved(flash: Path, options: dict[str, object]) -> Paths:
     return Paths.resolve(str(flash), options.pop("state_path", None), options.pop("key_path", None))  # type: ignore[arg-type]
 
 
-class Rig:
+class Rig(Closing):
     """One queue between a driver and a device; ``flags`` is what the last batch returned."""
 
     def __init__(
@@ -92,17 +91,6 @@ class Rig:
         self.ring.close()
         self.guest.close()
         self.store.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def put(self, data: bytes, sizes: Sequence[int] = ()) -> list[Segment]:
         """Lay bytes out in guest memory, cut into pieces of ``sizes`` (the last takes the rest)."""

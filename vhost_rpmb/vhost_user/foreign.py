@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Descriptors that the other end of a connection sent: their kinds, and closing them.
+"""Descriptors received from the peer of a connection: checking their kinds, closing them.
 
-A descriptor that is kept must not keep anything else open: a socket can have any descriptor in its
-queue, the other end of the connection included, whose end would then never be seen. Only eventfds,
-pipes and memory are kept.
+A kept descriptor must not keep another file open: a socket can have any descriptor in its queue,
+the peer's end of the connection included, whose disconnect would then never be detected. Only
+eventfds, pipes and memory are kept.
 
-fstat(), fstatfs() and close() may wait for the file system, on FUSE for a program of any user and
-for ever. close() waits as well for a TCP socket with SO_LINGER, and for one that lies in the queue
-of a UNIX socket. So kinds are told by what the kernel itself knows, and where that is not enough a
-thread asks and closes. Such threads exist only while there is something of that kind.
+fstat(), fstatfs() and close() may block on the file system, on FUSE without limit and at the will
+of any user. close() also blocks for a TCP socket with SO_LINGER, and for one in the queue of a UNIX
+socket. Kinds are therefore determined from data of the kernel; a thread queries and closes the
+other files. Such a thread exists only while it has work.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ __all__ = [
     "reopen_pipe",
 ]
 
-_MAX_THREADS = 32  # that may all wait; then the rest waits for them
-_PATIENCE = 1.0  # seconds for a file system to tell its type
+_MAX_THREADS = 32  # that may block at the same time; further jobs are queued
+_PATIENCE = 1.0  # seconds for the query of a file system's type
 # <linux/magic.h>: files of another program or another machine; overlayfs may lie on any of them.
 _REMOTE = {
     0x65735546: "FUSE",
@@ -89,7 +89,7 @@ def check_unix_stream(fd: int) -> None:
 def check_memory(fd: int) -> None:
     """ValueError unless it is a file that can be guest memory.
 
-    PeerError if its file system is one that can make every access wait.
+    PeerError if accesses to its file system can block.
     """
     refuse_path(fd)
     if _is_shared_memory(fd):
@@ -97,7 +97,7 @@ def check_memory(fd: int) -> None:
     expected = "expected a file or a DAX device as memory region"
     if not _name(fd).startswith("/"):
         raise ValueError(f"{expected}, found another kind of descriptor")
-    file_system, status = _ask(fd)
+    file_system, status = _query(fd)
     if file_system in _REMOTE:
         raise PeerError(
             "expected a memory region on a local file system (memfd, tmpfs, hugetlbfs, ext4, xfs), "
@@ -110,21 +110,21 @@ def check_memory(fd: int) -> None:
 
 
 def is_lasting(fd: int) -> bool:
-    """Tell whether it is an eventfd, a pipe or shared memory: none keeps anything else open."""
+    """Whether it is an eventfd, a pipe or shared memory: none keeps another file open."""
     return _is_shared_memory(fd) or _name(fd) == _EVENTFD or _name(fd).startswith(_PIPE)
 
 
 def close(fds: Iterable[int]) -> None:
-    """Close descriptors, in a thread where that may wait."""
+    """Close descriptors, in a thread if that may block."""
     for fd in fds:
         if _is_shared_memory(fd) or _name(fd) == _EVENTFD:
             os.close(fd)
         else:
-            _aside.do(partial(_close, fd))
+            _background.run(partial(_close, fd))
 
 
 def close_connection(sock: socket.socket) -> None:
-    """End a connection, in a thread where its queue may hold descriptors."""
+    """End a connection, in a thread if its queue may hold descriptors."""
     with suppress(OSError):
         sock.shutdown(socket.SHUT_RDWR)  # nothing arrives after that
     try:
@@ -132,7 +132,7 @@ def close_connection(sock: socket.socket) -> None:
     except OSError:
         unread = True
     if unread:
-        _aside.do(partial(_close, sock.detach()))
+        _background.run(partial(_close, sock.detach()))
     else:
         sock.close()
 
@@ -150,18 +150,18 @@ def reopen_pipe(fd: int) -> int:
 
 
 def left_open() -> int:
-    """How many descriptors stay open because every thread waits for another one."""
-    return _aside.left()
+    """The number of descriptors that stay open because all threads are blocked."""
+    return _background.queued()
 
 
 def refuse_path(fd: int) -> None:
-    """ValueError if a descriptor was opened with O_PATH: it names a file and opens nothing."""
+    """ValueError if a descriptor was opened with O_PATH: it refers to a file without opening it."""
     if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_PATH:
         raise ValueError("expected an open file, found a descriptor opened with O_PATH")
 
 
 def _name(fd: int) -> str:
-    """The kernel's name of a file: a path, or one that no path can be; empty if not known."""
+    """The kernel's name of a file: an absolute path, or another form; empty if unknown."""
     try:
         return os.readlink(f"/proc/self/fd/{fd}")
     except OSError:
@@ -169,7 +169,7 @@ def _name(fd: int) -> str:
 
 
 def _is_shared_memory(fd: int) -> bool:
-    """Tell whether it is a memfd or a file on tmpfs or hugetlbfs: no other file has seals."""
+    """Whether it is a memfd or a file on tmpfs or hugetlbfs: no other file has seals."""
     try:
         fcntl.fcntl(fd, _F_GET_SEALS)
     except OSError:
@@ -178,7 +178,7 @@ def _is_shared_memory(fd: int) -> bool:
 
 
 def _is_dax(status: os.stat_result) -> bool:
-    """Tell whether it is a device of persistent memory that is mapped as a whole."""
+    """Whether it is a DAX device: persistent memory that is mapped as a whole."""
     if not stat.S_ISCHR(status.st_mode):
         return False
     number = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
@@ -189,8 +189,8 @@ def _is_dax(status: os.stat_result) -> bool:
     return os.path.basename(subsystem) == "dax"
 
 
-def _ask(fd: int) -> tuple[int, os.stat_result | None]:
-    """Type of the file system and status of a file; the latter None without an answer in time."""
+def _query(fd: int) -> tuple[int, os.stat_result | None]:
+    """Type of the file system, and status of a file: None without an answer within _PATIENCE."""
     answer: list[tuple[int, os.stat_result | None]] = []
     done = threading.Event()
 
@@ -200,46 +200,46 @@ def _ask(fd: int) -> tuple[int, os.stat_result | None]:
             answer.append((file_system, None if file_system in _REMOTE else os.fstat(fd)))
         done.set()
 
-    _aside.do(job)
+    _background.run(job)
     done.wait(_PATIENCE)
     return answer[0] if answer else (0, None)
 
 
 def _file_system(fd: int) -> int:
-    """The type of a file's file system; may wait."""
+    """The type of a file's file system; may block."""
     buffer = (ctypes.c_long * 32)()  # struct statfs, which begins with the type
     libc.check(libc.library.fstatfs(fd, ctypes.byref(buffer)))
     return buffer[0] & 0xFFFF_FFFF
 
 
 def _close(fd: int) -> None:
-    """Close a descriptor; may wait."""
+    """Close a descriptor; may block."""
     with suppress(OSError):
         sock = socket.socket(fileno=fd)
         try:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
         finally:
             sock.detach()
-    with suppress(OSError):  # what a file system could not write is not ours
+    with suppress(OSError):  # a failed write-back of the peer's data
         os.close(fd)
 
 
-class _Aside:
-    """Does what may wait for ever, in threads that end when nothing is left to do."""
+class _Background:
+    """Runs jobs that may block without limit, in threads that end without jobs."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._jobs: deque[Callable[[], None]] = deque()
         self._threads = 0
 
-    def do(self, job: Callable[[], None]) -> None:
-        """Do `job` in a thread; here if there is none to be had."""
+    def run(self, job: Callable[[], None]) -> None:
+        """Run `job` in a thread, or in this one if no thread can be started."""
         with self._lock:
             self._jobs.append(job)
             if self._threads >= _MAX_THREADS:
                 return
             self._threads += 1
-        # The signals are for the thread that may wait for them.
+        # Signals are for the main thread, whose system calls they interrupt.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
             threading.Thread(target=self._work, daemon=True).start()
@@ -248,8 +248,8 @@ class _Aside:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-    def left(self) -> int:
-        """How many jobs wait for a thread, with none to be made for them."""
+    def queued(self) -> int:
+        """The number of jobs queued while the maximum of threads is busy."""
         with self._lock:
             return len(self._jobs) if self._threads >= _MAX_THREADS else 0
 
@@ -263,4 +263,4 @@ class _Aside:
             job()
 
 
-_aside = _Aside()
+_background = _Background()

@@ -5,8 +5,8 @@ Source: QEMU's ``docs/interop/vhost-user.rst``, sections "Message Specification"
 types" and "Back-end message types"; names as they stand there, without the prefix ``VHOST_USER_``.
 All integers are in native byte order. Both ends of a connection use this module.
 
-File descriptors are plain integers and always belong to exactly one object: to the reader until a
-message is complete, then to the `Message`, which closes at `Message.close` what nobody took.
+File descriptors are plain integers. Exactly one object owns each: the reader until a message is
+complete, then the `Message`, which closes at `Message.close` those that were not taken.
 """
 
 import array
@@ -131,13 +131,13 @@ VRING_ADDRESS_LOG = 1 << 0  # flag of SET_VRING_ADDR: mark what is written to th
 CONFIG_FLAG_WRITABLE = 0
 CONFIG_FLAG_LIVE_MIGRATION = 1
 
-MAX_CONFIG = 256  # bytes of config space, the most that a front-end can ask for
+MAX_CONFIG = 256  # bytes of config space, the maximum of a request
 
-MAX_PAYLOAD = 4096  # bytes; no message of the specification that we serve needs a third of it
+MAX_PAYLOAD = 4096  # bytes; the served messages need less than a third of it
 MAX_FDS = 32  # file descriptors in one message; SET_MEM_TABLE carries one per memory region
 
-# What the kernel passes with one sendmsg() at most (SCM_MAX_FD). There is always room for that
-# many, so that descriptors are lost only when this process has no free one.
+# The maximum of one sendmsg() in the kernel (SCM_MAX_FD). The buffer has room for as many, so that
+# descriptors are lost only if this process has no free one.
 _KERNEL_MAX_FDS = 253
 _CONTROL_SIZE = socket.CMSG_SPACE(_KERNEL_MAX_FDS * array.array("i").itemsize)
 
@@ -163,7 +163,7 @@ LOG_SIZE = _LOG.size  # 16 bytes
 
 
 def request_name(number: int) -> str:
-    """The name of a front-end message type for people, also of one that nobody knows."""
+    """The name of a front-end message type, for the log; of an unknown one, its number."""
     try:
         return Request(number).name
     except ValueError:
@@ -285,7 +285,7 @@ class Config(NamedTuple):
 
     @classmethod
     def unpack(cls, payload: bytes) -> Self:
-        """From the payload; ValueError when it is too short or its size is not the data's."""
+        """From the payload; ValueError if it is too short or its size is not the data's."""
         if len(payload) < CONFIG_SIZE:
             raise ValueError(
                 f"expected a payload of {CONFIG_SIZE} bytes or more, found {len(payload)}"
@@ -298,16 +298,15 @@ class Config(NamedTuple):
 
 
 def close_fds(fds: Sequence[int]) -> None:
-    """Close file descriptors that were received."""
+    """Close received file descriptors."""
     foreign.close(fds)
 
 
 class Message(Closing):
-    """One message as received; owner of its file descriptors until they are taken.
+    """One received message; owner of its file descriptors until they are taken.
 
-    `fds_complete` is False when descriptors were sent that are not here: more than the reader
-    allows, of a kind that cannot be kept until the message is complete, or this process had no free
-    descriptor left.
+    `fds_complete` is False if descriptors were sent and closed: more than the reader allows, of a
+    kind that cannot be kept until the message is complete, or this process had no free descriptor.
     """
 
     __slots__ = ("fds", "fds_complete", "flags", "payload", "request")
@@ -322,23 +321,23 @@ class Message(Closing):
         self.fds_complete = fds_complete
 
     def take_fds(self) -> list[int]:
-        """Hand the descriptors over: from now on the caller closes them."""
+        """Return the descriptors and transfer their ownership to the caller."""
         fds = self.fds
         self.fds = []
         return fds
 
     def close(self) -> None:
-        """Close the descriptors that nobody took."""
+        """Close the descriptors that were not taken."""
         close_fds(self.take_fds())
 
 
 class MessageReader:
-    """Puts messages together from a UNIX stream socket, in whatever slices they come.
+    """Reads messages from a UNIX stream socket, in slices of any size.
 
-    Never reads beyond the message under way: a descriptor belongs to the message with whose bytes
-    it was sent, and only so can that be told. Works on a blocking and on a non-blocking socket; the
-    socket stays the caller's. With ``max_fds`` 0 no descriptor ever enters this process: one that
-    was sent stays in the socket, and what follows it cannot be read.
+    It never reads beyond the current message: a descriptor belongs to the message with whose bytes
+    it was sent. Works on blocking and on non-blocking sockets; the caller owns the socket. With
+    ``max_fds`` 0 this process receives no descriptor: one that was sent stays in the socket, and
+    the bytes after it cannot be read.
     """
 
     def __init__(
@@ -352,11 +351,11 @@ class MessageReader:
         self._fds_complete = True
 
     def read(self) -> Message | None:
-        """The next message, or None when a non-blocking socket has no more bytes now.
+        """The next message, or None if a non-blocking socket has no more bytes now.
 
-        Raises EOFError when the peer has closed the connection, and PeerError when the stream
-        cannot be understood (another protocol version, a payload beyond `max_payload`, descriptors
-        where `max_fds` is 0): nothing after that can be believed.
+        Raises EOFError if the peer has closed the connection, and PeerError if the stream is
+        invalid (another protocol version, a payload beyond `max_payload`, descriptors although
+        `max_fds` is 0): no later byte can be interpreted.
         """
         try:
             while (missing := self._missing()) > 0:
@@ -374,14 +373,14 @@ class MessageReader:
         return message
 
     def close(self) -> None:
-        """Close the descriptors of a message that was never finished."""
+        """Close the descriptors of an incomplete message."""
         fds, self._fds = self._fds, []
         close_fds(fds)
 
     def _drop_fds(self) -> None:
-        """Close what a message that is not complete yet must not keep open.
+        """Close descriptors that an incomplete message must not keep open.
 
-        The peer's own end of the connection, for instance: its end would never be seen.
+        The peer's own end of the connection, for instance: its disconnect would not be detected.
         """
         lasting = [fd for fd in self._fds if foreign.is_lasting(fd)]
         if len(lasting) < len(self._fds):
@@ -391,7 +390,7 @@ class MessageReader:
             close_fds(others)
 
     def _missing(self) -> int:
-        """How many bytes to ask for next: the rest of the header, then the rest of the payload."""
+        """The number of missing bytes: of the header, then of the payload."""
         if len(self._bytes) < HEADER_SIZE:
             return HEADER_SIZE - len(self._bytes)
         request, flags, size = _unpack_header(self._bytes)
@@ -435,9 +434,9 @@ class MessageReader:
         self._bytes += data
 
     def _without_fds(self, count: int) -> int:
-        """How many of the next ``count`` bytes are there; PeerError if descriptors came with them.
+        """The number of available bytes, up to ``count``; PeerError if descriptors came with them.
 
-        To drop a descriptor is to close it, which may wait, so nothing is received before that.
+        Closing a descriptor may block, so the bytes are only peeked at.
         """
         data, _control, flags, _address = self._sock.recvmsg(count, 0, socket.MSG_PEEK)
         if flags & socket.MSG_CTRUNC:
@@ -448,10 +447,10 @@ class MessageReader:
 def send_message(
     sock: socket.socket, request: int, flags: int = 0, payload: bytes = b"", fds: Sequence[int] = ()
 ) -> None:
-    """Send one message; the protocol version is put into the flags. The descriptors stay open.
+    """Send one message, with the protocol version in the flags. The descriptors stay open.
 
-    Raises BlockingIOError when a non-blocking socket is full (the message may be sent in part
-    then: the connection is lost), and OSError when the peer is gone.
+    Raises BlockingIOError if a non-blocking socket is full (the message may be sent in part: the
+    connection is unusable), and OSError if the peer has disconnected.
     """
     data = memoryview(_HEADER.pack(request, flags | VERSION, len(payload)) + payload)
     sent = 0
