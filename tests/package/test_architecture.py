@@ -133,6 +133,12 @@ def test_imports_are_the_allowed_ones() -> None:
     assert found == ROWS
 
 
+def test_only_known_modules_import_by_a_computed_name() -> None:
+    for path in SOURCES:
+        if re.search(r"import_module\(|__import__\(", path.read_text()):
+            assert module_name(path) in DYNAMIC
+
+
 def test_no_cycle() -> None:
     graph: dict[str, set[str]] = {}
     for importer, imported, runs in IMPORTS:
