@@ -39,8 +39,8 @@ class Engine(NamedTuple):
 def load(name: str) -> Engine:
     """Load the engine ``name``, one of ENGINES.
 
-    Raises OperatorError where the compiled engine cannot be loaded. That is an installation fault,
-    never made up for by the slower engine: a broken wheel would be found in production only.
+    Raises OperatorError where the compiled engine cannot be loaded. The slower engine never
+    replaces it silently: a broken wheel would remain unnoticed until production.
     """
     if name not in ENGINES:
         raise ValueError(f"an engine is one of {', '.join(ENGINES)}, not {name!r}")

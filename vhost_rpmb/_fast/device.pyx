@@ -134,7 +134,7 @@ cdef class RpmbDevice:
         return 0
 
     cdef unsigned char *_begin_answer(self, Work *work, uint32_t count) noexcept:
-        """Give ``count`` frames of the response, all zeros; NULL if there is no room for them."""
+        """Return ``count`` frames of the response, all zeros; NULL if there is no room for them."""
         cdef unsigned char *frames
         if count > work.room - work.answered:
             return NULL
@@ -170,7 +170,6 @@ cdef class RpmbDevice:
         return 0
 
     cdef bint _bad_single_count(self, const unsigned char *frame) noexcept:
-        """Judge the block_count of a request that is about one frame; eMMC software leaves it 0."""
         cdef uint16_t block_count = load16(frame + FRAME_BLOCK_COUNT)
         return block_count != 1 if self._strict else block_count > 1
 
@@ -207,7 +206,7 @@ cdef class RpmbDevice:
         return self._end_answer(work, answer, 1, result, VIRTIO_RPMB_RESP_GET_COUNTER)
 
     cdef uint32_t _data_write(self, const unsigned char *first, uint32_t left) except 0:
-        """Execute a write request; return how many of the ``left`` frames it used up."""
+        """Execute a write request; return how many of the ``left`` frames it consumed."""
         cdef uint32_t count = load16(first + FRAME_BLOCK_COUNT)
         cdef uint16_t address = load16(first + FRAME_ADDRESS)
         cdef uint32_t index
@@ -240,10 +239,6 @@ cdef class RpmbDevice:
     cdef uint16_t _judge_write(
         self, const unsigned char *first, uint32_t count, bint sound
     ) except? 0xFFFF:
-        """Name the first check that a write request fails, or OK.
-
-        ``sound``: the count is allowed, and that many frames are there and agree.
-        """
         cdef Authenticator authenticator = self._view.authenticator
         cdef uint32_t index
         if authenticator is None:
@@ -323,7 +318,6 @@ cdef class RpmbDevice:
 
 
 cdef bint _continues(const unsigned char *first, const unsigned char *frame) noexcept:
-    """Tell whether a frame belongs to the write request that ``first`` begins."""
     return (
         load16(frame + FRAME_REQ_RESP) == load16(first + FRAME_REQ_RESP)
         and memcmp(frame + FRAME_WRITE_COUNTER, first + FRAME_WRITE_COUNTER, 8) == 0

@@ -57,8 +57,8 @@ class _Region:
         return self.guest_address, self.size, self.user_address
 
 
-# The front-end can truncate a file under its mapping; touching that is a SIGBUS. The handler puts
-# private memory of zeros in the region's place, so that the access goes on, and leaves a mark.
+# The front-end can truncate a file under its mapping; an access to it is a SIGBUS. The handler maps
+# private memory of zeros in the place of the region, so that the access continues, and sets a mark.
 # A handler of signal.signal() would run too late: the access has to be repeated under it. That this
 # one is Python code is sound because the signal comes at one kind of place only, the copying of
 # bytes by an mmap or a memoryview: in this thread, with the interpreter's lock, in no allocation.
@@ -116,7 +116,7 @@ _previous: list[_SignalAction] = []  # the handler before ours, until it is back
 
 
 def _lose(start: int, length: int) -> bool:
-    """Put private memory of zeros where a region, or a part of one, is mapped.
+    """Map private memory of zeros in the place of a region or a part of one.
 
     Touched all over, it must not become huge pages.
     """
