@@ -21,6 +21,7 @@ from vhost_rpmb.rpmb import spec
 from vhost_rpmb.storage.local.opening import open_store
 from vhost_rpmb.storage.paths import Paths
 from vhost_rpmb.virtio import spec as virtio
+from vhost_rpmb.virtio.flags import MORE
 
 DEPTH = 64  # requests in a batch
 
@@ -73,7 +74,7 @@ class Work:
                 guest.user_address(self._ring.used_ring),
             )
             self._queue.set_base(0)
-            self._more = chosen.MORE
+            self._more = MORE
             self._batches = 0
             self._resources = stack.pop_all()
 

@@ -7,7 +7,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, NamedTuple
 
 from vhost_rpmb.errors import OperatorError
-from vhost_rpmb.virtio import flags
 
 if TYPE_CHECKING:
     # In types the reference stands for both: a test compares the signatures of the twins.
@@ -19,7 +18,7 @@ ENGINES = ("fast", "pure")
 
 
 class Engine(NamedTuple):
-    """The data path of one engine: its classes, and the flags that process() and serve() return."""
+    """The classes of one engine."""
 
     name: str
     Authenticator: type[_pure.Authenticator]
@@ -27,13 +26,6 @@ class Engine(NamedTuple):
     Loop: type[_pure.Loop]
     Virtqueue: type[_pure.Virtqueue]
     RpmbDevice: type[_pure.RpmbDevice]
-    NOTIFY: int
-    MORE: int
-    BROKEN: int
-    FAULTS: int
-    UNSIGNALLED: int
-    IDLE: int
-    BLOCKED: int
 
 
 def load(name: str) -> Engine:
@@ -58,11 +50,4 @@ def load(name: str) -> Engine:
         Loop=module.Loop,
         Virtqueue=module.Virtqueue,
         RpmbDevice=module.RpmbDevice,
-        NOTIFY=flags.NOTIFY,
-        MORE=flags.MORE,
-        BROKEN=flags.BROKEN,
-        FAULTS=flags.FAULTS,
-        UNSIGNALLED=flags.UNSIGNALLED,
-        IDLE=flags.IDLE,
-        BLOCKED=flags.BLOCKED,
     )

@@ -14,6 +14,7 @@ from tests.support.rig import ALL_FEATURES
 from vhost_rpmb.engine import Engine
 from vhost_rpmb.rpmb import spec
 from vhost_rpmb.virtio import spec as virtio
+from vhost_rpmb.virtio.flags import BROKEN
 
 PAGE = 4096
 ARENA = 8 * PAGE  # all that the guest has, in one memfd
@@ -225,7 +226,7 @@ class Rings(Target):
     def _process(self, _source: Source) -> None:
         flags = self._device.process(self._queue)
         assert not flags & ~15
-        assert bool(flags & self.engine.BROKEN) == bool(self._queue.error)
+        assert bool(flags & BROKEN) == bool(self._queue.error)
         self._trace += [flags, self._queue.error, self._queue.base, self._queue.take_faults()]
 
     def _add_region(self, source: Source) -> None:

@@ -18,6 +18,7 @@ from vhost_rpmb.storage.local.store import Store
 from vhost_rpmb.storage.paths import Paths
 from vhost_rpmb.vhost_user.wire import MemoryRegion
 from vhost_rpmb.virtio import spec as virtio
+from vhost_rpmb.virtio.flags import MORE
 
 ALL_FEATURES = 1 << virtio.VIRTIO_F_INDIRECT_DESC | 1 << virtio.VIRTIO_F_EVENT_IDX
 UNIT_BLOCKS = spec.CAPACITY_UNIT // spec.BLOCK_SIZE  # blocks in the smallest image
@@ -119,7 +120,7 @@ class Rig(Closing):
         while True:
             self.flags = self.device.process(self.queue)
             used += self.ring.collect()
-            if not self.flags & self.engine.MORE:
+            if not self.flags & MORE:
                 return used
 
     def chain(self, data: bytes, room: int = 1) -> list[Frame]:

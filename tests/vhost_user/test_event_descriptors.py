@@ -19,6 +19,7 @@ from vhost_rpmb.driver.ring import Ring
 from vhost_rpmb.engine import Engine
 from vhost_rpmb.vhost_user import wire
 from vhost_rpmb.vhost_user.wire import Request
+from vhost_rpmb.virtio.flags import NOTIFY
 
 
 @pytest.fixture
@@ -176,7 +177,7 @@ def test_full_call_eventfd_counts_as_signalled(
     full = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
     os.eventfd_write(full, 0xFFFF_FFFF_FFFF_FFFE)
     assert not ready.ack(Request.SET_VRING_CALL, wire.pack_u64(0), (full,))
-    device.flags = [engine.NOTIFY] * 3
+    device.flags = [NOTIFY] * 3
     assert not ready.ack(Request.SET_VRING_KICK, wire.pack_u64(0), (eventfds[0],))
     ready.settle()
     assert os.eventfd_read(full) == 0xFFFF_FFFF_FFFF_FFFE
@@ -205,7 +206,7 @@ def test_call_pipe_without_a_reader_is_reported_once(
 ) -> None:
     assert not ready.ack(Request.SET_VRING_CALL, wire.pack_u64(0), (pipe[1],))
     os.close(pipe[0])
-    device.flags = [engine.NOTIFY] * 100
+    device.flags = [NOTIFY] * 100
     assert not ready.ack(Request.SET_VRING_KICK, wire.pack_u64(0), (ring.kick_fd,))
     for _ in range(20):
         ring.kick()
@@ -222,7 +223,7 @@ def test_one_eventfd_for_kick_call_and_error_causes_no_busy_loop(
     payload = wire.pack_u64(0)
     for request in (Request.SET_VRING_CALL, Request.SET_VRING_ERR, Request.SET_VRING_KICK):
         assert not ready.ack(request, payload, (eventfds[0],))
-    device.flags = [engine.NOTIFY] * 5
+    device.flags = [NOTIFY] * 5
     assert ready.settle(rounds=20) < 20
 
 

@@ -15,6 +15,7 @@ from vhost_rpmb.driver.ring import Ring
 from vhost_rpmb.engine import Engine
 from vhost_rpmb.vhost_user import wire
 from vhost_rpmb.vhost_user.wire import Request, VringState
+from vhost_rpmb.virtio.flags import MORE, NOTIFY
 
 
 @pytest.fixture
@@ -96,7 +97,7 @@ def test_each_kick_processes_the_vring_once(running: Peer, ring: Ring, device: E
 def test_notification_signals_the_call_descriptor(
     running: Peer, ring: Ring, device: EchoDevice, engine: Engine
 ) -> None:
-    device.flags = [engine.NOTIFY]
+    device.flags = [NOTIFY]
     ring.kick()
     running.settle()
     assert signalled(ring.call_fd)
@@ -106,7 +107,7 @@ def test_notification_signals_the_call_descriptor(
 def test_remaining_work_is_done_after_other_events(
     running: Peer, ring: Ring, device: EchoDevice, engine: Engine
 ) -> None:
-    device.flags = [engine.MORE] * 5
+    device.flags = [MORE] * 5
     ring.kick()
     running.loop.wait(0)
     for count in range(1, 6):
@@ -124,7 +125,7 @@ def test_remaining_work_is_done_after_other_events(
 def test_endless_work_ends_when_the_vring_is_stopped(
     running: Peer, ring: Ring, device: EchoDevice, engine: Engine
 ) -> None:
-    device.flags = [engine.MORE] * 1000
+    device.flags = [MORE] * 1000
     ring.kick()
     wire.send_message(running.sock, Request.GET_VRING_BASE, 0, bytes(8))
     running.settle(rounds=10)
@@ -218,7 +219,7 @@ def test_new_call_descriptor_is_signalled(
 ) -> None:
     assert not running.ack(Request.SET_VRING_CALL, wire.pack_u64(0), (eventfds[0],))
     assert signalled(eventfds[0])
-    device.flags = [engine.NOTIFY]
+    device.flags = [NOTIFY]
     ring.kick()
     running.settle()
     assert signalled(eventfds[0])
@@ -229,7 +230,7 @@ def test_vring_runs_without_a_call_descriptor(
     running: Peer, ring: Ring, device: EchoDevice, engine: Engine
 ) -> None:
     assert not running.ack(Request.SET_VRING_CALL, wire.pack_u64(wire.VRING_NO_FD))
-    device.flags = [engine.NOTIFY]
+    device.flags = [NOTIFY]
     ring.kick()
     running.settle()
     assert device.processed == 1
@@ -280,7 +281,7 @@ def test_vrings_kicked_at_once_take_turns(
     running: Peer, ring: Ring, two: Ring, device: EchoDevice, engine: Engine
 ) -> None:
     """None waits until the other one has nothing more to do."""
-    device.flags = [engine.MORE] * 1000
+    device.flags = [MORE] * 1000
     ring.kick()
     two.kick()
     running.loop.wait(0)
@@ -295,7 +296,7 @@ def test_call_and_error_descriptors_outlive_a_reset(
     assert not running.ack(Request.RESET_DEVICE)
     running.configure(ring)
     assert not running.ack(Request.SET_VRING_KICK, wire.pack_u64(0), (ring.kick_fd,))
-    device.flags = [engine.NOTIFY]
+    device.flags = [NOTIFY]
     assert not running.ack(Request.SET_VRING_ENABLE, VringState(0, 1).pack())
     assert signalled(ring.call_fd)
 

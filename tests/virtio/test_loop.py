@@ -20,6 +20,7 @@ from tests.support.rig import ALL_FEATURES, Rig
 from vhost_rpmb.driver.ring import Used
 from vhost_rpmb.engine import Engine
 from vhost_rpmb.virtio import spec as virtio
+from vhost_rpmb.virtio.flags import BROKEN, FAULTS, IDLE, UNSIGNALLED
 
 MakeRig = Callable[..., Rig]
 EVENT_INDEX = 1 << virtio.VIRTIO_F_EVENT_IDX
@@ -34,7 +35,7 @@ class Server:
         self.other = os.eventfd(0)
         self.epoll.register(self.other, select.EPOLLIN)
         self.epoll.register(rig.ring.kick_fd, select.EPOLLIN | select.EPOLLET)
-        self.idle = engine.IDLE
+        self.idle = IDLE
         self.loop = engine.Loop(rig.device, self.epoll, poll_us)
         self.flags = -1
         self.thread = threading.Thread(target=self._serve)
@@ -146,7 +147,7 @@ def test_it_comes_back_after_a_second_without_requests(
     rig = make_rig()
     server = Server(engine, rig, poll_us)
     start = time.monotonic()
-    assert server.loop.serve(rig.queue, rig.ring.kick_fd, -1) == engine.IDLE
+    assert server.loop.serve(rig.queue, rig.ring.kick_fd, -1) == IDLE
     assert time.monotonic() - start > 0.9
     assert server.loop.take_events() == []
     server.close()
@@ -161,7 +162,7 @@ def test_signals_do_not_shorten_the_second(make_rig: MakeRig, engine: Engine) ->
     signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)
     try:
         start = time.monotonic()
-        assert server.loop.serve(rig.queue, rig.ring.kick_fd, -1) == engine.IDLE
+        assert server.loop.serve(rig.queue, rig.ring.kick_fd, -1) == IDLE
         assert time.monotonic() - start > 0.9
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -186,7 +187,7 @@ def test_an_edge_of_another_descriptor_is_handed_over(make_rig: MakeRig, engine:
     kicks.start()
     taken: list[int] = []
     while len(taken) < 2:
-        assert server.loop.serve(rig.queue, rig.ring.kick_fd, -1) in (0, engine.IDLE)
+        assert server.loop.serve(rig.queue, rig.ring.kick_fd, -1) in (0, IDLE)
         taken += server.loop.take_events()
     assert sorted(taken) == edges
     assert server.loop.take_events() == []
@@ -265,7 +266,7 @@ def test_a_broken_ring_ends_it(make_rig: MakeRig, engine: Engine) -> None:
     rig.ring.offer(1000)
     rig.ring.publish()
     server = Server(engine, rig, 64)
-    assert server.loop.serve(rig.queue, rig.ring.kick_fd, -1) == engine.BROKEN
+    assert server.loop.serve(rig.queue, rig.ring.kick_fd, -1) == BROKEN
     server.close()
 
 
@@ -274,7 +275,7 @@ def test_a_broken_chain_is_reported(make_rig: MakeRig, engine: Engine) -> None:
     rig.ring.offer(0)  # a descriptor of length 0
     rig.ring.publish()
     server = Server(engine, rig, 64)
-    assert server.loop.serve(rig.queue, rig.ring.kick_fd, rig.ring.call_fd) == engine.FAULTS
+    assert server.loop.serve(rig.queue, rig.ring.kick_fd, rig.ring.call_fd) == FAULTS
     server.close()
 
 
@@ -287,7 +288,7 @@ def test_a_call_descriptor_that_cannot_be_signalled_is_reported(
     reading, writing = os.pipe()
     os.close(reading)
     server = Server(engine, rig, 0)
-    assert server.loop.serve(rig.queue, rig.ring.kick_fd, writing) == engine.UNSIGNALLED
+    assert server.loop.serve(rig.queue, rig.ring.kick_fd, writing) == UNSIGNALLED
     os.close(writing)
     server.close()
 

@@ -15,6 +15,7 @@ from tests.support.daemon import PATIENCE
 from tests.support.oracle import read_counter
 from tests.support.rig import RigFactory
 from vhost_rpmb.engine import Engine
+from vhost_rpmb.virtio.flags import IDLE
 
 Handle = Callable[[Callable[[], None]], None]
 
@@ -48,11 +49,11 @@ def test_handlers_run_while_the_loop_sleeps(
         ends = time.monotonic() + PATIENCE
         while len(calls) < 3:
             assert time.monotonic() < ends
-            assert not loop.serve(rig.queue, rig.ring.kick_fd, -1) & ~engine.IDLE
+            assert not loop.serve(rig.queue, rig.ring.kick_fd, -1) & ~IDLE
         signal.setitimer(signal.ITIMER_REAL, 0)
         rig.ring.add(rig.put(read_counter()), rig.room(512))
         rig.ring.flush()
-        assert not loop.serve(rig.queue, rig.ring.kick_fd, rig.ring.call_fd) & ~engine.IDLE
+        assert not loop.serve(rig.queue, rig.ring.kick_fd, rig.ring.call_fd) & ~IDLE
         assert len(rig.ring.collect()) == 1
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from tests.support.rig import RigFactory
 from vhost_rpmb.engine import Engine
+from vhost_rpmb.virtio.flags import BROKEN
 
 PAGE = mmap.PAGESIZE
 
@@ -215,4 +216,4 @@ def test_region_outside_of_a_file_is_refused(make_rig: RigFactory, offset: int) 
     rig = make_rig()
     with pytest.raises((ValueError, OSError)):
         rig.memory.add_region(1 << 40, 8192, 1 << 40, offset, rig.guest.regions[0].fd)
-    assert not rig.device.process(rig.queue) & rig.engine.BROKEN
+    assert not rig.device.process(rig.queue) & BROKEN

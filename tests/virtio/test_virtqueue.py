@@ -15,6 +15,7 @@ from vhost_rpmb.engine import Engine
 from vhost_rpmb.vhost_user.wire import MemoryRegion
 from vhost_rpmb.virtio import rules
 from vhost_rpmb.virtio import spec as virtio
+from vhost_rpmb.virtio.flags import BROKEN, FAULTS, MORE, NOTIFY
 
 NEXT, WRITE, INDIRECT = (
     virtio.VIRTQ_DESC_F_NEXT,
@@ -129,7 +130,7 @@ def test_a_large_batch_is_served_in_parts(make_rig: MakeRig, engine: Engine) -> 
     for _ in range(20):
         rig.ring.add(read, room)
     rig.ring.publish()
-    assert rig.device.process(rig.queue) & engine.MORE
+    assert rig.device.process(rig.queue) & MORE
     first = rig.ring.collect()
     assert 0 < len(first) < 20
     assert len(first) + len(rig.process()) == 20
@@ -143,10 +144,10 @@ def test_without_event_index_the_driver_is_notified_unless_it_says_no(
 ) -> None:
     rig = make_rig(features=0)
     rig.chain(read_counter())
-    assert rig.flags & engine.NOTIFY
+    assert rig.flags & NOTIFY
     rig.ring.set_available_flags(virtio.VIRTQ_AVAIL_F_NO_INTERRUPT)
     rig.chain(read_counter())
-    assert not rig.flags & engine.NOTIFY
+    assert not rig.flags & NOTIFY
     assert rig.ring.used_flags == 0
 
 
@@ -160,7 +161,7 @@ def test_event_index_decides_about_the_notification(
     for _ in range(3):
         rig.ring.add(rig.put(read_counter()), rig.room(512))
     rig.process()
-    assert bool(rig.flags & engine.NOTIFY) == notified
+    assert bool(rig.flags & NOTIFY) == notified
 
 
 def test_the_device_asks_for_a_kick_for_the_next_chain(make_rig: MakeRig) -> None:
@@ -264,11 +265,11 @@ def test_a_broken_chain_costs_the_guest_that_chain(
     rig.guest.write(BUFFER, write_data(0, 5, bytes(256)))
     used, faults = run_table(rig, table, indirect, PLACE)
     assert used == [Used(0, 0)]
-    assert rig.flags & engine.FAULTS
+    assert rig.flags & FAULTS
     assert faults == {rules.CHAIN_RULES[rule]: 1}
     assert rig.store.counter == 0
     assert rig.chain(read_counter())[0].result == 0
-    assert not rig.flags & engine.FAULTS
+    assert not rig.flags & FAULTS
 
 
 def test_a_chain_longer_than_2_to_the_32_is_broken(make_rig: MakeRig) -> None:
@@ -334,16 +335,16 @@ def test_good_chains_around_a_broken_one_are_answered(keyed: Rig) -> None:
 
 def check_broken(rig: Rig, engine: Engine, rule: int) -> None:
     """The ring is broken, stays broken, and works again after the driver resets it."""
-    assert rig.flags & engine.BROKEN
+    assert rig.flags & BROKEN
     assert rig.queue.error == rules.RING_RULES[rule] != ""
-    assert rig.device.process(rig.queue) & engine.BROKEN
+    assert rig.device.process(rig.queue) & BROKEN
     assert rig.ring.collect() == []
     rig.ring.reset()
     rig.queue.reset()
     assert rig.queue.error == ""
     rig.start(ALL_FEATURES)
     assert rig.chain(read_counter())[0].result == 0
-    assert not rig.flags & engine.BROKEN
+    assert not rig.flags & BROKEN
 
 
 def test_a_head_that_is_no_index_breaks_the_ring_after_the_chains_before_it(
@@ -356,7 +357,7 @@ def test_a_head_that_is_no_index_breaks_the_ring_after_the_chains_before_it(
     keyed.ring.set_used_event(1)
     assert keyed.process() == [Used(head, 512)]
     assert split(keyed.guest.read(*room))[0].write_counter == 1
-    assert keyed.flags & engine.NOTIFY
+    assert keyed.flags & NOTIFY
     check_broken(keyed, engine, rules.RING_HEAD)
 
 
@@ -401,7 +402,7 @@ def test_ring_memory_that_goes_away_breaks_the_ring(keyed: Rig, engine: Engine) 
     place = region.place
     keyed.memory.remove_region(place.guest_address, place.size, place.user_address)
     assert keyed.process() == []
-    assert keyed.flags & engine.BROKEN
+    assert keyed.flags & BROKEN
     keyed.memory.add_region(
         place.guest_address, place.size, place.user_address, place.mmap_offset, region.fd
     )
@@ -422,7 +423,7 @@ def test_ring_memory_that_moves_is_found_again(keyed: Rig) -> None:
 
 def test_a_queue_without_a_size_is_broken(keyed: Rig, engine: Engine) -> None:
     keyed.queue.reset()
-    assert keyed.device.process(keyed.queue) & engine.BROKEN
+    assert keyed.device.process(keyed.queue) & BROKEN
     assert keyed.queue.error == rules.RING_RULES[rules.RING_NO_SIZE]
 
 
