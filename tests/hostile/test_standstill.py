@@ -103,18 +103,28 @@ def test_own_end_of_the_connection(running: Daemon, queued: bool) -> None:
     assert_stops(running)
 
 
-def test_own_end_of_the_connection_with_a_front_end_that_waits(running: Daemon) -> None:
-    """Nobody takes it out of that queue, but the process that connected has ended."""
+@pytest.mark.parametrize("accepted", [True, False])
+def test_own_end_of_the_connection_with_a_front_end_that_waits(
+    running: Daemon, accepted: bool
+) -> None:
+    """Nobody takes it out of that queue, but the process that connected has ended.
+
+    Not ``accepted``: it ended before the daemon accepted its connection.
+    """
+    if not accepted:
+        running.send(signal.SIGSTOP)
     script = f"""
 import socket, struct
 served, waiting = socket.socket(socket.AF_UNIX), socket.socket(socket.AF_UNIX)
 for sock in (served, waiting):
     sock.connect({str(running.socket_path)!r})
 served.send({LEFT["message without descriptors"]!r})
-assert served.recv(20)
+if {accepted}:
+    assert served.recv(20)
 socket.send_fds(waiting, [b"x"], [served.fileno()])
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+    running.send(signal.SIGCONT)
     assert_serves(running)
     assert_stops(running)
 

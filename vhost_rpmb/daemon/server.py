@@ -6,13 +6,14 @@ Follows the "Backend program conventions" of QEMU's ``docs/interop/vhost-user.rs
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import socket
 import struct
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from typing import NamedTuple, Protocol
 
 from vhost_rpmb import engine, process
@@ -37,6 +38,7 @@ _STATUS_INTERVAL = 1.0  # seconds between two status lines for the service manag
 _ACCEPT_PAUSE = 0.1  # seconds, when the system has no descriptor or memory for a connection
 _PEER = struct.Struct("iII")  # SO_PEERCRED: pid, uid, gid
 _SO_PEERPIDFD = 77  # since Linux 6.5
+_NO_PROCESS = (errno.EINVAL, errno.ESRCH)  # before Linux 6.16: it has ended and was waited for
 
 logger = logging.getLogger(__name__)
 
@@ -249,9 +251,13 @@ class Server:
             self._session = self._connection = None
 
     def _watch_process(self, sock: socket.socket) -> None:
-        with suppress(OSError):  # a kernel before 6.5
+        try:
             self._process = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
-            self._loop.add(self._process, self._orphaned)
+        except OSError as error:
+            if error.errno in _NO_PROCESS:
+                self._orphaned()
+            return  # otherwise a kernel before 6.5
+        self._loop.add(self._process, self._orphaned)
 
     def _forget_process(self) -> None:
         if self._process >= 0:
