@@ -135,10 +135,11 @@ fuzz: ## Fuzz the sanitized engine, SECONDS=60 for each of FUZZ_TARGETS="rings f
 	done
 
 .PHONY: test-long
-test-long: $(STAMP) ## Run the campaigns of power loss, kills and failing storage in full
+test-long: $(STAMP) ## Run the campaigns of power loss, kills, failing storage and attacks in full
 	@tools/system-packages $(TEST_PACKAGES)
 	VHOST_RPMB_CRASH_STATES=60000 VHOST_RPMB_EVERY_SYNC=1 VHOST_RPMB_KILL_ROUNDS=100 \
-	VHOST_RPMB_FAULT_CASES=0 .venv/bin/pytest -o timeout=7200 tests/crash $(PYTEST_ARGS)
+	VHOST_RPMB_FAULT_CASES=0 VHOST_RPMB_HOSTILE_FULL=1 \
+	.venv/bin/pytest -o timeout=7200 tests/crash tests/hostile $(PYTEST_ARGS)
 
 .PHONY: lint
 lint: $(STAMP) ## Check style, types, spelling, the compiled modules' stubs, workflows, systemd units

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.campaign import DIVISOR
 from tests.support.daemon import PATIENCE, Daemon, DaemonFactory, is_asleep, processor_time, until
 from tests.support.oracle import KEY, read_counter, read_data, write_data
 from tests.support.raw import GUEST, QUEUE, hammer
@@ -30,7 +31,7 @@ from vhost_rpmb.vhost_user.wire import MemoryRegion, Request
 from vhost_rpmb.virtio import spec as virtio
 
 SOON = 0.1  # seconds of processor time
-LONG = 3.0  # seconds of starving
+LONG = 5.0 / DIVISOR  # seconds of starving
 GROWTH = 4 << 20  # bytes that the daemon may take for anything a front-end does
 FEW_DESCRIPTORS = 64
 
