@@ -174,3 +174,14 @@ def test_named_files_and_names_exist(document: str) -> None:
     folder = (ROOT / document).parent
     for target in re.findall(r"\]\(([^)#]+)", text):
         assert target.startswith("https://") or (folder / target).exists(), target
+
+
+def test_named_tests_exist() -> None:
+    """Pages may name tests without their folder."""
+    files = [*(ROOT / "tests").rglob("*.py"), *(ROOT / "bench").glob("*.py")]
+    tests = {path: path.read_text() for path in files}
+    defined = {name for text in tests.values() for name in re.findall(r"def (test_\w+)", text)}
+    defined |= {path.name for path in tests}
+    for page in sorted((ROOT / "docs").rglob("*.md")):
+        named = set(re.findall(r"\btest_\w+(?:\.py)?", page.read_text())) - {"test_x"}
+        assert named <= defined, page
