@@ -287,36 +287,3 @@ def test_a_full_call_eventfd_does_not_keep_the_next_front_end(
     with RpmbClient.connect(str(programmed.socket_path), key=KEY, timeout=PATIENCE) as client:
         assert client.read_counter() == 0
     programmed.stop()
-
-
-def test_a_pipe_is_opened_anew(programmed: Daemon) -> None:
-    """The front-end cannot make a write to a call pipe or a read of a kick pipe block."""
-    kick_reader, kick_writer = os.pipe()
-    call_reader, call_writer = os.pipe()
-    with GuestMemory() as memory, Ring(memory) as ring:
-        request = memory.allocate(1024)
-        memory.write(request, read_counter())
-        with Frontend.connect(programmed.socket_path) as frontend:
-            frontend.handshake()
-            frontend.start_device(0)
-            frontend.share_memory(memory)
-            frontend.start_ring(ring)
-            frontend.tell(Request.SET_VRING_CALL, wire.pack_u64(0), [call_writer])
-            frontend.tell(Request.SET_VRING_KICK, wire.pack_u64(0), [kick_reader])
-            os.set_blocking(call_writer, False)
-            while True:
-                try:
-                    os.write(call_writer, bytes(4096))
-                except BlockingIOError:
-                    break
-            os.set_blocking(call_writer, True)
-            os.set_blocking(kick_reader, True)
-            for _ in range(3):
-                ring.add([Segment(request, 512)], [Segment(request + 512, 512)])
-                ring.publish()
-                os.write(kick_writer, b"x" * 8)
-                frontend.get_status()
-                until(lambda: bool(ring.collect()))
-    for fd in (kick_reader, kick_writer, call_reader, call_writer):
-        os.close(fd)
-    programmed.stop()

@@ -3,12 +3,8 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import socket
-import threading
-from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -30,16 +26,7 @@ def ready(peer: Peer, memory: GuestMemory, ring: Ring) -> Peer:
     return peer
 
 
-@pytest.fixture
-def pipe(_no_descriptor_leaks: None) -> Iterator[tuple[int, int]]:
-    ends = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-    yield ends
-    for end in ends:
-        with suppress(OSError):
-            os.close(end)
-
-
-@pytest.mark.parametrize("kind", ["file", "directory", "device", "socket", "memfd"])
+@pytest.mark.parametrize("kind", ["file", "directory", "device", "socket", "memfd", "pipe"])
 @pytest.mark.parametrize(
     "request_", [Request.SET_VRING_KICK, Request.SET_VRING_CALL, Request.SET_VRING_ERR]
 )
@@ -47,15 +34,16 @@ def test_descriptor_of_another_kind_is_refused(
     ready: Peer, tmp_path: Path, kind: str, request_: Request, memfd: int
 ) -> None:
     near, far = socket.socketpair()
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    others = {"socket": near.fileno(), "memfd": memfd, "pipe": reader}
     (tmp_path / "file").touch()
     paths = {"file": tmp_path / "file", "directory": tmp_path, "device": Path("/dev/zero")}
     with near, far:
-        if kind in paths:
-            fd = os.open(paths[kind], os.O_RDONLY)
-        else:
-            fd = os.dup(near.fileno() if kind == "socket" else memfd)
+        fd = os.open(paths[kind], os.O_RDONLY) if kind in paths else os.dup(others[kind])
         ready.refused(request_, wire.pack_u64(0), (fd,))
         os.close(fd)
+    os.close(reader)
+    os.close(writer)
 
 
 def test_refused_kick_descriptor_leaves_the_previous_one(
@@ -74,72 +62,6 @@ def test_kick_descriptor_refused_by_epoll_is_refused(ready: Peer) -> None:
     """The event loop's own epoll instance: an anonymous file that cannot watch itself."""
     own = ready.loop.epoll.fileno()
     ready.refused(Request.SET_VRING_KICK, wire.pack_u64(0), (own,))
-
-
-def test_pipe_as_kick_descriptor(ready: Peer, device: EchoDevice, pipe: tuple[int, int]) -> None:
-    assert not ready.ack(Request.SET_VRING_KICK, wire.pack_u64(0), (pipe[0],))
-    device.processed = 0
-    for count in range(1, 10):
-        os.write(pipe[1], bytes(8))
-        ready.settle()
-        assert device.processed == count
-
-
-def test_pipe_does_not_fill_up(ready: Peer, device: EchoDevice, pipe: tuple[int, int]) -> None:
-    assert not ready.ack(Request.SET_VRING_KICK, wire.pack_u64(0), (pipe[0],))
-    for _ in range(100):
-        os.write(pipe[1], bytes(4096))
-        ready.settle()
-    device.processed = 0
-    os.write(pipe[1], bytes(8))
-    ready.settle()
-    assert device.processed == 1
-
-
-def test_pipe_is_drained_after_a_sleep_of_the_loop(
-    ready: Peer, device: EchoDevice, pipe: tuple[int, int]
-) -> None:
-    assert not ready.ack(Request.SET_VRING_KICK, wire.pack_u64(0), (pipe[0],))
-    os.write(pipe[1], bytes(8))
-    ready.loop.wait(0)
-    device.processed = 0
-    kick = threading.Timer(0.1, os.write, (pipe[1], bytes(8)))
-    kick.start()
-    ready.backend.run()  # asleep until the kick, for a second at most
-    kick.join()
-    ready.settle()
-    assert device.processed == 2
-    with pytest.raises(BlockingIOError):
-        os.read(pipe[0], 1)
-
-
-def test_full_kick_pipe_is_drained(ready: Peer, device: EchoDevice, pipe: tuple[int, int]) -> None:
-    with suppress(BlockingIOError):
-        while True:
-            os.write(pipe[1], bytes(4096))
-    assert not ready.ack(Request.SET_VRING_KICK, wire.pack_u64(0), (pipe[0],))
-    assert ready.settle(rounds=10) < 10
-
-
-def test_kick_pipe_without_a_writer_causes_no_busy_loop(
-    ready: Peer, device: EchoDevice, pipe: tuple[int, int]
-) -> None:
-    assert not ready.ack(Request.SET_VRING_KICK, wire.pack_u64(0), (pipe[0],))
-    os.close(pipe[1])
-    before = device.processed
-    assert ready.settle(rounds=10) < 10
-    for _ in range(100):
-        ready.loop.wait(0)
-        ready.run()
-    assert device.processed <= before + 1
-
-
-def test_writing_end_of_a_pipe_causes_no_busy_loop(ready: Peer, pipe: tuple[int, int]) -> None:
-    assert not ready.ack(Request.SET_VRING_KICK, wire.pack_u64(0), (pipe[1],))
-    assert ready.settle(rounds=10) < 10
-    os.close(pipe[0])
-    assert ready.settle(rounds=10) < 10
-    assert ready.ask_u64(Request.GET_FEATURES)
 
 
 def test_kick_counter_at_its_limit_is_read(
@@ -194,27 +116,6 @@ def test_flags_of_an_eventfd_stay_as_they_are(ready: Peer, request_type: Request
     assert not ready.ack(request_type, wire.pack_u64(0), (blocking,))
     assert os.get_blocking(blocking)
     os.close(blocking)
-
-
-def test_call_pipe_without_a_reader_is_reported_once(
-    ready: Peer,
-    ring: Ring,
-    device: EchoDevice,
-    engine: Engine,
-    pipe: tuple[int, int],
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    assert not ready.ack(Request.SET_VRING_CALL, wire.pack_u64(0), (pipe[1],))
-    os.close(pipe[0])
-    device.flags = [NOTIFY] * 100
-    assert not ready.ack(Request.SET_VRING_KICK, wire.pack_u64(0), (ring.kick_fd,))
-    for _ in range(20):
-        ring.kick()
-        ready.settle()
-    assert ready.end is None
-    assert [record.getMessage() for record in caplog.records] == [
-        f"a front-end cannot be signalled: {os.strerror(errno.EPIPE)}"
-    ]
 
 
 def test_one_eventfd_for_kick_call_and_error_causes_no_busy_loop(

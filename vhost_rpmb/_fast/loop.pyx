@@ -173,7 +173,7 @@ cdef int64_t _now() noexcept nogil:
 
 
 cdef int _signal(int fd) noexcept:
-    """Signal an eventfd or a pipe; return 0, UNSIGNALLED or BLOCKED."""
+    """Signal an eventfd; return 0, UNSIGNALLED or BLOCKED."""
     cdef uint64_t event = 1
     cdef pollfd room
     if fd < 0:

@@ -77,7 +77,7 @@ class Loop:
 
 
 def _signal(fd: int) -> int:
-    """Signal an eventfd or a pipe; return 0, UNSIGNALLED or BLOCKED."""
+    """Signal an eventfd; return 0, UNSIGNALLED or BLOCKED."""
     if fd < 0:
         return 0
     poll = select.poll()

@@ -3,7 +3,8 @@
 
 A kept descriptor must not keep another file open: a socket can have any descriptor in its queue,
 the peer's end of the connection included, whose disconnect would then never be detected. Only
-eventfds, pipes and memory are kept.
+eventfds and memory are kept. A pipe is refused as well: a writer can hold its lock for any time,
+and a non-blocking read or write waits for that lock.
 
 fstat(), fstatfs() and close() may block on the file system, on FUSE without limit and at the will
 of any user. close() also blocks for a TCP socket with SO_LINGER, and for one in the queue of a UNIX
@@ -38,7 +39,6 @@ __all__ = [
     "is_lasting",
     "left_open",
     "refuse_path",
-    "reopen_pipe",
 ]
 
 _MAX_THREADS = 32  # that may block at the same time; further jobs are queued
@@ -55,17 +55,14 @@ _REMOTE = {
 }
 _F_GET_SEALS = 1034  # fcntl has it from Python 3.12 on
 _EVENTFD = "anon_inode:[eventfd]"
-_PIPE = "pipe:["
 _NO_LINGER = struct.pack("=ii", 0, 0)
 
 
-def check_event(fd: int) -> bool:
-    """ValueError unless it is an eventfd or a pipe; return whether it is a pipe."""
+def check_event(fd: int) -> None:
+    """ValueError unless it is an eventfd."""
     refuse_path(fd)
-    name = _name(fd)
-    if name != _EVENTFD and not name.startswith(_PIPE):
-        raise ValueError("expected an eventfd or a pipe, found another kind of file")
-    return name != _EVENTFD
+    if _name(fd) != _EVENTFD:
+        raise ValueError("expected an eventfd, found another kind of file")
 
 
 def check_unix_stream(fd: int) -> None:
@@ -110,14 +107,14 @@ def check_memory(fd: int) -> None:
 
 
 def is_lasting(fd: int) -> bool:
-    """Whether it is an eventfd, a pipe or shared memory: none keeps another file open."""
-    return _is_shared_memory(fd) or _name(fd) == _EVENTFD or _name(fd).startswith(_PIPE)
+    """Whether it is an eventfd or shared memory: neither keeps another file open."""
+    return _is_shared_memory(fd) or _name(fd) == _EVENTFD
 
 
 def close(fds: Iterable[int]) -> None:
     """Close descriptors, in a thread if that may block."""
     for fd in fds:
-        if _is_shared_memory(fd) or _name(fd) == _EVENTFD:
+        if is_lasting(fd):
             os.close(fd)
         else:
             _background.run(partial(_close, fd))
@@ -135,18 +132,6 @@ def close_connection(sock: socket.socket) -> None:
         _background.run(partial(_close, sock.detach()))
     else:
         sock.close()
-
-
-def reopen_pipe(fd: int) -> int:
-    """Exchange a pipe's descriptor for one whose O_NONBLOCK the front-end cannot change.
-
-    Full or drained by the front-end, the pipe then blocks no call. An eventfd cannot be reopened;
-    the event loop's timer interrupts a blocked write to one.
-    """
-    access = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
-    reopened = os.open(f"/proc/self/fd/{fd}", access | os.O_NONBLOCK | os.O_CLOEXEC)
-    close([fd])
-    return reopened
 
 
 def left_open() -> int:

@@ -313,20 +313,20 @@ class Session:
         return wire.VringState(vring.index, vring.queue.base).pack()
 
     def _set_vring_kick(self, message: Message) -> None:
-        vring, fd, is_pipe = self._vring_fd(message)
+        vring, fd = self._vring_fd(message)
         if fd is None:
             raise ValueError("expected a kick descriptor: polling a vring is not served")
         vring.watch(fd)
         message.take_fds()
-        vring.set_kick(fd, is_pipe)
+        vring.set_kick(fd)
 
     def _set_vring_call(self, message: Message) -> None:
-        vring, fd, _ = self._vring_fd(message)
+        vring, fd = self._vring_fd(message)
         message.take_fds()
         vring.set_call(-1 if fd is None else fd)
 
     def _set_vring_err(self, message: Message) -> None:
-        vring, fd, _ = self._vring_fd(message)
+        vring, fd = self._vring_fd(message)
         message.take_fds()
         vring.set_error(-1 if fd is None else fd)
 
@@ -386,11 +386,8 @@ class Session:
         state = wire.VringState.unpack(message.payload)
         return self._vring(state.vring), state.num
 
-    def _vring_fd(self, message: Message) -> tuple[Vring, int | None, bool]:
-        """Return the vring of an event descriptor, the descriptor, and whether it is a pipe.
-
-        The message still owns the descriptor.
-        """
+    def _vring_fd(self, message: Message) -> tuple[Vring, int | None]:
+        """Return the vring and the event descriptor, which the message still owns."""
         value = wire.unpack_u64(message.payload)
         if value & ~(wire.VRING_INDEX_MASK | wire.VRING_NO_FD):
             raise ValueError(f"expected an index and the invalid FD flag, found 0x{value:x}")
@@ -399,12 +396,10 @@ class Session:
         if len(message.fds) != expected:
             raise ValueError(f"expected {expected} file descriptors, found {len(message.fds)}")
         if not message.fds:
-            return vring, None, False
+            return vring, None
         fd = message.fds[0]
-        is_pipe = foreign.check_event(fd)
-        if is_pipe:
-            fd = message.fds[0] = foreign.reopen_pipe(fd)
-        return vring, fd, is_pipe
+        foreign.check_event(fd)
+        return vring, fd
 
     def _reset_vrings(self) -> None:
         for vring in self._vrings:
@@ -415,7 +410,7 @@ class Session:
 
     def _process(self, vring: Vring, *, once: bool) -> bool:
         """Serve a vring, with `once` one batch of it; True after a second without any event."""
-        result = self._loop.serve(vring.queue, vring.sleep_fd, vring.call_fd, once)
+        result = self._loop.serve(vring.queue, vring.kick_fd, vring.call_fd, once)
         taken = self._loop.take_events()
         for other in self._vrings if taken else ():
             if other.kick_fd in taken:

@@ -19,7 +19,6 @@ from vhost_rpmb.virtio import flags
 
 __all__ = ["Vring"]
 
-_PIPE_BYTES = 65536  # of a kick pipe, at a time
 _BLOCKED = "the front-end made a write to an eventfd wait"
 
 logger = logging.getLogger(__name__)
@@ -40,13 +39,7 @@ class Vring:
         self._has_size = False
         self._has_addresses = False
         self._enabled = False
-        self._kick_is_pipe = False
         self._error_fd = -1
-
-    @property
-    def sleep_fd(self) -> int:
-        """The kick descriptor that need not be read: an eventfd, not a pipe; or -1."""
-        return -1 if self._kick_is_pipe else self.kick_fd
 
     # Settings; ValueError changes nothing
 
@@ -93,11 +86,10 @@ class Vring:
         """Watch the next kick descriptor, for `set_kick`; OSError changes nothing."""
         self._watcher.add(fd, self.kicked, edge=True)
 
-    def set_kick(self, fd: int, is_pipe: bool) -> None:
+    def set_kick(self, fd: int) -> None:
         """Replace the kick descriptor by a watched one. Repairs a broken vring."""
         self.stop()
         self.kick_fd = fd
-        self._kick_is_pipe = is_pipe
         self.queue.set_base(self.queue.base)
         self._update()
 
@@ -133,14 +125,8 @@ class Vring:
     def kicked(self) -> None:
         """Handle the event that the kick descriptor became readable.
 
-        It is watched edge-triggered, so that an eventfd need not be read, and one at its end or in
-        error is reported only once. A pipe is read to keep it from filling up.
+        It is watched edge-triggered, so that the eventfd need not be read.
         """
-        if self._kick_is_pipe:
-            try:
-                os.read(self.kick_fd, _PIPE_BYTES)
-            except OSError as error:
-                logger.debug("vring %d: kick: %s", self.index, error.strerror)
         if self.running:
             self.pending = True
 
