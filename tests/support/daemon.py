@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -14,6 +15,9 @@ from pathlib import Path
 
 from vhost_rpmb.rpmb import spec
 from vhost_rpmb.testing import RunningDevice
+from vhost_rpmb.vhost_user import wire
+from vhost_rpmb.vhost_user.wire import Request
+from vhost_rpmb.virtio import spec as virtio
 
 # Seconds to wait for a state that comes at once on a machine without other work.
 PATIENCE = 120.0
@@ -28,6 +32,15 @@ def environment(options: Sequence[str] = ("--sandbox=on",)) -> dict[str, str]:
     if "--sandbox=on" not in options:
         return dict(os.environ)
     return {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}
+
+
+GET_FEATURES = struct.pack("=III", Request.GET_FEATURES, wire.VERSION, 0)
+OFFERED = (
+    1 << virtio.VIRTIO_F_VERSION_1
+    | 1 << virtio.VIRTIO_F_INDIRECT_DESC
+    | 1 << virtio.VIRTIO_F_EVENT_IDX
+    | wire.F_PROTOCOL_FEATURES
+)
 
 
 class Daemon(RunningDevice):
@@ -152,10 +165,26 @@ class Process:
         raise AssertionError("no VmRSS")
 
 
+Launch = Callable[..., Process]
+
+
 def listens(path: Path) -> bool:
     """Whether a process accepts connections at a socket path."""
     with socket.socket(socket.AF_UNIX) as probe:
         return not probe.connect_ex(str(path))
+
+
+def connect(path: Path) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.settimeout(PATIENCE)
+    sock.connect(str(path))
+    return sock
+
+
+def greet(sock: socket.socket) -> int:
+    """Ask a daemon for its features."""
+    sock.sendall(GET_FEATURES)
+    return wire.unpack_u64(sock.recv(100)[wire.HEADER_SIZE :])
 
 
 def until(condition: Callable[[], bool]) -> None:
