@@ -21,6 +21,7 @@ from tests.support.daemon import (
     Process,
     connect,
     greet,
+    is_asleep,
     listens,
     until,
 )
@@ -41,7 +42,12 @@ def set_limit(process: Process, fds: int) -> None:
 
 @pytest.fixture
 def running(launch: Launch, path: Path, engine: Engine) -> Process:
-    return launch(f"--socket-path={path}", "-v", engine=engine.name).ready()
+    """A daemon that waits for a front-end, with its start complete."""
+    process = launch(f"--socket-path={path}", "-v", engine=engine.name).ready()
+    with connect(path) as sock:
+        assert greet(sock) == OFFERED
+    until(lambda: "front-end disconnected" in process.log and is_asleep(process.pid))
+    return process
 
 
 def test_requests_are_served(running: Process, path: Path) -> None:
@@ -101,6 +107,7 @@ def test_peers_that_break_the_protocol_are_disconnected(running: Process, path: 
         (struct.pack("=III", Request.SET_MEM_TABLE, wire.VERSION, 0xFFFF_FFFF), [eventfd]),
         (struct.pack("=IIIQ", Request.SET_VRING_KICK, wire.VERSION, 8, 0), [eventfd]),
     ]
+    begin = time.monotonic()
     for _ in range(10):
         for data, descriptors in attacks:
             with connect(path) as sock:
@@ -109,7 +116,8 @@ def test_peers_that_break_the_protocol_are_disconnected(running: Process, path: 
     with connect(path) as sock:
         assert greet(sock) == OFFERED
     until(lambda: running.fds() == fds)
-    assert running.log.count("broke the protocol") == 1  # of many: rate-limited
+    lines = running.log.count("broke the protocol")  # of many: one in ten seconds
+    assert 1 <= lines <= 1 + (time.monotonic() - begin) / 10
     running.stop()
 
 

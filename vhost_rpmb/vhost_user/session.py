@@ -199,7 +199,7 @@ class Session:
         except OSError as error:
             raise EOFError(f"the connection broke: {error.strerror}") from error
 
-    # Handlers. What they return is the reply; without one, the message may be acknowledged.
+    # Handlers return the reply; without one, the message may be acknowledged.
 
     def _unknown(self, _message: Message) -> None:
         raise ValueError("this back-end does not have this message")
