@@ -178,12 +178,14 @@ def _query(fd: int) -> tuple[int, os.stat_result | None]:
     """Type of the file system, and status of a file: None without an answer within _PATIENCE."""
     answer: list[tuple[int, os.stat_result | None]] = []
     done = threading.Event()
+    own = os.dup(fd)  # without an answer in time, the caller closes its own
 
     def job() -> None:
         with suppress(OSError):
-            file_system = _file_system(fd)
-            answer.append((file_system, None if file_system in _REMOTE else os.fstat(fd)))
+            file_system = _file_system(own)
+            answer.append((file_system, None if file_system in _REMOTE else os.fstat(own)))
         done.set()
+        _close(own)
 
     _background.run(job)
     done.wait(_PATIENCE)
