@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.daemon import spawned
 from tests.support.fake_backend import Answer, FakeBackend
 from tests.support.fake_backend import Device as FakeDevice
 from tests.support.rig import make_image, write_key
@@ -162,7 +163,7 @@ class TestCommands:
     def test_a_stream_that_comes_in_slices(self, keyed: Device) -> None:
         data = secrets.token_bytes(256)
         arguments = [f"--socket-path={keyed.served.socket_path}", "write-block", "0", "-"]
-        with subprocess.Popen(
+        with spawned(
             [*PROGRAM, *arguments, keyed.key_file], stdin=subprocess.PIPE, bufsize=0
         ) as client:
             assert client.stdin is not None
@@ -302,7 +303,7 @@ class TestConnectionFailures:
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(path)
             listener.listen()
-            with subprocess.Popen(
+            with spawned(
                 [*PROGRAM, f"--socket-path={path}", "read-counter"], stderr=subprocess.PIPE
             ) as client:
                 listener.accept()[0].close()
@@ -356,7 +357,7 @@ class TestConnectionFailures:
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(path)
             listener.listen()
-            with subprocess.Popen(
+            with spawned(
                 [*PROGRAM, f"--socket-path={path}", "write-key", "-"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -450,19 +451,19 @@ class TestUsage:
     def test_fifos_whose_other_end_comes_later(self, device: Device) -> None:
         fifo = device.folder / "fifo"
         os.mkfifo(fifo)
-        with subprocess.Popen(
+        with spawned(
             [*PROGRAM, f"--socket-path={device.served.socket_path}", "write-key", str(fifo)]
         ) as program:
             fifo.write_bytes(KEY)  # waits for the program to open it
-        assert program.returncode == 0
-        with subprocess.Popen(
+            assert program.wait(TIMEOUT) == 0
+        with spawned(
             [
                 *(*PROGRAM, f"--socket-path={device.served.socket_path}"),
                 *("read-block", "0", "1", str(fifo), device.key_file),
             ]
         ) as program:
             assert fifo.read_bytes() == bytes(256)
-        assert program.returncode == 0
+            assert program.wait(TIMEOUT) == 0
 
     def test_input_files_that_cannot_be_read(self, tmp_path: Path) -> None:
         data = tmp_path / "data"
@@ -647,7 +648,7 @@ class TestDumpAndLoad:
             listener.bind(path)
             listener.listen()
             arguments = (f"--socket-path={path}", "load", str(data), str(key))
-            with subprocess.Popen([*PROGRAM, *arguments], stderr=subprocess.PIPE) as client:
+            with spawned([*PROGRAM, *arguments], stderr=subprocess.PIPE) as client:
                 FakeBackend(FakeDevice(KEY), on_signed=interrupt).serve(listener.accept()[0])
                 _, errors = client.communicate(timeout=TIMEOUT)
         assert client.returncode == 130

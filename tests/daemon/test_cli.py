@@ -698,43 +698,6 @@ def test_fd_that_is_another_socket(
     assert_refused(ended, 2, str(fd))
 
 
-def test_fd_that_is_connected_ends_the_daemon_with_it(image: Path) -> None:
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        process = subprocess.Popen(
-            [*PROGRAM, f"--flash-path={image}", f"--fd={theirs.fileno()}"],
-            env=CLEAN_ENVIRONMENT,
-            pass_fds=[theirs.fileno()],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        theirs.close()
-        ours.close()
-        _, stderr = process.communicate(timeout=TIMEOUT)
-    assert process.returncode == 0
-    assert "Traceback" not in stderr
-
-
-def test_fd_that_listens(image: Path, socket_path: Path) -> None:
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(socket_path))
-        listener.listen()
-        process = subprocess.Popen(
-            [*PROGRAM, f"--flash-path={image}", f"--fd={listener.fileno()}", "--once"],
-            env=CLEAN_ENVIRONMENT,
-            pass_fds=[listener.fileno()],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        with socket.socket(socket.AF_UNIX) as front_end:
-            front_end.connect(str(socket_path))
-        _, stderr = process.communicate(timeout=TIMEOUT)
-    assert process.returncode == 0
-    assert "Traceback" not in stderr
-    # The socket belongs to whoever made it.
-    assert socket_path.exists()
-
-
 # --- How the daemon ends ----------------------------------------------------------------------
 
 

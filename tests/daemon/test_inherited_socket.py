@@ -39,6 +39,7 @@ def test_once_serves_one_connection_of_a_listening_socket(launch: Launch, path: 
         with connect(path) as sock:
             assert greet(sock) == OFFERED
         assert process.ended() == 0
+    assert path.exists()  # the socket belongs to the process that made it
 
 
 def test_connected_socket_is_served_until_its_end(launch: Launch, engine: Engine) -> None:

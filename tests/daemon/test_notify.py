@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.daemon import PATIENCE, SANDBOX, until
+from tests.support.daemon import PATIENCE, SANDBOX, spawned, until
 from tests.support.oracle import KEY
 from vhost_rpmb import cli
 from vhost_rpmb.daemon.notify import Notifier
@@ -197,23 +197,20 @@ def test_warnings_for_the_journal_have_their_priority(
     ours, theirs = socket.socketpair()
     with stream.open("w") as file, ours, theirs:
         status = os.fstat(file.fileno())
-        process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "vhost_rpmb", "-vv", f"--flash-path={flash}", *SANDBOX),
-                *("--initial-counter=5", f"--fd={theirs.fileno()}"),
-            ],
-            env=os.environ
-            | {
-                "VHOST_RPMB_ENGINE": engine.name,
-                "JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}",
-            },
-            stderr=file,
-            pass_fds=[theirs.fileno()],
-        )
-        theirs.close()
-        ours.send(struct.pack("=III", Request.GET_FEATURES, wire.VERSION, 0))
-        ours.send(bytes(12))  # protocol version 0
-        assert process.wait(PATIENCE) == 0
+        command = [
+            *(sys.executable, "-m", "vhost_rpmb", "-vv", f"--flash-path={flash}", *SANDBOX),
+            *("--initial-counter=5", f"--fd={theirs.fileno()}"),
+        ]
+        variables = os.environ | {
+            "VHOST_RPMB_ENGINE": engine.name,
+            "JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}",
+        }
+        fds = [theirs.fileno()]
+        with spawned(command, env=variables, stderr=file, pass_fds=fds) as process:
+            theirs.close()
+            ours.send(struct.pack("=III", Request.GET_FEATURES, wire.VERSION, 0))
+            ours.send(bytes(12))  # protocol version 0
+            assert process.wait(PATIENCE) == 0
     lines = stream.read_text().splitlines()
     assert any(re.match(r"<6>vhost-user-rpmb: info: front-end connected", line) for line in lines)
     assert any(re.match(r"<7>vhost-user-rpmb: debug: GET_FEATURES", line) for line in lines)

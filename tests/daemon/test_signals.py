@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.daemon import PATIENCE, SANDBOX, is_asleep, until
+from tests.support.daemon import PATIENCE, SANDBOX, is_asleep, spawned, until
 from tests.support.oracle import read_counter
 from vhost_rpmb.driver.frontend import Frontend
 from vhost_rpmb.driver.memory import GuestMemory
@@ -141,7 +141,7 @@ def test_the_client_ends_at_its_signals(tmp_path: Path, number: int) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen()
-        with subprocess.Popen(
+        with spawned(
             [
                 *(*PARENT, sys.executable, "-m", "vhost_rpmb.client"),
                 *(f"--socket-path={path}", "read-counter"),

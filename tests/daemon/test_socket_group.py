@@ -6,7 +6,6 @@ from __future__ import annotations
 import errno
 import os
 import re
-import signal
 import stat
 import subprocess
 import sys
@@ -124,9 +123,12 @@ def test_nobody_can_connect_before_mode_and_group_are_right(tmp_path: Path) -> N
     log = tmp_path / "strace"
     device = RunningDevice(tmp_path, f"--socket-group={os.getegid()}", "--sandbox=off")
     calls = "trace=umask,bind,chown,fchown,lchown,fchownat,chmod,fchmod,fchmodat,listen"
-    device.command_line[:0] = ["strace", "-f", "-qq", "-e", calls, "-o", str(log)]
+    # The daemon is killed when strace is, also if the start fails.
+    device.command_line[:0] = [
+        *("strace", "-f", "-qq", "-e", calls, "-o", str(log)),
+        *("setpriv", "--pdeathsig=KILL"),
+    ]
     device.start()
-    os.kill(int(log.read_text().split()[0]), signal.SIGKILL)  # the daemon; strace ends with it
     device.kill()
     lines = [line.split(maxsplit=1)[1] for line in log.read_text().splitlines()]
     bound = next(number for number, line in enumerate(lines) if str(device.socket_path) in line)

@@ -31,7 +31,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.campaign import DIVISOR, sample
-from tests.support.daemon import environment
+from tests.support.daemon import environment, spawned
 from tests.support.fake_backend import (
     FEATURES,
     PROTOCOL_FEATURES,
@@ -575,7 +575,7 @@ with GuestMemory() as memory, Ring(memory, 8) as ring:
     try:
         with (
             hammer("refill", kick),
-            subprocess.Popen(
+            spawned(
                 [sys.executable, "-c", script, str(kick)], pass_fds=[kick], stdout=subprocess.PIPE
             ) as client,
         ):
@@ -669,16 +669,12 @@ def test_no_core_dump_of_a_client(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen()
-        client = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "vhost_rpmb.client", f"--socket-path={path}"),
-                *("--timeout=60", "read-counter", str(key)),
-            ],
-            env=environment(),
-        )
+        command = [
+            *(sys.executable, "-m", "vhost_rpmb.client", f"--socket-path={path}"),
+            *("--timeout=60", "read-counter", str(key)),
+        ]
         listener.settimeout(60)
-        connection, _ = listener.accept()
-        with connection:
+        with spawned(command, env=environment()) as client, listener.accept()[0] as connection:
             assert connection.recv(12)  # now it has the key and waits
             limits = Path(f"/proc/{client.pid}/limits").read_text()
             assert re.search(r"Max core file size +0 +0 ", limits)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.daemon import DaemonFactory, environment
+from tests.support.daemon import DaemonFactory, environment, spawned
 from tests.support.oracle import KEY
 from vhost_rpmb.driver.rpmb import RpmbClient
 
@@ -196,13 +196,10 @@ def test_no_descriptor_sends_signals_without_landlock(tmp_path: Path) -> None:
     os.write(writer, b"x")
 """
     fcntl_number = {"x86_64": 72, "aarch64": 25}[os.uname().machine]
-    with subprocess.Popen(["sleep", "1000"]) as victim:
-        try:
-            statement = attack.format(pid=victim.pid, fcntl=fcntl_number).strip()
-            assert in_sandbox(tmp_path, statement, landlock=False) == "done"
-            assert victim.poll() is None
-        finally:
-            victim.kill()
+    with spawned(["sleep", "1000"]) as victim:
+        statement = attack.format(pid=victim.pid, fcntl=fcntl_number).strip()
+        assert in_sandbox(tmp_path, statement, landlock=False) == "done"
+        assert victim.poll() is None
 
 
 @pytest.mark.needs_sandbox

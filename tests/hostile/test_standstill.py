@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.daemon import Daemon, DaemonFactory
+from tests.support.daemon import Daemon, DaemonFactory, spawned
 from tests.support.oracle import KEY
 from tests.support.raw import hammer
 from vhost_rpmb.driver.errors import BackendError
@@ -293,16 +293,13 @@ def silent(tmp_path: Path) -> Iterator[Path]:
     """A file on a FUSE file system that answers this process only."""
     folder = tmp_path / "silent"
     folder.mkdir()
-    process = subprocess.Popen(
-        [sys.executable, "-S", str(FUSE), str(folder), str(os.getpid())],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == b"ready\n"
-    yield folder / "file"
-    process.communicate()
-    assert process.returncode == 0
+    command = [sys.executable, "-S", str(FUSE), str(folder), str(os.getpid())]
+    with spawned(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        yield folder / "file"
+        process.communicate()
+        assert process.returncode == 0
 
 
 def send_files(sock: socket.socket, data: bytes, path: Path, count: int = 1) -> None:

@@ -10,8 +10,10 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from vhost_rpmb.rpmb import spec
 from vhost_rpmb.testing import RunningDevice
@@ -85,6 +87,16 @@ def installed_daemon(folder: Path, engine: str | None = None) -> Daemon:
     options = daemon.command_line.index("vhost_rpmb") + 1
     daemon.command_line[:options] = installed_program("vhost-user-rpmb", "vhost_rpmb")
     return daemon
+
+
+@contextmanager
+def spawned(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[Any]]:
+    """A process of any program; killed at the end, also if the test fails."""
+    with subprocess.Popen(command, **options) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 class Process:

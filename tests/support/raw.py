@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.support.daemon import spawned
 from vhost_rpmb.engine import Engine
 from vhost_rpmb.rpmb import spec
 from vhost_rpmb.vhost_user.wire import MemoryRegion
@@ -94,14 +95,14 @@ def hammer(
 ) -> Iterator[None]:
     """Let another process work on a memfd while the with-block runs."""
     command = [sys.executable, "-S", str(_HAMMER), mode, str(fd), str(size), *map(str, arguments)]
-    process = subprocess.Popen(
-        command, pass_fds=(fd, *pass_fds), stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == b"ready\n"
-    try:
-        yield
-        assert process.poll() is None
-    finally:
-        process.communicate()
-    assert process.returncode == 0
+    fds = (fd, *pass_fds)
+    pipe = subprocess.PIPE
+    with spawned(command, pass_fds=fds, stdin=pipe, stdout=pipe) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        try:
+            yield
+            assert process.poll() is None
+        finally:
+            process.communicate()
+        assert process.returncode == 0
