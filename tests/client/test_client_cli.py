@@ -102,7 +102,7 @@ def keyed(device: Device) -> Device:
 
 
 class TestCommands:
-    def test_the_whole_story(self, device: Device) -> None:
+    def test_write_and_read_commands(self, device: Device) -> None:
         data = secrets.token_bytes(256)
         out = device.folder / "out"
         assert device.succeeds("write-key", device.key_file) == b""
@@ -130,13 +130,13 @@ class TestCommands:
         assert (done.returncode, done.stderr.decode()) == (0, NOT_VERIFIED)
         assert done.stdout == bytes(512)
 
-    def test_a_whole_device_is_read_in_pieces(self, keyed: Device) -> None:
+    def test_whole_device_is_read_in_pieces(self, keyed: Device) -> None:
         data = secrets.token_bytes(32 * 256)
         keyed.succeeds("write-block", "250", "-", keyed.key_file, given=data)
         found = keyed.succeeds("read-block", "0", "0x200", "-", keyed.key_file)
         assert found == bytes(250 * 256) + data + bytes(230 * 256)
 
-    def test_the_last_counter_value_comes_with_a_warning(
+    def test_last_counter_value_comes_with_a_warning(
         self, daemon: Callable[..., Any], tmp_path: Path
     ) -> None:
         device = Device(daemon(f"--initial-counter={spec.MAX_WRITE_COUNTER}"), tmp_path)
@@ -151,7 +151,7 @@ class TestCommands:
             "DATA_WRITE failed: WRITE_FAILURE, WRITE_COUNTER_EXPIRED (result 0x0085)",
         )
 
-    def test_a_key_file_with_more_than_a_key(self, device: Device) -> None:
+    def test_rest_of_a_long_key_file_is_ignored_with_a_warning(self, device: Device) -> None:
         done = device("write-key", "-", given=KEY + b"\n")
         assert done.returncode == 0
         assert done.stderr.decode() == (
@@ -160,7 +160,7 @@ class TestCommands:
         )
         device.succeeds("read-counter", device.key_file)
 
-    def test_a_stream_that_comes_in_slices(self, keyed: Device) -> None:
+    def test_slices_of_standard_input_are_joined(self, keyed: Device) -> None:
         data = secrets.token_bytes(256)
         arguments = [f"--socket-path={keyed.served.socket_path}", "write-block", "0", "-"]
         with spawned(
@@ -179,13 +179,13 @@ class TestOutputFile:
     def read(self, device: Device, out: Path, **how: Any) -> subprocess.CompletedProcess[bytes]:
         return device("read-block", "0", "2", str(out), device.key_file, **how)
 
-    def test_a_new_one_is_for_its_owner_only(self, keyed: Device) -> None:
+    def test_new_output_file_is_private(self, keyed: Device) -> None:
         out = keyed.folder / "out"
         assert self.read(keyed, out, umask=0).returncode == 0
         assert stat.S_IMODE(out.stat().st_mode) == 0o600
         assert out.stat().st_size == 512
 
-    def test_an_old_one_is_replaced_through_links_with_its_mode_kept(self, keyed: Device) -> None:
+    def test_existing_output_file_keeps_links_and_mode(self, keyed: Device) -> None:
         (keyed.folder / "folder").mkdir()
         old = keyed.folder / "folder" / "old"
         old.write_bytes(b"x" * 10_000)
@@ -197,12 +197,12 @@ class TestOutputFile:
         assert old.read_bytes() == bytes(512)
         assert stat.S_IMODE(old.stat().st_mode) == 0o640
 
-    def test_a_device_is_written_to(self, keyed: Device) -> None:
+    def test_device_is_written_to(self, keyed: Device) -> None:
         assert self.read(keyed, Path("/dev/null")).returncode == 0
         assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
         fails(self.read(keyed, Path("/dev/full")), 1, "/dev/full: No space left on device")
 
-    def test_a_failing_request_leaves_the_old_file(self, keyed: Device) -> None:
+    def test_failing_request_leaves_the_old_file(self, keyed: Device) -> None:
         old = keyed.folder / "old"
         old.write_bytes(b"precious")
         wrong = keyed.file("wrong.key", OTHER_KEY)
@@ -211,7 +211,7 @@ class TestOutputFile:
         fails(keyed("read-block", "0", "1", str(keyed.folder / "new"), wrong), 1, "another key")
         assert not (keyed.folder / "new").exists()
 
-    def test_a_failing_disk_leaves_the_old_file_and_nothing_else(self, tmp_path: Path) -> None:
+    def test_failing_disk_leaves_the_old_file_and_nothing_else(self, tmp_path: Path) -> None:
         old = tmp_path / "old"
         old.write_bytes(b"precious")
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -224,14 +224,14 @@ class TestOutputFile:
         assert old.read_bytes() == b"precious"
         assert list(tmp_path.iterdir()) == [old]
 
-    def test_a_folder_that_is_none(self, keyed: Device) -> None:
+    def test_file_as_folder_is_refused(self, keyed: Device) -> None:
         out = keyed.folder / "none" / "out"
         fails(self.read(keyed, out), 1, f"{out}: No such file or directory")
         fails(self.read(keyed, keyed.folder), 1, f"{keyed.folder}: Is a directory")
 
 
 class TestDeviceFailures:
-    def test_a_second_key(self, keyed: Device) -> None:
+    def test_second_key_is_refused(self, keyed: Device) -> None:
         fails(
             keyed("write-key", keyed.key_file),
             1,
@@ -249,7 +249,7 @@ class TestDeviceFailures:
         ):
             fails(device(*arguments), 1, "NO_AUTH_KEY (result 0x0007); no key is programmed yet")
 
-    def test_the_wrong_key(self, keyed: Device) -> None:
+    def test_wrong_key_is_reported(self, keyed: Device) -> None:
         wrong = keyed.file("wrong.key", OTHER_KEY)
         for arguments in (
             ("read-counter", wrong),
@@ -259,11 +259,11 @@ class TestDeviceFailures:
 
 
 class TestConnectionFailures:
-    def test_no_socket(self, tmp_path: Path) -> None:
+    def test_missing_socket_is_reported(self, tmp_path: Path) -> None:
         path = tmp_path / "none"
         fails(run(f"--socket-path={path}", "read-counter"), 1, f"{path}: No such file")
 
-    def test_nobody_listens(self, tmp_path: Path) -> None:
+    def test_socket_without_a_listener_is_reported(self, tmp_path: Path) -> None:
         path = tmp_path / "socket"
         with socket.socket(socket.AF_UNIX) as dead:
             dead.bind(str(path))
@@ -271,16 +271,16 @@ class TestConnectionFailures:
             run(f"--socket-path={path}", "read-counter"), 1, "Connection refused; nothing listens"
         )
 
-    def test_no_socket_but_a_file(self, tmp_path: Path) -> None:
+    def test_file_as_socket_is_reported(self, tmp_path: Path) -> None:
         path = tmp_path / "file"
         path.touch()
         fails(run(f"--socket-path={path}", "read-counter"), 1, "Connection refused")
 
-    def test_a_path_that_is_too_long(self) -> None:
+    def test_socket_path_that_is_too_long_is_reported(self) -> None:
         fails(run(f"--socket-path={'x' * 200}", "read-counter"), 1, "too long")
 
     @pytest.mark.parametrize("verb", ["write-key", "read-counter"])
-    def test_a_daemon_that_hangs(self, keyed: Device, verb: str) -> None:
+    def test_hanging_daemon_is_reported(self, keyed: Device, verb: str) -> None:
         keyed.served.send(signal.SIGSTOP)
         try:
             started = time.monotonic()
@@ -289,7 +289,7 @@ class TestConnectionFailures:
         finally:
             keyed.served.send(signal.SIGCONT)
 
-    def test_a_daemon_that_serves_somebody_else(self, keyed: Device) -> None:
+    def test_busy_daemon_is_reported(self, keyed: Device) -> None:
         with RpmbClient.connect(keyed.served.socket_path, KEY):
             fails(
                 keyed("--timeout=0.5", "read-counter", keyed.key_file),
@@ -298,7 +298,7 @@ class TestConnectionFailures:
             )
         keyed.succeeds("read-counter", keyed.key_file)
 
-    def test_a_server_that_closes_at_once(self, tmp_path: Path) -> None:
+    def test_disconnect_is_reported_by_the_client(self, tmp_path: Path) -> None:
         path = str(tmp_path / "socket")
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(path)
@@ -315,7 +315,7 @@ class TestConnectionFailures:
         )
 
     @pytest.mark.parametrize("verb", [("read-counter",), ("read-block", "0", "1", "-")])
-    def test_a_reader_that_is_gone(self, keyed: Device, verb: tuple[str, ...]) -> None:
+    def test_closed_output_pipe_is_an_error(self, keyed: Device, verb: tuple[str, ...]) -> None:
         reader, writer = os.pipe()
         os.close(reader)
         try:
@@ -338,7 +338,7 @@ class TestConnectionFailures:
             )
             fails(done, status, text)
 
-    def test_a_machine_that_refuses_guest_memory(self, keyed: Device) -> None:
+    def test_machine_that_refuses_guest_memory(self, keyed: Device) -> None:
         done = subprocess.run(
             [
                 # Coverage could not write what it measured, and would say so.
@@ -352,7 +352,7 @@ class TestConnectionFailures:
         )
         fails(done, 1, "cannot set up a front-end on this machine: File too large")
 
-    def test_an_interrupt_ends_it_quietly(self, tmp_path: Path) -> None:
+    def test_interrupt_ends_the_client_without_output(self, tmp_path: Path) -> None:
         path = str(tmp_path / "socket")
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(path)
@@ -413,7 +413,7 @@ class TestUsage:
         fails(run(*arguments), 2, text)
 
     @pytest.mark.parametrize(("length", "found"), [(0, 0), (1, 1), (31, 31)])
-    def test_a_key_that_is_too_short(self, length: int, found: int) -> None:
+    def test_short_key_is_refused(self, length: int, found: int) -> None:
         fails(
             run("--socket-path=s", "write-key", "-", given=KEY[:length]),
             2,
@@ -424,14 +424,14 @@ class TestUsage:
         ("length", "found"),
         [(0, "0"), (1, "1"), (257, "257"), (255 * 256 + 1, "more than 65280")],
     )
-    def test_data_that_is_no_blocks(self, length: int, found: str) -> None:
+    def test_data_other_than_whole_blocks_is_refused(self, length: int, found: str) -> None:
         fails(
             run("--socket-path=s", "write-block", "0", "-", "k", given=bytes(length)),
             2,
             f"standard input: expected a multiple of 256 bytes, up to 65280, found {found}",
         )
 
-    def test_a_key_file_that_others_can_use_is_a_warning(self, device: Device) -> None:
+    def test_key_file_that_others_can_use_is_a_warning(self, device: Device) -> None:
         Path(device.key_file).chmod(0o644)
         done = device("write-key", device.key_file)
         assert done.returncode == 0
@@ -479,7 +479,7 @@ class TestUsage:
             fails(run("--socket-path=s", *arguments), 2, f"{none}: No such file or directory")
         fails(run("--socket-path=s", "write-key", str(tmp_path)), 2, "Is a directory")
 
-    def test_what_the_device_is_too_small_for(self, keyed: Device) -> None:
+    def test_blocks_beyond_the_device_are_refused(self, keyed: Device) -> None:
         fails(
             keyed("write-block", "0", "-", keyed.key_file, given=bytes(33 * 256)),
             2,
@@ -504,7 +504,7 @@ class TestUsage:
         assert done.returncode == 0
         assert b"DATAFILE" in done.stdout
 
-    def test_the_parser_needs_only_the_standard_library(self) -> None:
+    def test_parser_needs_only_the_standard_library(self) -> None:
         script = (
             "import sys; from vhost_rpmb.client.cli import build_parser; build_parser();"
             "sys.exit(any(name.split('.')[0] == 'cryptography' for name in sys.modules))"
@@ -514,7 +514,7 @@ class TestUsage:
 
 
 class TestCreate:
-    def test_an_image_and_a_key(self, tmp_path: Path) -> None:
+    def test_create_makes_image_and_key(self, tmp_path: Path) -> None:
         image, key = tmp_path / "new.img", tmp_path / "new.key"
         done = run("create", str(image), "--size=1M", f"--random-key={key}")
         assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
@@ -524,17 +524,17 @@ class TestCreate:
         assert len(key.read_bytes()) == 32
         open_store(Paths.resolve(str(image), key_path=str(key)), key_set=True).close()
 
-    def test_the_usual_size(self, tmp_path: Path) -> None:
+    def test_default_size_of_a_new_image(self, tmp_path: Path) -> None:
         assert run("create", str(tmp_path / "new.img")).returncode == 0
         assert (tmp_path / "new.img").stat().st_size == spec.CAPACITY_UNIT
 
     @pytest.mark.parametrize("size", ["0", "100K", "17M", "128k", "-1", "0x20000", "1G", ""])
-    def test_a_wrong_size(self, size: str, tmp_path: Path) -> None:
+    def test_invalid_size_of_a_new_image_is_refused(self, size: str, tmp_path: Path) -> None:
         done = run("create", str(tmp_path / "new.img"), f"--size={size}")
         fails(done, 2, "expected a multiple of 128K, from 128K to 16M")
         assert not list(tmp_path.iterdir())
 
-    def test_nothing_is_replaced_and_nothing_left_behind(self, tmp_path: Path) -> None:
+    def test_create_replaces_no_file_and_leaves_none_at_a_failure(self, tmp_path: Path) -> None:
         image, key = tmp_path / "new.img", tmp_path / "new.key"
         image.write_bytes(b"precious")
         fails(run("create", str(image), f"--random-key={key}"), 2, "new.img exists already")
@@ -545,7 +545,7 @@ class TestCreate:
         assert (key.read_bytes(), other.exists()) == (b"secret", False)
         fails(run("create", str(tmp_path / "no" / "new.img")), 2, "No such file or directory")
 
-    def test_a_folder_for_the_device(self, tmp_path: Path) -> None:
+    def test_folder_for_the_device(self, tmp_path: Path) -> None:
         folder = tmp_path / "machines" / "vm1"
         key = folder / "vm1.key"
         done = run("--json", "create", f"--folder={folder}", "--size=1M", f"--random-key={key}")
@@ -561,7 +561,7 @@ class TestCreate:
         assert modes == [0o700, 0o600, 0o600]
         open_store(Paths.resolve(str(image), key_path=str(key)), key_set=True).close()
 
-    def test_a_folder_is_private_and_new(self, tmp_path: Path) -> None:
+    def test_folder_is_private_and_new(self, tmp_path: Path) -> None:
         folder = tmp_path / "vm1"
         assert run("create", f"--folder={folder}", umask=0).returncode == 0
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
@@ -578,12 +578,12 @@ class TestCreate:
         assert list(tmp_path.iterdir()) == [key]
 
     @pytest.mark.parametrize("arguments", [(), ("rpmb.img", "--folder=vm1")])
-    def test_a_folder_or_an_image(self, arguments: tuple[str, ...]) -> None:
+    def test_folder_or_an_image(self, arguments: tuple[str, ...]) -> None:
         fails(run("create", *arguments), 2, "--folder")
 
 
 class TestInfo:
-    def test_a_running_device(self, device: Device) -> None:
+    def test_info_about_a_running_device(self, device: Device) -> None:
         assert device.succeeds("info", device.key_file).decode().splitlines() == [
             "capacity: 131072 bytes, 512 blocks",
             "limits: 32 blocks per write, 255 per read",
@@ -602,13 +602,13 @@ class TestInfo:
         assert (done.returncode, done.stderr) == (0, b"")
         assert done.stdout == run("verify", f"--flash-path={flash}").stdout
 
-    def test_what_does_not_go_together(self, tmp_path: Path) -> None:
+    def test_info_options_that_exclude_each_other(self, tmp_path: Path) -> None:
         fails(run("info"), 2, "--flash-path=PATH is required")
         fails(run("info", "--flash-path=f", "KEYFILE"), 2, "KEYFILE needs --socket-path")
 
 
 class TestDumpAndLoad:
-    def test_there_and_back(self, keyed: Device) -> None:
+    def test_dump_and_load_are_inverse(self, keyed: Device) -> None:
         """More blocks than one request takes; the counter goes up by one a request."""
         data = secrets.token_bytes(100 * 256)
         keyed.succeeds("load", "--address=5", keyed.file("data", data), keyed.key_file)
@@ -633,7 +633,7 @@ class TestDumpAndLoad:
             "up to 16777216, found more than 16777216",
         )
 
-    def test_an_interrupted_load_says_how_far_it_came(self, tmp_path: Path) -> None:
+    def test_interrupted_load_reports_its_progress(self, tmp_path: Path) -> None:
         key, data = tmp_path / "key", tmp_path / "data"
         write_key(key, KEY)
         data.write_bytes(bytes(100 * 256))
@@ -656,7 +656,7 @@ class TestDumpAndLoad:
             b"vhost-rpmb-client: warning: 64 of 100 blocks were written, from address 0\n"
         )
 
-    def test_a_terminal_sees_how_far_it_is(self, keyed: Device) -> None:
+    def test_progress_is_shown_on_a_terminal(self, keyed: Device) -> None:
         ours, theirs = os.openpty()
         termios.tcsetwinsize(theirs, (24, 80))
         data = keyed.file("data", bytes(100 * 256))
@@ -681,7 +681,7 @@ class TestDumpAndLoad:
 
 
 class TestJson:
-    def test_every_command(self, device: Device) -> None:
+    def test_json_output_of_every_command(self, device: Device) -> None:
         data = device.file("data", bytes(256))
         key, out = device.key_file, str(device.folder / "out")
 
@@ -747,7 +747,7 @@ class TestVerify:
     def verify(self, folder: Path, *options: str) -> subprocess.CompletedProcess[bytes]:
         return run("verify", f"--flash-path={folder / 'flash.img'}", *options)
 
-    def test_a_sound_device(self, tmp_path: Path) -> None:
+    def test_verify_reports_an_intact_device(self, tmp_path: Path) -> None:
         store = open_store(Paths.resolve(str(make_image(tmp_path / "flash.img"))))
         store.commit(0, [], KEY)
         store.commit(0x2A, [(7, bytes([1]) * 256)], None)
@@ -764,7 +764,7 @@ class TestVerify:
             "damaged blocks: none",
         ]
 
-    def test_a_damaged_device(self, tmp_path: Path) -> None:
+    def test_verify_reports_damage(self, tmp_path: Path) -> None:
         flash = make_image(tmp_path / "flash.img")
         store = open_store(Paths.resolve(str(flash)))
         store.commit(1, [(number, bytes([1]) * 256) for number in range(100)], None)
@@ -780,7 +780,7 @@ class TestVerify:
             "vhost-rpmb-client: error: 13 blocks are not what was stored"
         ]
 
-    def test_a_device_in_use_or_without_its_files(self, tmp_path: Path) -> None:
+    def test_device_in_use_or_without_files_is_reported(self, tmp_path: Path) -> None:
         fails(self.verify(tmp_path), 2, "flash.img does not exist")
         flash = make_image(tmp_path / "flash.img")
         fails(self.verify(tmp_path), 1, "flash.img.state does not exist")
@@ -798,7 +798,7 @@ class TestVerify:
         (["create", "i", "--randm-key=k"], "did you mean --random-key instead of --randm-key?"),
     ],
 )
-def test_an_error_suggests_the_nearest_word(
+def test_error_suggests_the_nearest_word(
     arguments: list[str], hint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(arguments) == 2
@@ -815,7 +815,7 @@ def test_an_error_suggests_the_nearest_word(
         ["--json", "--key=k"],
     ],
 )
-def test_an_error_suggests_no_option_of_another_command(
+def test_error_suggests_no_option_of_another_command(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(arguments) == 2

@@ -147,7 +147,7 @@ def test_no_state_that_power_loss_can_leave_loses_anything(
 
 
 @pytest.mark.parametrize("ignored", [".state-wal", "flash.img", "key.new", "/"])
-def test_a_missing_sync_would_be_found(
+def test_missing_sync_is_detected(
     recording: tuple[Path, bool, list[Call]], caplog: pytest.LogCaptureFixture, ignored: str
 ) -> None:
     """The check bites: without the sync of the log, image, key file or folder, it fails."""

@@ -15,14 +15,14 @@ CASES = int(os.environ.get("VHOST_RPMB_FAULT_CASES", "150"))  # 0: every call wi
 
 
 @pytest.mark.timeout(CASES + 120 if CASES else 0)
-def test_a_failing_call_loses_nothing_and_is_got_over() -> None:
+def test_failing_call_loses_nothing() -> None:
     command = ["fiu-run", "-x", sys.executable, "-m", "tests.crash.faults", str(CASES), "1"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " 0 went wrong" in done.stdout
 
 
-def test_a_full_and_a_read_only_file_system(tmp_path: Path) -> None:
+def test_full_and_read_only_file_system(tmp_path: Path) -> None:
     program = [sys.executable, "-m", "tests.crash.volume", str(tmp_path)]
     done = subprocess.run(
         ["unshare", "--user", "--map-root-user", "--mount", *program],

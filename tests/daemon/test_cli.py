@@ -178,7 +178,7 @@ def test_help_names_every_option(option: str) -> None:
         assert re.search(rf"^  (-\w.*, )?{name}\b", ended.stdout, re.MULTILINE), name
 
 
-def test_the_parser_has_no_other_options() -> None:
+def test_parser_has_no_other_options() -> None:
     found = [name for action in build_parser()._actions for name in action.option_strings]
     assert sorted(found) == sorted([*OPTIONS, "-h", "-V", "-v"])
 
@@ -270,7 +270,7 @@ def test_fd() -> None:
         assert (options.fd, options.socket_path) == (3, None)
 
 
-def test_flags() -> None:
+def test_options_without_a_value() -> None:
     options = parse("--strict", "--once", "--key-path=key", "--key-set")
     assert (options.strict, options.once, options.key_set) == (True, True, True)
 
@@ -724,13 +724,13 @@ def test_without_once_the_next_front_end_is_served(image: Path, socket_path: Pat
         (["--flash-path=f", "--socket-path=s", "--sandbox=of"], "did you mean off instead of of?"),
     ],
 )
-def test_an_error_suggests_the_nearest_word(arguments: list[str], hint: str) -> None:
+def test_error_suggests_the_nearest_word(arguments: list[str], hint: str) -> None:
     with pytest.raises(UsageError) as caught:
         parse_options(arguments, {})
     assert hint in str(caught.value)
 
 
-def test_an_error_suggests_nothing_where_nothing_is_near() -> None:
+def test_error_suggests_nothing_where_nothing_is_near() -> None:
     with pytest.raises(UsageError) as caught:
         parse_options(["--flash-path=f", "--socket-path=s", "--zzz"], {})
     assert "did you mean" not in str(caught.value)

@@ -128,7 +128,7 @@ def test_activation_and_notifications(launch: Launch, manager: Manager, tmp_path
     assert process.returncode == 0, errors
 
 
-def test_no_manager(launch: Launch, tmp_path: Path) -> None:
+def test_missing_notify_socket_is_ignored(launch: Launch, tmp_path: Path) -> None:
     """A notify socket that nobody has any more does not keep the daemon from serving."""
     launch(NOTIFY_SOCKET=str(tmp_path / "nobody"))
     with connect(tmp_path / "activated") as client:
@@ -136,7 +136,7 @@ def test_no_manager(launch: Launch, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["\0vhost-rpmb-test-{}", "{}/notify"])
-def test_addresses(name: str, tmp_path: Path) -> None:
+def test_notify_socket_may_be_a_path_or_abstract(name: str, tmp_path: Path) -> None:
     """A path, or an abstract name, which the variable writes with an @."""
     address = name.format(os.getpid() if name[0] == "\0" else tmp_path)
     manager = Manager(address)
@@ -218,7 +218,7 @@ def test_warnings_for_the_journal_have_their_priority(
     assert all(re.match(r"<[3467]>vhost-user-rpmb: ", line) for line in lines)
 
 
-def test_the_description_for_management_software() -> None:
+def test_description_for_management_software() -> None:
     """It keeps the rules of VhostUserBackend in QEMU's docs/interop/vhost-user.json."""
     description = json.loads((SHARE / "50-vhost-user-rpmb.json").read_text())
     assert set(description) - {"tags"} == {"description", "type", "binary"}

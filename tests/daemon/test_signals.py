@@ -75,14 +75,14 @@ def ask(ring: Ring) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_daemon_ends_at_its_signals(device: RunningDevice, number: int) -> None:
+def test_signals_end_the_daemon(device: RunningDevice, number: int) -> None:
     process = device._process
     assert process is not None
     process.send_signal(number)
     assert process.wait(PATIENCE) == 0, device.log
 
 
-def test_a_full_call_eventfd_does_not_hold_the_daemon(
+def test_full_call_eventfd_does_not_hold_the_daemon(
     device: RunningDevice, frontend: Frontend, memory: GuestMemory
 ) -> None:
     """The front-end's eventfd blocks the write to it; the stop is served all the same."""
@@ -118,7 +118,7 @@ def test_guest_memory_that_is_truncated_does_not_end_the_daemon(
     device.stop()
 
 
-def test_a_reader_that_is_gone_ends_the_client_with_its_error(device: RunningDevice) -> None:
+def test_closed_output_pipe_ends_the_client_with_an_error(device: RunningDevice) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(
@@ -136,7 +136,7 @@ def test_a_reader_that_is_gone_ends_the_client_with_its_error(device: RunningDev
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_client_ends_at_its_signals(tmp_path: Path, number: int) -> None:
+def test_signals_end_the_client(tmp_path: Path, number: int) -> None:
     path = str(tmp_path / "socket")
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)

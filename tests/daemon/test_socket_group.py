@@ -83,7 +83,7 @@ def test_without_the_option_the_group_cannot_connect(folder: Path) -> None:
 
 
 @pytest.mark.needs_root
-def test_a_user_gives_the_socket_to_a_group_of_its_own(folder: Path) -> None:
+def test_user_gives_the_socket_to_a_group_of_its_own(folder: Path) -> None:
     device = RunningDevice(folder, f"--socket-group={GROUP}", *SANDBOX)
     become(device, [GROUP])
     with device:
@@ -93,7 +93,7 @@ def test_a_user_gives_the_socket_to_a_group_of_its_own(folder: Path) -> None:
 
 
 @pytest.mark.needs_root
-def test_a_group_of_others_is_refused(folder: Path) -> None:
+def test_group_of_others_is_refused(folder: Path) -> None:
     device = RunningDevice(folder, f"--socket-group={GROUP}", *SANDBOX)
     become(device, [OTHER_GROUP])
     with pytest.raises(RuntimeError, match="does not start"):
@@ -108,7 +108,7 @@ def test_a_group_of_others_is_refused(folder: Path) -> None:
 
 
 @pytest.mark.needs_root
-def test_the_umask_does_not_matter(folder: Path) -> None:
+def test_umask_does_not_matter(folder: Path) -> None:
     before = os.umask(0o027)
     try:
         with RunningDevice(folder, f"--socket-group={GROUP}", *SANDBOX) as device:
@@ -140,12 +140,12 @@ def test_nobody_can_connect_before_mode_and_group_are_right(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("group", ["no-such-group", "", "-1", "4294967295", "12345678901", "1.5"])
-def test_an_unknown_group_is_refused(group: str) -> None:
+def test_unknown_group_is_refused(group: str) -> None:
     with pytest.raises(UsageError) as caught:
         parse_options(["--flash-path=f", "--socket-path=s", f"--socket-group={group}"], {})
     assert f"expected a group name or number, found {group!r}" in str(caught.value)
 
 
-def test_the_group_is_only_for_a_socket_of_the_daemon() -> None:
+def test_group_is_only_for_a_socket_of_the_daemon() -> None:
     with pytest.raises(UsageError, match="--socket-group needs --socket-path=PATH"):
         parse_options(["--flash-path=f", "--fd=3", "--socket-group=0"], {})

@@ -160,6 +160,6 @@ def test_expired_bit_is_success_except_for_the_write_after_the_last() -> None:
 
 
 @pytest.mark.parametrize("length", [0, 255, 257])
-def test_a_write_takes_whole_blocks(length: int) -> None:
+def test_write_takes_whole_blocks(length: int) -> None:
     with pytest.raises(ValueError, match=f"not {length}"):
         messages.write_request(0, bytes(length), 0, AUTHENTICATOR)

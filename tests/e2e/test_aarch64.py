@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 
-def test_a_kernel_that_is_too_old(tmp_path: Path) -> None:
+def test_kernel_that_is_too_old(tmp_path: Path) -> None:
     done = subprocess.run(
         ["setarch", "--uname-2.6", sys.executable, "-m", "tests.e2e.aarch64", tmp_path],
         capture_output=True,

@@ -27,7 +27,7 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Pat
     return lambda ingredient: cached("thing", ingredient, fill, lambda _: None)
 
 
-def test_what_is_made_once_is_found(make: Callable[[int], Path]) -> None:
+def test_cached_folder_is_found(make: Callable[[int], Path]) -> None:
     folder = make(1)
     (folder / "mark").touch()
     assert make(1) == folder
@@ -35,7 +35,7 @@ def test_what_is_made_once_is_found(make: Callable[[int], Path]) -> None:
     assert make(2) != folder
 
 
-def test_what_is_half_made_or_out_of_use_goes(make: Callable[[int], Path]) -> None:
+def test_incomplete_and_unused_folders_are_removed(make: Callable[[int], Path]) -> None:
     half, unused, used = make(1), make(2), make(3)
     (half / cache.MARKER).unlink()
     for folder in (unused, used):
@@ -47,7 +47,7 @@ def test_what_is_half_made_or_out_of_use_goes(make: Callable[[int], Path]) -> No
     assert (used / "made").exists()
 
 
-def test_what_fails_leaves_nothing(make: Callable[[int], Path]) -> None:
+def test_failed_step_leaves_no_folder(make: Callable[[int], Path]) -> None:
     def fail(folder: Path, steps: Steps) -> None:
         (folder / "made").touch()
         raise KeyError

@@ -29,7 +29,7 @@ def test_story_fails_on_a_device_with_a_key(daemon: Daemon, tmp_path: Path) -> N
         tell(ClientStage(tmp_path, daemon), print)
 
 
-def test_demo_without_a_kit_says_so(tmp_path: Path) -> None:
+def test_demo_without_a_kit_uses_the_client(tmp_path: Path) -> None:
     programs = tmp_path / "bin"
     programs.mkdir()
     for name in ("cmp", "cut"):

@@ -65,7 +65,7 @@ def test_qemu_by_hand(kit: Kit, daemon: Daemon, monkeypatch: pytest.MonkeyPatch)
 
 
 @AMD64_ONLY
-def test_the_driver_is_built_and_loaded(kit: Kit, daemon: Daemon, tmp_path: Path) -> None:
+def test_driver_is_built_and_loaded(kit: Kit, daemon: Daemon, tmp_path: Path) -> None:
     (block,) = blocks_that_begin("guest", "make ")
     build, load = commands(block)
     folder = Path(tempfile.mkdtemp(prefix="guide-", dir=kit.system / "tmp"))
@@ -164,5 +164,5 @@ def wait(terminal: socket.socket, text: bytes) -> None:
         shown += more
 
 
-def test_nothing_else_is_to_be_typed(daemon: Daemon) -> None:
+def test_guide_has_no_other_commands(daemon: Daemon) -> None:
     assert [text.split()[0] for _, text in blocks_of_guide("guest")] == ["make", "(umask"]

@@ -56,7 +56,9 @@ class Machine:
 
 
 @pytest.mark.parametrize("memory", ["table", "slots"])
-def test_another_vmm(second_vmm: Path, daemon: Daemon, memory: str, tmp_path: Path) -> None:
+def test_device_on_another_vmm(
+    second_vmm: Path, daemon: Daemon, memory: str, tmp_path: Path
+) -> None:
     machine = Machine(second_vmm, daemon, memory, tmp_path)
     blocks = [os.urandom(BLOCK_SIZE) for _ in range(32)]
     write = signed_write(0, 5, *blocks)

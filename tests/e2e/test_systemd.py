@@ -115,7 +115,7 @@ class Unit:
         return str(line)
 
 
-def test_the_documented_commands(guest: Guest) -> None:
+def test_documented_commands(guest: Guest) -> None:
     unit = Unit(guest, "vm1")
     unit.enable()
     assert unit.show("ActiveState", "UnitFileState", suffix="socket") == {
@@ -163,7 +163,7 @@ def test_the_documented_commands(guest: Guest) -> None:
     assert unit.client("read-counter key")["write_counter"] == 1
 
 
-def test_every_end_keeps_the_counter(guest: Guest) -> None:
+def test_counter_survives_every_kind_of_stop(guest: Guest) -> None:
     unit = Unit(guest, "ends")
     unit.start()
     unit.program()
@@ -209,7 +209,7 @@ def test_instances_are_kept_apart(guest: Guest) -> None:
         ]
 
 
-def test_a_user_for_each_machine(guest: Guest) -> None:
+def test_user_for_each_machine(guest: Guest) -> None:
     """By the template's drop-in; a name that is too long for a user has a drop-in of its own."""
     units = [Unit(guest, name) for name in ("Name_with-26-characters-xy", "c" * 36)]
     for unit in units:
@@ -230,7 +230,7 @@ def test_a_user_for_each_machine(guest: Guest) -> None:
         units[0].run(f"rm -r /etc/systemd/system/{template}.d; systemctl daemon-reload")
 
 
-def test_a_service_that_cannot_start(guest: Guest) -> None:
+def test_service_that_cannot_start(guest: Guest) -> None:
     """Who connects is told at once, nothing is tried again; once mended, the next one is served."""
     unit = Unit(guest, "broken")
     unit.start()
@@ -292,7 +292,7 @@ def test_confinement(guest: Guest) -> None:
     assert int(unit.process("Seccomp_filters")) == filters - 1
 
 
-def test_the_machine_reboots(guest: Guest) -> None:
+def test_machine_reboots(guest: Guest) -> None:
     unit = Unit(guest, "stays")
     unit.enable()
     unit.program()

@@ -202,7 +202,7 @@ def at(number: int, **changes: Any) -> Callable[[FakeBackend, int, Any], None]:
     return change
 
 
-def test_the_fake_back_end_is_honest_by_itself(bench: Bench) -> None:
+def test_fake_back_end_passes_without_changes(bench: Bench) -> None:
     for verb in VERBS:
         assert bench.wrong(Case("nothing", verb, status=0)) is None
     backend, _ = bench.run(Case("nothing"))
@@ -430,7 +430,7 @@ def test_every_field_of_every_response(bench: Bench) -> None:
     check(bench, cases)
 
 
-def test_an_answer_of_another_time_is_not_taken(bench: Bench) -> None:
+def test_replayed_answer_is_refused(bench: Bench) -> None:
     kept: list[list[Frame]] = []
 
     def replay(_backend: FakeBackend, _number: int, answer: Answer) -> None:
@@ -505,7 +505,7 @@ def test_guest_memory_is_sealed_unless_a_test_wants_it_otherwise() -> None:
         os.ftruncate(memory.regions[0].fd, 0)
 
 
-def test_a_back_end_that_cannot_map_the_memory(bench: Bench) -> None:
+def test_back_end_that_cannot_map_the_memory(bench: Bench) -> None:
     """As docs/guides/client.md has it."""
     refused = at(SHARED, payload=wire.pack_u64(1))
     check(bench, [Case("refused", on_reply=refused, status=1, text="refused ADD_MEM_REG")])
@@ -538,7 +538,7 @@ def test_eventfds_are_watched_but_never_read() -> None:
         assert os.eventfd_read(ring.call_fd) == 4
 
 
-def test_a_full_kick_eventfd(bench: Bench) -> None:
+def test_full_kick_eventfd(bench: Bench) -> None:
     """A write to it would wait for ever: the back-end may clear O_NONBLOCK."""
 
     def fill(backend: FakeBackend, number: int, _reply: Reply) -> None:
@@ -551,7 +551,7 @@ def test_a_full_kick_eventfd(bench: Bench) -> None:
     check(bench, [Case("full", on_reply=fill, waits=True, status=1, text=text)])
 
 
-def test_a_kick_eventfd_that_is_filled_at_the_last_moment() -> None:
+def test_kick_eventfd_that_is_filled_at_the_last_moment() -> None:
     """The client's timer ends the write; the back-end has made room before it looked."""
     script = """
 import sys
@@ -638,7 +638,7 @@ answer_parts = st.fixed_dictionaries(
     answers=st.dictionaries(st.integers(0, 1), answer_parts, max_size=2),
     config=st.binary(min_size=3, max_size=3) | st.just(bytes((1, 32, 255))),
 )
-def test_any_deviation(
+def test_client_survives_any_deviation(
     bench: Bench,
     verb: str,
     replies: dict[int, dict[str, Any]],
@@ -685,7 +685,7 @@ def test_no_core_dump_of_a_client(tmp_path: Path) -> None:
     assert not os.WCOREDUMP(ended)
 
 
-def test_a_client_is_not_dumpable(tmp_path: Path) -> None:
+def test_client_is_not_dumpable(tmp_path: Path) -> None:
     """Neither for a pipe that takes core dumps, which heeds no limit, nor for a debugger."""
     script = (
         "import ctypes, sys; from vhost_rpmb.client.cli import main; "
@@ -700,7 +700,7 @@ def test_a_client_is_not_dumpable(tmp_path: Path) -> None:
     assert done.stdout == b"1 0\n"
 
 
-def test_a_library_client_leaves_its_process_alone(tmp_path: Path) -> None:
+def test_library_client_leaves_its_process_alone(tmp_path: Path) -> None:
     script = f"""
 import ctypes
 from vhost_rpmb.driver.errors import BackendError

@@ -105,7 +105,7 @@ def image_and_hammer(frames: list[bytes]) -> tuple[bytes, list[str]]:
     return bytes(image), places
 
 
-def test_what_is_stored_is_what_was_authenticated(keyed: Rig, guest: RawGuest) -> None:
+def test_only_authenticated_data_is_stored(keyed: Rig, guest: RawGuest) -> None:
     store = keyed.store
     blocks = [bytes([number]) * 256 for number in (1, 2, 3, 4)]
     rounds = written = broken = 0

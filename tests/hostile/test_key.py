@@ -43,7 +43,7 @@ def traces(key: bytes, data: bytes) -> list[str]:
     return found + (["base64"] if encoded[:40] in data else [])
 
 
-def test_the_search_finds_a_key() -> None:
+def test_key_search_detects_each_encoding() -> None:
     key = os.urandom(32)
     for text in (key, key[5:20], key.hex().encode(), repr(key).encode(), base64.b64encode(key)):
         assert traces(key, b"before " + text + b" after")
@@ -56,7 +56,7 @@ def verbosity(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.mark.parametrize("key_file", [False, True])
-def test_the_key_is_nowhere_else(
+def test_key_is_in_no_other_place(
     daemon: DaemonFactory, tmp_path: Path, verbosity: str, key_file: bool
 ) -> None:
     key, other = os.urandom(32), os.urandom(32)
@@ -111,7 +111,7 @@ def use(running: Daemon, key: bytes, other: bytes) -> Iterator[bytes]:
                 yield client.exchange(asked, 8 * 512)
 
 
-def test_each_frame_is_told_in_words(daemon: DaemonFactory, engine: object) -> None:
+def test_each_frame_is_logged(daemon: DaemonFactory, engine: object) -> None:
     running = daemon("--debug")
     key = os.urandom(32)
     list(use(running, key, os.urandom(32)))
@@ -135,7 +135,7 @@ def test_each_frame_is_told_in_words(daemon: DaemonFactory, engine: object) -> N
     assert not re.search("^[^0-9].* debug:", said, re.MULTILINE), "a debug line without its time"
 
 
-def test_answers_without_room_are_told(daemon: DaemonFactory) -> None:
+def test_answers_without_room_are_logged(daemon: DaemonFactory) -> None:
     running = daemon("--debug")
     with RpmbClient.connect(str(running.socket_path)) as client:
         client.program_key(os.urandom(32))

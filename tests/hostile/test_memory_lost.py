@@ -57,7 +57,7 @@ def assert_works(rig: Rig, guest: RawGuest) -> None:
 
 # Whole (0): rings and buffers are gone; BUFFERS: the rings are still there.
 @pytest.mark.parametrize("size", [0, AVAILABLE, BUFFERS, BUFFERS + 4096])
-def test_truncated_before_the_kick(keyed: Rig, guest: RawGuest, size: int) -> None:
+def test_memory_truncated_before_the_kick(keyed: Rig, guest: RawGuest, size: int) -> None:
     frames = [write_data(0, 1, bytes([7]) * 256), *[read_counter()] * 20]
     guest.fill(lay_out(frames))
     guest.share()
@@ -89,7 +89,7 @@ def test_truncated_between_batches(keyed: Rig, guest: RawGuest) -> None:
     assert_works(keyed, guest)
 
 
-def test_truncated_all_the_time(keyed: Rig, guest: RawGuest) -> None:
+def test_memory_truncated_during_requests(keyed: Rig, guest: RawGuest) -> None:
     """The image only ever holds what was written with the key and the right counter."""
     good = lost = refused = 0
     deadline = time.monotonic() + MOST
@@ -122,7 +122,7 @@ def test_truncated_all_the_time(keyed: Rig, guest: RawGuest) -> None:
     assert_works(keyed, guest)
 
 
-def test_a_fault_elsewhere_still_ends_the_process(engine: Engine) -> None:
+def test_fault_elsewhere_still_ends_the_process(engine: Engine) -> None:
     """Only regions are guarded: another mapping past the end of its file is a bug of ours."""
     script = f"""
 import mmap, os
@@ -138,7 +138,7 @@ other[4096]
     assert run_python(script) == -signal.SIGBUS
 
 
-def test_a_signal_from_elsewhere_still_ends_the_process(engine: Engine) -> None:
+def test_signal_from_elsewhere_still_ends_the_process(engine: Engine) -> None:
     script = f"""
 import os, signal
 from vhost_rpmb import engine

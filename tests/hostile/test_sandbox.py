@@ -132,14 +132,14 @@ else:
 
 @pytest.mark.needs_sandbox
 @pytest.mark.parametrize("what", FORBIDDEN)
-def test_forbidden(tmp_path: Path, what: str) -> None:
+def test_sandbox_forbids(tmp_path: Path, what: str) -> None:
     statement, error = FORBIDDEN[what]
     assert in_sandbox(tmp_path, statement) == errno.errorcode[error]
 
 
 @pytest.mark.needs_sandbox
 @pytest.mark.parametrize("what", ALLOWED)
-def test_allowed(tmp_path: Path, what: str) -> None:
+def test_sandbox_allows(tmp_path: Path, what: str) -> None:
     assert in_sandbox(tmp_path, ALLOWED[what]) == "done"
 
 
@@ -229,7 +229,7 @@ def status(pid: int) -> dict[str, str]:
 
 @pytest.mark.needs_sandbox
 @pytest.mark.parametrize("key_file", [False, True])
-def test_all_of_serving_works_inside(daemon: DaemonFactory, tmp_path: Path, key_file: bool) -> None:
+def test_device_works_in_the_sandbox(daemon: DaemonFactory, tmp_path: Path, key_file: bool) -> None:
     """Programming, writing, checkpoints, reconnecting, a clean stop, another start."""
     folder = tmp_path / "keys"
     folder.mkdir()
@@ -256,7 +256,7 @@ def test_all_of_serving_works_inside(daemon: DaemonFactory, tmp_path: Path, key_
         assert client.read_counter() == 45
 
 
-def test_off(daemon: DaemonFactory) -> None:
+def test_sandbox_can_be_turned_off(daemon: DaemonFactory) -> None:
     running = daemon("--sandbox=off")
     found = status(running.pid)
     assert (found["NoNewPrivs"], found["Seccomp"]) == ("0", "0")

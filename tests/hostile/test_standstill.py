@@ -89,7 +89,7 @@ LEFT = {
 
 
 @pytest.mark.parametrize("queued", [False, True])
-def test_own_end_of_the_connection(running: Daemon, queued: bool) -> None:
+def test_connection_ends_while_its_own_end_is_kept(running: Daemon, queued: bool) -> None:
     """Kept anywhere, or in the queue of what is kept, it would hide its end from the daemon."""
     for how, data in LEFT.items():
         with connect(running) as sock:
@@ -104,7 +104,7 @@ def test_own_end_of_the_connection(running: Daemon, queued: bool) -> None:
 
 
 @pytest.mark.parametrize("accepted", [True, False])
-def test_own_end_of_the_connection_with_a_front_end_that_waits(
+def test_connection_ends_while_its_own_end_is_kept_and_a_front_end_waits(
     running: Daemon, accepted: bool
 ) -> None:
     """Nobody takes it out of that queue, but the process that connected has ended.
@@ -129,7 +129,7 @@ socket.send_fds(waiting, [b"x"], [served.fileno()])
     assert_stops(running)
 
 
-def test_a_connection_that_another_process_took_over_goes_on(running: Daemon) -> None:
+def test_connection_that_another_process_took_over_goes_on(running: Daemon) -> None:
     """Until another front-end wants its place."""
     script = f"""
 import os, socket

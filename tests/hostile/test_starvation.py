@@ -96,7 +96,7 @@ FLOODS = {
 
 @pytest.mark.timing
 @pytest.mark.parametrize("kind", FLOODS)
-def test_a_ring_that_is_always_full(programmed: Daemon, kind: str) -> None:
+def test_full_ring_leaves_other_work_its_time(programmed: Daemon, kind: str) -> None:
     """The control socket and the stop are served after little work on the ring all the same."""
     request, room = FLOODS[kind]
     place = MemoryRegion(GUEST, 4 << 20, 0x7F00_0000_0000, 0)
@@ -141,7 +141,7 @@ def test_a_ring_that_is_always_full(programmed: Daemon, kind: str) -> None:
 
 @pytest.mark.timing
 @pytest.mark.parametrize("kind", FLOODS)
-def test_the_time_of_a_batch(make_rig: RigFactory, kind: str) -> None:
+def test_longest_batch_takes_a_bounded_time(make_rig: RigFactory, kind: str) -> None:
     """The longest batch keeps the processor for less than 100 ms."""
     rig = make_rig(regions=[MemoryRegion(GUEST, 4 << 20, 0x7F00_0000_0000, 0)])
     rig.program()
@@ -170,7 +170,7 @@ def test_the_time_of_a_batch(make_rig: RigFactory, kind: str) -> None:
 
 
 @pytest.mark.timing
-def test_one_byte_at_a_time(programmed: Daemon) -> None:
+def test_incomplete_message_uses_no_processor_time(programmed: Daemon) -> None:
     """A message that never ends costs nothing, and the stop is served."""
     with socket.socket(socket.AF_UNIX) as slow:
         slow.connect(str(programmed.socket_path))
@@ -184,7 +184,7 @@ def test_one_byte_at_a_time(programmed: Daemon) -> None:
 
 
 @pytest.mark.memory
-def test_a_flood_of_messages(programmed: Daemon) -> None:
+def test_flood_of_messages_uses_bounded_resources(programmed: Daemon) -> None:
     before = memory_of(programmed)
     with socket.socket(socket.AF_UNIX) as sock:
         sock.connect(str(programmed.socket_path))
@@ -213,7 +213,7 @@ def test_a_flood_of_messages(programmed: Daemon) -> None:
 
 
 @pytest.mark.memory
-def test_ten_thousand_connections(programmed: Daemon) -> None:
+def test_ten_thousand_connections_use_bounded_resources(programmed: Daemon) -> None:
     """None of them costs a descriptor (there are 64) or memory."""
     before = memory_of(programmed)
     for _ in range(10_000):
@@ -231,7 +231,7 @@ def test_ten_thousand_connections(programmed: Daemon) -> None:
 
 
 @pytest.mark.memory
-def test_hundreds_of_descriptors(programmed: Daemon) -> None:
+def test_hundreds_of_descriptors_leave_none_open(programmed: Daemon) -> None:
     """What is not asked for is closed, although there are fewer free than come."""
     before = memory_of(programmed)
     fd = os.memfd_create("descriptor")
@@ -273,14 +273,14 @@ def stuck(programmed: Daemon) -> Iterator[tuple[Frontend, Ring]]:
             yield frontend, ring
 
 
-def test_a_full_call_eventfd_does_not_keep_the_stop(
+def test_full_call_eventfd_does_not_delay_the_stop(
     programmed: Daemon, stuck: tuple[Frontend, Ring]
 ) -> None:
     programmed.send(signal.SIGTERM)
     assert programmed.wait(PATIENCE) == 0
 
 
-def test_a_full_call_eventfd_does_not_keep_the_next_front_end(
+def test_full_call_eventfd_does_not_delay_the_next_front_end(
     programmed: Daemon, stuck: tuple[Frontend, Ring]
 ) -> None:
     stuck[0].close()

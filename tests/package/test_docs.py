@@ -79,7 +79,7 @@ def run(program: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["README", *MAN_PAGES, *RUN_HERE])
-def test_the_examples_run_as_printed(name: str, tmp_path: Path) -> None:
+def test_examples_run_as_printed(name: str, tmp_path: Path) -> None:
     blocks = blocks_of(name)
     program = script(blocks)
     assert "vhost-" in program
@@ -101,7 +101,7 @@ def test_machines_are_started_as_in_the_guide(name: str) -> None:
     assert [command for command in found if "qemu" in command] == commands(by_hand)
 
 
-def test_a_machine_under_systemd_is_as_in_the_guide() -> None:
+def test_machine_under_systemd_is_as_in_the_guide() -> None:
     """Whose command lines a running systemd follows in tests/e2e/test_systemd.py."""
     (found,) = (text for _, text in blocks_of_readme() if "systemctl" in text)
     install, *_, enable = (text for _, text in blocks_of_guide("systemd") if "systemctl" in text)
@@ -113,12 +113,12 @@ def test_every_guide_has_its_test() -> None:
     assert guides == {*RUN_HERE, *RUN_ELSEWHERE, *NOT_RUN}
 
 
-def test_what_the_guide_to_systemd_prints_for_management_software(tmp_path: Path) -> None:
+def test_description_in_the_systemd_guide_matches(tmp_path: Path) -> None:
     (command,) = blocks_that_begin("systemd", "vhost-user-rpmb --print-capabilities")
     run(command, tmp_path)
 
 
-def test_the_domain_is_one_of_libvirt(tmp_path: Path) -> None:
+def test_domain_is_one_of_libvirt(tmp_path: Path) -> None:
     """By libvirt's schema; what it has QEMU do is what the guide to QEMU has it do.
 
     tests/e2e/test_guides.py starts it.
@@ -137,7 +137,7 @@ def test_the_domain_is_one_of_libvirt(tmp_path: Path) -> None:
     assert " ".join(arguments).removesuffix(slot) in commands(by_hand)[0]
 
 
-def test_the_fixture_serves_a_test_suite(tmp_path: Path) -> None:
+def test_fixture_serves_a_test_suite(tmp_path: Path) -> None:
     (_, conftest), (_, tests) = blocks_of_guide("embedding")
     (tmp_path / "conftest.py").write_text(conftest)
     (tmp_path / "test_rollback.py").write_text(tests)

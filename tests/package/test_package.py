@@ -234,7 +234,7 @@ def test_source_archive_is_complete(archives: Archives) -> None:
     assert not [name for name in names if name.startswith("build/")]
 
 
-def test_wheel_holds_what_runs_and_nothing_else(archives: Archives) -> None:
+def test_wheel_contains_the_package_only(archives: Archives) -> None:
     with zipfile.ZipFile(archives.wheel) as archive:
         names = archive.namelist()
     assert "vhost_rpmb/py.typed" in names
@@ -248,7 +248,7 @@ def test_wheel_holds_what_runs_and_nothing_else(archives: Archives) -> None:
     }
 
 
-def test_wheel_is_for_systems_that_have_what_it_needs(archives: Archives) -> None:
+def test_wheel_platform_matches_its_libraries(archives: Archives) -> None:
     """Its name says glibc 2.34, with which OpenSSL 3 came; libcrypto is not in it."""
     tag = f"cp{OURS.replace('.', '')}"
     name = rf"vhost_rpmb-{re.escape(__version__)}-{tag}-{tag}-manylinux_2_34_\w+\.whl"
@@ -282,7 +282,7 @@ def test_metadata(archives: Archives) -> None:
     assert "vhost-rpmb-client = vhost_rpmb.client.cli:main" in entry_points
 
 
-def test_the_quick_start_installs(sdist: Path, tmp_path: Path) -> None:
+def test_quick_start_installs(sdist: Path, tmp_path: Path) -> None:
     """The commands of the guide as printed, in the unpacked source archive."""
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path, filter="data")
@@ -414,7 +414,7 @@ def test_installed_engine(engine: str, installation: Installation) -> None:
 
 
 @pytest.mark.parametrize("engine", ["fast", "pure"])
-def test_a_session_on_each_python(engine: str, each_installation: Installation) -> None:
+def test_session_on_each_python(engine: str, each_installation: Installation) -> None:
     """The installed client programs, writes and reads the installed daemon's device."""
     installed = each_installation
     folder = installed.folder / engine

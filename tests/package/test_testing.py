@@ -23,7 +23,7 @@ def test_capacity_and_options(tmp_path: Path) -> None:
     device.stop()  # it is stopped already
 
 
-def test_a_device_runs_once(tmp_path: Path) -> None:
+def test_device_runs_once(tmp_path: Path) -> None:
     with RunningDevice(tmp_path, *SANDBOX) as device:
         with pytest.raises(RuntimeError, match="running already"):
             device.start()
@@ -34,7 +34,7 @@ def test_a_device_runs_once(tmp_path: Path) -> None:
         os.kill(device.pid, 0)
 
 
-def test_a_stop_of_a_daemon_that_was_killed_fails(tmp_path: Path) -> None:
+def test_stop_of_a_daemon_that_was_killed_fails(tmp_path: Path) -> None:
     device = RunningDevice(tmp_path, *SANDBOX)
     device.start()
     os.kill(device.pid, signal.SIGKILL)
@@ -56,12 +56,12 @@ def test_nothing_is_imported_from_the_current_folder(
         assert client.config.capacity == 1
 
 
-def test_a_device_that_does_not_start(tmp_path: Path) -> None:
+def test_device_that_does_not_start(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="expected a number 1 to 255, found '0'"):
         RunningDevice(tmp_path, "--max-write-blocks=0").start()
 
 
-def test_a_device_that_ended_by_itself(tmp_path: Path) -> None:
+def test_device_that_ended_by_itself(tmp_path: Path) -> None:
     device = RunningDevice(tmp_path, "--once", *SANDBOX)
     device.start()
     with device.client() as client:
@@ -72,7 +72,7 @@ def test_a_device_that_ended_by_itself(tmp_path: Path) -> None:
         device.start()
 
 
-def test_a_failure_within_the_test_leaves_no_process(tmp_path: Path) -> None:
+def test_failure_within_the_test_leaves_no_process(tmp_path: Path) -> None:
     device = RunningDevice(tmp_path, *SANDBOX)
     with pytest.raises(ZeroDivisionError), device:
         1 / 0  # noqa: B018

@@ -46,7 +46,7 @@ def test_requests_beyond_the_room_are_executed(keyed: Rig) -> None:
     assert keyed.store.counter == 2
 
 
-def test_an_answer_that_does_not_fit_leaves_the_room_to_the_next(keyed: Rig) -> None:
+def test_answer_that_does_not_fit_leaves_the_room_to_the_next(keyed: Rig) -> None:
     keyed.write(0, 5, A)
     answers = keyed.chain(read_data(5) + read_data(5, 2) + read_counter(), 2)
     assert [answer.req_resp for answer in answers] == [
@@ -57,18 +57,18 @@ def test_an_answer_that_does_not_fit_leaves_the_room_to_the_next(keyed: Rig) -> 
 
 
 @pytest.mark.parametrize("length", [1, 511, 513, 1023])
-def test_a_chain_that_is_not_whole_frames_fails_without_effect(keyed: Rig, length: int) -> None:
+def test_chain_that_is_not_whole_frames_fails_without_effect(keyed: Rig, length: int) -> None:
     data = (write_data(0, 5, A) + read_result())[:length].ljust(length, b"\0")
     assert keyed.chain(data) == [sealed(result=GENERAL)]
     assert keyed.store.counter == 0
 
 
-def test_a_chain_without_readable_bytes_fails(keyed: Rig) -> None:
+def test_chain_without_readable_bytes_fails(keyed: Rig) -> None:
     assert keyed.chain(b"") == [sealed(result=GENERAL)]
 
 
 @pytest.mark.parametrize("room", [0, 1, 511])
-def test_an_answer_without_room_for_a_frame_is_left_out(keyed: Rig, room: int) -> None:
+def test_answer_without_room_for_a_frame_is_left_out(keyed: Rig, room: int) -> None:
     assert keyed.raw_chain(read_counter(), room) == b""
     assert keyed.raw_chain(b"x" * 100, room) == b""
 
@@ -78,7 +78,7 @@ def test_room_is_counted_in_whole_frames(keyed: Rig) -> None:
     assert len(keyed.raw_chain(read_data(0, 0), 3 * 512 - 1)) == 1024
 
 
-def test_a_chain_of_the_longest_request_is_served(make_rig: RigFactory) -> None:
+def test_chain_of_the_longest_request_is_served(make_rig: RigFactory) -> None:
     rig = make_rig(max_write_blocks=255)
     rig.program()
     data = write_data(0, 0, *[A] * 255) + write_data(1, 255, *[B] * 255) + read_result()
@@ -87,15 +87,13 @@ def test_a_chain_of_the_longest_request_is_served(make_rig: RigFactory) -> None:
     assert (answer.result, answer.write_counter) == (OK, 2)
 
 
-def test_a_chain_over_the_limit_fails_without_effect(keyed: Rig) -> None:
+def test_chain_over_the_limit_fails_without_effect(keyed: Rig) -> None:
     frames = 513
     assert keyed.chain(write_data(0, 0, A) * frames) == [sealed(result=GENERAL)]
     assert keyed.store.counter == 0
 
 
-def test_a_batch_is_made_durable_once(
-    make_rig: RigFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_batch_is_made_durable_once(make_rig: RigFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     rig = make_rig()
     rig.program()
     commits: list[tuple[int, int]] = []
@@ -120,7 +118,7 @@ def test_a_batch_is_made_durable_once(
     assert counters == list(range(1, 21))
 
 
-def test_a_batch_without_writes_does_not_touch_the_store(
+def test_batch_without_writes_does_not_touch_the_store(
     keyed: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr(type(keyed.store), "commit")

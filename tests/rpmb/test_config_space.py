@@ -46,7 +46,7 @@ def test_config_announces_no_limit_of_a_read_as_0(make_rig: RigFactory) -> None:
         ("max_read_blocks", 256, "0 to 255"),
     ],
 )
-def test_a_limit_out_of_range_is_refused(
+def test_limit_out_of_range_is_refused(
     make_rig: RigFactory, name: str, limit: int, allowed: str
 ) -> None:
     with pytest.raises(ValueError, match=allowed):

@@ -169,7 +169,7 @@ def test_write_with_another_counter_fails(keyed: Rig, counter: int) -> None:
     check_refused(keyed, write_data(counter, 5, B), COUNT, counter=1)
 
 
-def test_a_replayed_write_is_refused(keyed: Rig) -> None:
+def test_replayed_write_is_refused(keyed: Rig) -> None:
     recorded = write_data(0, 5, A) + read_result()
     assert keyed.chain(recorded)[0].result == OK
     keyed.write(1, 5, B)
@@ -190,7 +190,7 @@ def test_checks_of_a_write_come_in_order(make_rig: RigFactory) -> None:
     assert rig.chain(write_data(0, 5, A) + read_result())[0].result == OK
 
 
-def test_an_expired_counter_is_checked_after_the_frames_and_before_the_address(
+def test_expired_counter_is_checked_after_the_frames_and_before_the_address(
     make_rig: RigFactory,
 ) -> None:
     rig = make_rig(store={"initial_counter": LAST})
@@ -208,7 +208,7 @@ def test_address_of_the_first_frame_is_used(keyed: Rig) -> None:
     assert (answer.result, answer.address) == (GENERAL, 5)
 
 
-def test_a_request_takes_only_its_own_frames(keyed: Rig) -> None:
+def test_request_takes_only_its_own_frames(keyed: Rig) -> None:
     data = write_data(0, 5, A, B) + write_data(1, 7, C) + read_result()
     (answer,) = keyed.chain(data)
     assert (answer.result, answer.write_counter, answer.address) == (OK, 2, 7)
@@ -254,7 +254,7 @@ REFUSED_RUNS: dict[str, tuple[bytes, int, dict[str, object]]] = {
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("keyed", [False, True], ids=["no key", "key"])
 @pytest.mark.parametrize("refused", REFUSED_RUNS)
-def test_a_refused_write_takes_its_frames_and_leaves_the_answer_to_result_read(
+def test_refused_write_takes_its_frames_and_leaves_the_answer_to_result_read(
     make_rig: RigFactory, refused: str, keyed: bool, strict: bool
 ) -> None:
     data, result, options = REFUSED_RUNS[refused]
@@ -280,7 +280,7 @@ def test_requests_after_an_invalid_run_are_executed(keyed: Rig) -> None:
     assert (read.result, result.result, result.write_counter) == (OK, OK, 1)
 
 
-def test_a_write_that_cannot_be_made_durable_changes_nothing(
+def test_write_that_cannot_be_made_durable_changes_nothing(
     make_rig: RigFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rig = make_rig()

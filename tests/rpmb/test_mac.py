@@ -21,12 +21,12 @@ def test_mac_is_that_of_the_oracle(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("length", [0, 31, 33])
-def test_a_key_has_32_bytes(engine: Engine, length: int) -> None:
+def test_key_has_32_bytes(engine: Engine, length: int) -> None:
     with pytest.raises(ValueError, match="32 bytes"):
         engine.Authenticator(bytes(length))
 
 
 @pytest.mark.parametrize("length", [0, 511, 513])
-def test_a_mac_is_of_whole_frames(engine: Engine, length: int) -> None:
+def test_mac_is_of_whole_frames(engine: Engine, length: int) -> None:
     with pytest.raises(ValueError, match="512 bytes"):
         engine.Authenticator(KEY).mac([bytes(length)])

@@ -69,9 +69,9 @@ def test_reset_device_clears_the_result_register_only(keyed: Rig) -> None:
 
 
 @pytest.mark.parametrize("kind", [0, 6, 0x0100, 0x0300, 0xFFFF])
-def test_an_unknown_request_fails(keyed: Rig, kind: int) -> None:
+def test_unknown_request_fails(keyed: Rig, kind: int) -> None:
     assert keyed.chain(request(kind, nonce=NONCE, address=3)) == [sealed(result=GENERAL)]
 
 
-def test_an_unknown_request_without_a_key_has_no_mac(rig: Rig) -> None:
+def test_unknown_request_without_a_key_has_no_mac(rig: Rig) -> None:
     assert rig.chain(request(6)) == [Frame(result=GENERAL)]

@@ -15,14 +15,14 @@ from vhost_rpmb.storage.local.opening import open_store, verify
 from vhost_rpmb.storage.paths import Paths
 
 
-def test_the_state_stands_beside_the_image(flash: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_state_stands_beside_the_image(flash: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = Paths(str(flash), f"{flash}.state", None)
     assert Paths.resolve(str(flash)) == expected
     monkeypatch.chdir(flash.parent)
     assert Paths.resolve(flash.name) == expected
 
 
-def test_a_symbolic_link_leads_to_the_state_of_the_image(flash: Path, tmp_path: Path) -> None:
+def test_symbolic_link_leads_to_the_state_of_the_image(flash: Path, tmp_path: Path) -> None:
     """Through a link in another folder the device is the same, not a new one."""
     store = open_store(Paths.resolve(str(flash)))
     assert store.commit(0, [], KEY)
@@ -53,7 +53,7 @@ def test_links_to_state_and_key_file_are_followed(tmp_path: Path) -> None:
     assert (paths.state, paths.key) == (str(real / "state"), str(real / "key"))
 
 
-def test_a_link_to_nothing_is_not_followed(tmp_path: Path) -> None:
+def test_dangling_link_is_not_followed(tmp_path: Path) -> None:
     link = tmp_path / "state"
     link.symlink_to("nowhere")
     assert Paths.resolve(str(tmp_path / "flash.img"), str(link)).state == str(link)

@@ -60,14 +60,14 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, bytes]:
     return result
 
 
-def test_a_whole_log(written: tuple[bytes, bytes], tmp_path: Path) -> None:
+def test_complete_log(written: tuple[bytes, bytes], tmp_path: Path) -> None:
     database, log = written
     assert by_us(database, log) == by_sqlite(database, log, tmp_path)
     assert by_us(database, log) != by_us(database, b"")
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_a_torn_or_changed_log(written: tuple[bytes, bytes], tmp_path: Path, seed: int) -> None:
+def test_torn_or_changed_log(written: tuple[bytes, bytes], tmp_path: Path, seed: int) -> None:
     database, log = written
     source = random.Random(seed)
     damaged = bytearray(log)
@@ -82,13 +82,13 @@ def test_a_torn_or_changed_log(written: tuple[bytes, bytes], tmp_path: Path, see
 
 
 @pytest.mark.parametrize("length", [0, 1, 31, 32, 33, 56])
-def test_a_log_without_a_frame(written: tuple[bytes, bytes], tmp_path: Path, length: int) -> None:
+def test_log_without_a_frame(written: tuple[bytes, bytes], tmp_path: Path, length: int) -> None:
     database, log = written
     for content in (log[:length], bytes(length)):
         assert by_us(database, content) == by_sqlite(database, content, tmp_path)
 
 
-def test_a_log_of_another_page_size(written: tuple[bytes, bytes], tmp_path: Path) -> None:
+def test_log_of_another_page_size(written: tuple[bytes, bytes], tmp_path: Path) -> None:
     other = tmp_path / "other"
     with closing(sqlite3.connect(other, isolation_level=None)) as connection:
         connection.execute("PRAGMA page_size = 1024")

@@ -159,7 +159,7 @@ class TestSend:
         wire.send_message(near, Request.SET_FEATURES, wire.FLAG_NEED_REPLY, wire.pack_u64(5))
         assert far.recv(100) == struct.pack("=IIIQ", 2, 0x9, 8, 5)
 
-    def test_descriptors_stay_the_senders(self, pair: tuple[socket.socket, socket.socket]) -> None:
+    def test_sent_descriptors_stay_open(self, pair: tuple[socket.socket, socket.socket]) -> None:
         near, far = pair
         with open(os.memfd_create("descriptor")) as file:
             wire.send_message(near, Request.SET_LOG_FD, fds=[file.fileno()])
@@ -179,7 +179,7 @@ class TestSend:
         assert message is not None
         assert message.payload == payload
 
-    def test_full_socket(self, pair: tuple[socket.socket, socket.socket]) -> None:
+    def test_send_to_a_full_socket_fails(self, pair: tuple[socket.socket, socket.socket]) -> None:
         _, far = pair
         with suppress(BlockingIOError):
             while True:
@@ -189,7 +189,9 @@ class TestSend:
 
 
 class TestRead:
-    def test_nothing_there(self, pair: tuple[socket.socket, socket.socket]) -> None:
+    def test_read_without_a_message_returns_none(
+        self, pair: tuple[socket.socket, socket.socket]
+    ) -> None:
         assert MessageReader(pair[1]).read() is None
 
     def test_one_message(self, pair: tuple[socket.socket, socket.socket]) -> None:
@@ -294,7 +296,7 @@ class TestRead:
 
     @settings(max_examples=50, deadline=None)
     @given(data=st.data())
-    def test_any_slices(self, data: st.DataObject) -> None:
+    def test_messages_are_read_from_any_slices(self, data: st.DataObject) -> None:
         messages = data.draw(
             st.lists(
                 st.tuples(st.integers(0, 2**32 - 1), st.binary(max_size=80)), min_size=1, max_size=8
@@ -315,7 +317,7 @@ class TestRead:
 
 
 class TestEnd:
-    def test_between_messages(self, pair: tuple[socket.socket, socket.socket]) -> None:
+    def test_disconnect_between_messages(self, pair: tuple[socket.socket, socket.socket]) -> None:
         near, far = pair
         near.sendall(header(1, 0))
         near.close()
@@ -324,7 +326,7 @@ class TestEnd:
         with pytest.raises(EOFError, match=r"^the connection ended$"):
             reader.read()
 
-    def test_within_a_message(self, pair: tuple[socket.socket, socket.socket]) -> None:
+    def test_disconnect_within_a_message(self, pair: tuple[socket.socket, socket.socket]) -> None:
         near, far = pair
         near.sendall(header(1, 8) + b"abc")
         near.close()
@@ -364,7 +366,7 @@ class TestUnbelievable:
 class TestOwnership:
     """Descriptors belong to one object and are closed when nobody takes them."""
 
-    def test_message_closes_what_was_not_taken(
+    def test_message_closes_descriptors_that_were_not_taken(
         self, pair: tuple[socket.socket, socket.socket]
     ) -> None:
         near, far = pair
@@ -375,7 +377,7 @@ class TestOwnership:
             assert open_fds() == before + 3
         assert open_fds() == before
 
-    def test_taken_descriptors_are_the_takers(self) -> None:
+    def test_taken_descriptors_are_not_closed(self) -> None:
         reader, writer = os.pipe()
         with Message(1, 1, b"", [reader, writer]) as message:
             assert message.take_fds() == [reader, writer]
@@ -383,7 +385,7 @@ class TestOwnership:
         os.close(writer)
 
     @pytest.mark.parametrize("count", [wire.MAX_FDS, wire.MAX_FDS + 1, 253])
-    def test_more_than_a_message_may_carry(
+    def test_excess_descriptors_mark_the_message_incomplete(
         self, pair: tuple[socket.socket, socket.socket], count: int
     ) -> None:
         near, far = pair
@@ -447,7 +449,7 @@ class TestOwnership:
         message.close()
         assert open_fds() == before
 
-    def test_reader_closes_what_an_unfinished_message_brought(
+    def test_reader_closes_descriptors_of_an_incomplete_message(
         self, pair: tuple[socket.socket, socket.socket]
     ) -> None:
         near, far = pair

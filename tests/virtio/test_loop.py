@@ -16,13 +16,12 @@ import pytest
 
 from tests.support.daemon import PATIENCE, until
 from tests.support.oracle import read_counter
-from tests.support.rig import ALL_FEATURES, Rig
+from tests.support.rig import ALL_FEATURES, Rig, RigFactory
 from vhost_rpmb.driver.ring import Used
 from vhost_rpmb.engine import Engine
 from vhost_rpmb.virtio import spec as virtio
 from vhost_rpmb.virtio.flags import BROKEN, FAULTS, IDLE, UNSIGNALLED
 
-MakeRig = Callable[..., Rig]
 EVENT_INDEX = 1 << virtio.VIRTIO_F_EVENT_IDX
 
 
@@ -97,7 +96,7 @@ def look_for_answer(rig: Rig) -> list[Used]:
 @pytest.mark.parametrize("poll_us", [0, 64, 5000])
 @pytest.mark.parametrize("features", [0, ALL_FEATURES])
 def test_requests_are_answered_and_called(
-    make_rig: MakeRig, start: StartServer, poll_us: int, features: int
+    make_rig: RigFactory, start: StartServer, poll_us: int, features: int
 ) -> None:
     """Asleep or watching, no kick and no call is ever lost."""
     rig = make_rig(features=features)
@@ -114,7 +113,9 @@ def shortest(stops: Iterator[float]) -> float:
 
 
 @pytest.mark.parametrize("poll_us", [0, 5000])
-def test_it_gives_way_at_once(make_rig: MakeRig, start: StartServer, poll_us: int) -> None:
+def test_serve_returns_at_once_at_an_event(
+    make_rig: RigFactory, start: StartServer, poll_us: int
+) -> None:
     """Not only when a second without requests is over."""
     rig = make_rig()
 
@@ -127,7 +128,7 @@ def test_it_gives_way_at_once(make_rig: MakeRig, start: StartServer, poll_us: in
     assert shortest(stops()) < 0.5
 
 
-def test_it_gives_way_under_load(make_rig: MakeRig, start: StartServer) -> None:
+def test_serve_returns_under_load_at_an_event(make_rig: RigFactory, start: StartServer) -> None:
     rig = make_rig()
 
     def stops() -> Iterator[float]:
@@ -141,8 +142,8 @@ def test_it_gives_way_under_load(make_rig: MakeRig, start: StartServer) -> None:
 
 
 @pytest.mark.parametrize("poll_us", [0, 5000])
-def test_it_comes_back_after_a_second_without_requests(
-    make_rig: MakeRig, engine: Engine, poll_us: int
+def test_serve_returns_after_an_idle_second(
+    make_rig: RigFactory, engine: Engine, poll_us: int
 ) -> None:
     rig = make_rig()
     server = Server(engine, rig, poll_us)
@@ -153,7 +154,7 @@ def test_it_comes_back_after_a_second_without_requests(
     server.close()
 
 
-def test_signals_do_not_shorten_the_second(make_rig: MakeRig, engine: Engine) -> None:
+def test_signals_do_not_shorten_the_second(make_rig: RigFactory, engine: Engine) -> None:
     """A handler runs at once, and the rest of the second passes as if there had been none."""
     rig = make_rig()
     server = Server(engine, rig, 0)
@@ -171,7 +172,7 @@ def test_signals_do_not_shorten_the_second(make_rig: MakeRig, engine: Engine) ->
     server.close()
 
 
-def test_an_edge_of_another_descriptor_is_handed_over(make_rig: MakeRig, engine: Engine) -> None:
+def test_edge_of_another_descriptor_is_handed_over(make_rig: RigFactory, engine: Engine) -> None:
     """Epoll reports it once, and the sleeping loop is told instead of its caller."""
     rig = make_rig()
     server = Server(engine, rig, 0)
@@ -198,7 +199,7 @@ def test_an_edge_of_another_descriptor_is_handed_over(make_rig: MakeRig, engine:
         os.close(fd)
 
 
-def test_one_batch_if_told_so(make_rig: MakeRig, engine: Engine) -> None:
+def test_single_batch_on_request(make_rig: RigFactory, engine: Engine) -> None:
     """It neither sleeps nor goes on: another queue waits."""
     rig = make_rig()
     server = Server(engine, rig, 5000)
@@ -210,7 +211,7 @@ def test_one_batch_if_told_so(make_rig: MakeRig, engine: Engine) -> None:
     server.close()
 
 
-def test_an_idle_queue_costs_no_processor_time(make_rig: MakeRig, engine: Engine) -> None:
+def test_idle_queue_costs_no_processor_time(make_rig: RigFactory, engine: Engine) -> None:
     rig = make_rig()
     server = Server(engine, rig, 5000)
     start = time.thread_time()
@@ -223,7 +224,7 @@ def test_an_idle_queue_costs_no_processor_time(make_rig: MakeRig, engine: Engine
 @pytest.mark.parametrize("engine", ["fast"], indirect=True)  # the reference does not poll
 @pytest.mark.parametrize("features", [0, EVENT_INDEX])
 def test_no_kicks_are_asked_for_while_the_ring_is_watched(
-    make_rig: MakeRig, start: StartServer, features: int
+    make_rig: RigFactory, start: StartServer, features: int
 ) -> None:
     rig = make_rig(features=features)
     # Longer than any pause between two requests here, the scheduler's and the interpreter's lock's
@@ -248,7 +249,7 @@ def asks_for_kick(rig: Rig, index: int) -> bool:
 
 
 def test_without_watching_every_request_is_kicked_for(
-    make_rig: MakeRig, start: StartServer
+    make_rig: RigFactory, start: StartServer
 ) -> None:
     rig = make_rig(features=EVENT_INDEX)
     start(rig, 0)
@@ -261,7 +262,7 @@ def test_without_watching_every_request_is_kicked_for(
         rig.ring.wait(PATIENCE)
 
 
-def test_a_broken_ring_ends_it(make_rig: MakeRig, engine: Engine) -> None:
+def test_serve_returns_at_a_broken_ring(make_rig: RigFactory, engine: Engine) -> None:
     rig = make_rig()
     rig.ring.offer(1000)
     rig.ring.publish()
@@ -270,7 +271,7 @@ def test_a_broken_ring_ends_it(make_rig: MakeRig, engine: Engine) -> None:
     server.close()
 
 
-def test_a_broken_chain_is_reported(make_rig: MakeRig, engine: Engine) -> None:
+def test_broken_chain_is_reported(make_rig: RigFactory, engine: Engine) -> None:
     rig = make_rig()
     rig.ring.offer(0)  # a descriptor of length 0
     rig.ring.publish()
@@ -279,8 +280,8 @@ def test_a_broken_chain_is_reported(make_rig: MakeRig, engine: Engine) -> None:
     server.close()
 
 
-def test_a_call_descriptor_that_cannot_be_signalled_is_reported(
-    make_rig: MakeRig, engine: Engine
+def test_call_descriptor_that_cannot_be_signalled_is_reported(
+    make_rig: RigFactory, engine: Engine
 ) -> None:
     rig = make_rig(features=0)
     rig.ring.add(rig.put(read_counter()), rig.room(512))
@@ -293,7 +294,7 @@ def test_a_call_descriptor_that_cannot_be_signalled_is_reported(
     server.close()
 
 
-def test_a_full_call_descriptor_is_signal_enough(make_rig: MakeRig, engine: Engine) -> None:
+def test_full_call_descriptor_counts_as_signalled(make_rig: RigFactory, engine: Engine) -> None:
     rig = make_rig(features=0)
     os.eventfd_write(rig.ring.call_fd, 2**64 - 2)
     rig.ring.add(rig.put(read_counter()), rig.room(512))

@@ -57,7 +57,7 @@ def test_handlers_run_while_the_loop_sleeps(
         assert len(rig.ring.collect()) == 1
 
 
-def test_an_exception_of_a_handler_leaves_the_loop(
+def test_exception_of_a_handler_leaves_the_loop(
     make_rig: RigFactory, engine: Engine, handle: Handle
 ) -> None:
     class Interruption(Exception):

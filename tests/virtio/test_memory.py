@@ -42,7 +42,7 @@ def test_reads_and_writes_by_guest_physical_address(memory: Any, fd: int) -> Non
     assert memory.read(0x10000, 0) == b""
 
 
-def test_a_range_may_span_regions_that_adjoin(memory: Any, fd: int) -> None:
+def test_range_may_span_regions_that_adjoin(memory: Any, fd: int) -> None:
     memory.add_region(0x20000 + PAGE, PAGE, 0x1000, 5 * PAGE, fd)
     memory.add_region(0x20000, PAGE, 0x9000, 2 * PAGE, fd)
     assert memory.read(0x20000 + PAGE - 1, 2) == b"\2\5"
@@ -63,7 +63,7 @@ def test_a_range_may_span_regions_that_adjoin(memory: Any, fd: int) -> None:
         (2**64 - 1, 1),
     ],
 )
-def test_a_range_outside_is_refused_and_nothing_is_written(
+def test_range_outside_is_refused_and_nothing_is_written(
     memory: Any, engine: Engine, fd: int, address: int, length: int
 ) -> None:
     memory.add_region(0x10000, 2 * PAGE, 0x7F0000000000, 0, fd)
@@ -75,7 +75,7 @@ def test_a_range_outside_is_refused_and_nothing_is_written(
     assert os.pread(fd, 8 * PAGE, 0) == before
 
 
-def test_a_hole_between_regions_is_outside(memory: Any, fd: int) -> None:
+def test_hole_between_regions_is_outside(memory: Any, fd: int) -> None:
     memory.add_region(0x10000, PAGE, 0, 0, fd)
     memory.add_region(0x10000 + 2 * PAGE, PAGE, 2 * PAGE, 0, fd)
     with pytest.raises(Exception, match="outside"):
@@ -99,7 +99,7 @@ def test_a_hole_between_regions_is_outside(memory: Any, fd: int) -> None:
         ((0x40000 + PAGE, 1, 0, 0), "overlaps"),
     ],
 )
-def test_a_region_that_breaks_a_rule_is_refused(
+def test_region_that_breaks_a_rule_is_refused(
     memory: Any, fd: int, region: tuple[int, int, int, int], rule: str
 ) -> None:
     memory.add_region(0x40000, 2 * PAGE, 0x40000, 0, fd)
@@ -108,7 +108,7 @@ def test_a_region_that_breaks_a_rule_is_refused(
     assert memory.regions == ((0x40000, 2 * PAGE, 0x40000),)
 
 
-def test_what_cannot_be_mapped_is_an_os_error(memory: Any) -> None:
+def test_descriptor_that_cannot_be_mapped_is_an_os_error(memory: Any) -> None:
     reading, writing = os.pipe()
     with pytest.raises(OSError, match=r"."):
         memory.add_region(0x10000, PAGE, 0, 0, reading)
@@ -119,7 +119,7 @@ def test_what_cannot_be_mapped_is_an_os_error(memory: Any) -> None:
     assert memory.regions == ()
 
 
-def test_an_offset_inside_a_page_is_mapped_right(memory: Any, fd: int) -> None:
+def test_offset_inside_a_page_is_mapped_right(memory: Any, fd: int) -> None:
     memory.add_region(0x10000, PAGE, 0, PAGE - 1, fd)
     assert memory.read(0x10000, 2) == b"\0\1"
 
@@ -146,7 +146,7 @@ def test_509_regions_are_found(memory: Any, fd: int) -> None:
             memory.read(number * 2 * PAGE + PAGE, 1)
 
 
-def test_the_regions_have_64_tib_at_most(memory: Any) -> None:
+def test_regions_have_64_tib_at_most(memory: Any) -> None:
     fd = os.memfd_create("sparse")
     os.ftruncate(fd, 40 << 40)
     memory.add_region(0, 40 << 40, 0, 0, fd)
@@ -177,7 +177,7 @@ def test_mappings_made_anew_have_the_same_memory(memory: Any, offset: int) -> No
 
 
 @pytest.mark.parametrize("key", [(0x10000, PAGE, 1), (0x10000, 1, 0), (0x10001, PAGE, 0)])
-def test_a_region_is_removed_by_all_three_values(
+def test_region_is_removed_by_all_three_values(
     memory: Any, fd: int, key: tuple[int, int, int]
 ) -> None:
     memory.add_region(0x10000, PAGE, 0, 0, fd)
