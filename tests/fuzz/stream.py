@@ -148,7 +148,7 @@ class Stream(Target):
         self._disk.prepare(source.pick((True, True, False)), 0)
         device = self.engine.RpmbDevice(self._disk)
         log = _Records()
-        kept = self._logger.level, self._logger.propagate
+        level, propagate = self._logger.level, self._logger.propagate
         self._logger.addHandler(log)
         self._logger.setLevel(logging.DEBUG)
         self._logger.propagate = False
@@ -184,7 +184,8 @@ class Stream(Target):
             assert self._count_mappings() == self._mappings, "a memory mapping leaked"
         self._runs += 1
         self._logger.removeHandler(log)
-        self._logger.level, self._logger.propagate = kept
+        self._logger.setLevel(level)  # not by the attribute: children remember what was enabled
+        self._logger.propagate = propagate
         return [
             *self._trace,
             self._end,
