@@ -18,6 +18,7 @@ from vhost_rpmb import __version__
 from vhost_rpmb.arguments import Parser, path_argument
 from vhost_rpmb.errors import OperatorError, UsageError
 from vhost_rpmb.rpmb.spec import MAX_WRITE_COUNTER
+from vhost_rpmb.virtio import features
 
 if TYPE_CHECKING:
     from vhost_rpmb.daemon.server import Options
@@ -75,6 +76,29 @@ def _group(text: str) -> int:
     raise argparse.ArgumentTypeError(
         f"expected a group name or number, found {text!r}: create it with groupadd or name another"
     )
+
+
+def _virtio_features(text: str) -> int:
+    """Return the feature bits to offer: the default, changed by a list of +NAME and -NAME."""
+    offered = features.DEFAULT
+    for word in text.split(","):
+        sign, name = (word[:1], word[1:]) if word[:1] in ("+", "-") else ("+", word)
+        bit = features.OPTIONAL.get(name)
+        if bit is None:
+            import difflib  # imported lazily: not needed on a normal start
+
+            near = difflib.get_close_matches(name, features.OPTIONAL, 1)
+            raise argparse.ArgumentTypeError(
+                f"expected +NAME or -NAME, separated by commas, with NAME one of "
+                f"{', '.join(features.OPTIONAL)}, found {word!r}"
+                + (f"; did you mean {near[0]}?" if near else "")
+            )
+        offered = offered | bit if sign == "+" else offered & ~bit
+    try:
+        features.check(offered)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{error}: add +indirect-desc or -in-order") from None
+    return offered
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -175,6 +199,18 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"maximum time of busy polling for the next request, 0 to {MAX_POLL_US} microseconds; "
         "the daemon polls only while requests arrive that fast; 0 disables polling; "
         "default %(default)s",
+    )
+    add(
+        "--virtio-features",
+        metavar="[+|-]NAME,...",
+        type=_virtio_features,
+        default=features.DEFAULT,
+        help=f"virtio features to offer (+NAME, NAME) or not (-NAME), for tests and measurements: "
+        f"{', '.join(features.OPTIONAL)}; in-order only together with indirect-desc; default: "
+        + ",".join(
+            f"{'+' if bit & features.DEFAULT else '-'}{name}"
+            for name, bit in features.OPTIONAL.items()
+        ),
     )
     add(
         "--strict",

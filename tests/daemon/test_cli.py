@@ -27,6 +27,7 @@ from vhost_rpmb import __version__
 from vhost_rpmb.cli import build_parser, parse_options
 from vhost_rpmb.daemon.server import Options
 from vhost_rpmb.errors import UsageError
+from vhost_rpmb.virtio.features import DEFAULT, OPTIONAL
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -51,6 +52,7 @@ OPTIONS = [
     "--max-write-blocks",
     "--max-read-blocks",
     "--poll-us",
+    "--virtio-features",
     "--strict",
     "--once",
     "--sandbox",
@@ -232,6 +234,7 @@ def test_defaults() -> None:
         "max_write_blocks": 32,
         "max_read_blocks": 255,
         "poll_us": 64,
+        "virtio_features": DEFAULT,
         "strict": False,
         "once": False,
         "sandbox": True,
@@ -278,6 +281,22 @@ def test_options_without_a_value() -> None:
 @pytest.mark.parametrize(("value", "sandbox"), [("on", True), ("off", False)])
 def test_sandbox(value: str, sandbox: bool) -> None:
     assert parse(f"--sandbox={value}").sandbox is sandbox
+
+
+@pytest.mark.parametrize(
+    ("value", "removed", "added"),
+    [
+        ("-event-idx", {"event-idx"}, set()),
+        ("-event-idx,-indirect-desc,-in-order", {"event-idx", "indirect-desc", "in-order"}, set()),
+        ("+in-order", set(), {"in-order"}),
+        ("in-order,-event-idx", {"event-idx"}, {"in-order"}),
+        ("-in-order,+in-order,+event-idx", set(), {"in-order"}),  # the last one counts
+    ],
+)
+def test_virtio_features(value: str, removed: set[str], added: set[str]) -> None:
+    expected = DEFAULT & ~sum(OPTIONAL[name] for name in removed)
+    expected |= sum(OPTIONAL[name] for name in added)
+    assert parse(f"--virtio-features={value}").virtio_features == expected
 
 
 @pytest.mark.parametrize(
@@ -363,6 +382,24 @@ def test_number_out_of_range(option: str, low: int, high: int) -> None:
 def test_value_that_is_not_a_number(value: str) -> None:
     with pytest.raises(UsageError, match="--initial-counter: expected a number 0 to 4294967295"):
         parse(f"--initial-counter={value}")
+
+
+@pytest.mark.parametrize(
+    ("value", "fragments"),
+    [
+        ("", ["found ''", "event-idx, in-order, indirect-desc"]),
+        ("-event-idx,", ["found ''"]),
+        ("event_idx", ["found 'event_idx'", "did you mean event-idx?"]),
+        ("-inorder", ["found '-inorder'", "did you mean in-order?"]),
+        ("-event-idx, -in-order", ["found ' -in-order'", "did you mean in-order?"]),
+        ("--event-idx", ["found '--event-idx'", "did you mean event-idx?"]),
+        ("ring-reset", ["found 'ring-reset'"]),
+        ("+in-order,-indirect-desc", ["in-order only together with indirect-desc", "-in-order"]),
+    ],
+)
+def test_wrong_virtio_features(value: str, fragments: list[str]) -> None:
+    ended = run(FLASH, SOCKET, f"--virtio-features={value}")
+    assert_refused(ended, 2, "--virtio-features", *fragments)
 
 
 @pytest.mark.parametrize("value", ["", "slow", "FAST"])

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.rig import Rig, RigFactory, make_image
+from vhost_rpmb.virtio import features
 
 
 def test_config_has_capacity_and_the_default_limits(rig: Rig) -> None:
@@ -51,6 +52,28 @@ def test_limit_out_of_range_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=allowed):
         make_rig(**{name: limit})
+
+
+@pytest.mark.parametrize(
+    "offered", [features.DEFAULT, features.REQUIRED, features.DEFAULT | 1 << 35]
+)
+def test_device_offers_the_chosen_features(make_rig: RigFactory, offered: int) -> None:
+    assert make_rig(virtio_features=offered).device.features == offered
+
+
+@pytest.mark.parametrize(
+    ("offered", "expected"),
+    [
+        (0, "VERSION_1"),
+        (features.REQUIRED | 1 << 34, "optional feature bits"),
+        (features.REQUIRED | 1 << 35, "in-order only together with indirect-desc"),
+    ],
+)
+def test_features_that_break_a_rule_are_refused(
+    make_rig: RigFactory, offered: int, expected: str
+) -> None:
+    with pytest.raises(ValueError, match=expected):
+        make_rig(virtio_features=offered)
 
 
 def test_it_is_virtio_device_28_with_one_queue(rig: Rig) -> None:

@@ -19,7 +19,7 @@ from vhost_rpmb.rpmb import spec
 from vhost_rpmb.testing import RunningDevice
 from vhost_rpmb.vhost_user import wire
 from vhost_rpmb.vhost_user.wire import Request
-from vhost_rpmb.virtio import spec as virtio
+from vhost_rpmb.virtio import features
 
 # Seconds to wait for a state that comes at once on a machine without other work.
 PATIENCE = 120.0
@@ -37,12 +37,7 @@ def environment(options: Sequence[str] = ("--sandbox=on",)) -> dict[str, str]:
 
 
 GET_FEATURES = struct.pack("=III", Request.GET_FEATURES, wire.VERSION, 0)
-OFFERED = (
-    1 << virtio.VIRTIO_F_VERSION_1
-    | 1 << virtio.VIRTIO_F_INDIRECT_DESC
-    | 1 << virtio.VIRTIO_F_EVENT_IDX
-    | wire.F_PROTOCOL_FEATURES
-)
+OFFERED = features.DEFAULT | wire.F_PROTOCOL_FEATURES
 
 
 class Daemon(RunningDevice):

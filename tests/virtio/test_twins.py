@@ -66,7 +66,7 @@ def test_signatures_are_the_same(name: str) -> None:
     assert stub
 
 
-@pytest.mark.parametrize("name", ["device_id", "num_queues", "features"])
+@pytest.mark.parametrize("name", ["device_id", "num_queues"])
 def test_the_device_is_the_same_kind(name: str) -> None:
     assert getattr(_fast.RpmbDevice, name) == getattr(_pure.RpmbDevice, name)
 

@@ -10,7 +10,6 @@ __all__ = ["RpmbDevice"]
 class RpmbDevice:
     device_id: int
     num_queues: int
-    features: int
     served: int
     def __init__(
         self,
@@ -19,7 +18,10 @@ class RpmbDevice:
         max_write_blocks: int = 32,
         max_read_blocks: int = 255,
         strict: bool = False,
+        virtio_features: int | None = None,
     ) -> None: ...
+    @property
+    def features(self) -> int: ...
     @property
     def config(self) -> bytes: ...
     def reset(self) -> None: ...

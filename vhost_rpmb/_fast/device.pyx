@@ -12,6 +12,8 @@ from vhost_rpmb._fast.constants cimport *
 from vhost_rpmb._fast.mac cimport Authenticator
 from vhost_rpmb._fast.virtqueue cimport Virtqueue
 
+from vhost_rpmb.virtio.features import DEFAULT, check
+
 __all__ = ["RpmbDevice"]
 
 cdef extern from "byteorder.h":
@@ -25,12 +27,8 @@ cdef extern from "byteorder.h":
 cdef class RpmbDevice:
     device_id = VIRTIO_ID_RPMB
     num_queues = RPMB_NUM_QUEUES
-    features = (
-        <uint64_t>1 << VIRTIO_F_VERSION_1
-        | <uint64_t>1 << VIRTIO_F_INDIRECT_DESC
-        | <uint64_t>1 << VIRTIO_F_EVENT_IDX
-    )
 
+    cdef uint64_t _features
     cdef readonly uint64_t served  # chains answered so far, broken ones included
     cdef uint32_t _blocks
     cdef uint32_t _max_write_blocks
@@ -46,7 +44,15 @@ cdef class RpmbDevice:
     cdef View _view
     cdef bint _saw_key
 
-    def __init__(self, store, *, max_write_blocks=32, max_read_blocks=255, strict=False):
+    def __init__(
+        self,
+        store,
+        *,
+        max_write_blocks=32,
+        max_read_blocks=255,
+        strict=False,
+        virtio_features=None,
+    ):
         if not 1 <= max_write_blocks <= 255:
             raise ValueError(f"the limit of a write is 1 to 255 blocks, not {max_write_blocks}")
         if not 0 <= max_read_blocks <= 255:
@@ -59,11 +65,17 @@ cdef class RpmbDevice:
         self._max_read_blocks = max_read_blocks or MAX_RESPONSE_FRAMES
         self._announced_read_blocks = max_read_blocks
         self._strict = bool(strict)
+        self._features = DEFAULT if virtio_features is None else virtio_features
+        check(self._features)
         self._counter = store.counter
         if store.key is not None:
             self._authenticator = Authenticator(store.key)
         self._batch = Batch()
         self._view = View(store)
+
+    @property
+    def features(self):
+        return self._features
 
     @property
     def config(self):

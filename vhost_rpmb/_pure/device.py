@@ -17,7 +17,7 @@ from vhost_rpmb._pure.virtqueue import Virtqueue
 from vhost_rpmb.rpmb import limits, spec
 from vhost_rpmb.rpmb.frame import Frame
 from vhost_rpmb.rpmb.results import count_frames, describe_answer, describe_request
-from vhost_rpmb.virtio import spec as virtio
+from vhost_rpmb.virtio import features
 
 if TYPE_CHECKING:
     from vhost_rpmb.storage.interface import DeviceStore
@@ -34,16 +34,12 @@ class RpmbDevice:
 
     ``max_write_blocks`` (1 to 255 blocks of 256 bytes) and ``max_read_blocks`` (0 to 255, 0: no
     limit but the longest answer) bound one request; ``strict`` answers by the letter of the virtio
-    text where eMMC software differs from it.
+    text where eMMC software differs from it. ``virtio_features`` are the bits to offer
+    (None: features.DEFAULT).
     """
 
     device_id = spec.VIRTIO_ID_RPMB
     num_queues = spec.RPMB_NUM_QUEUES
-    features = (
-        1 << virtio.VIRTIO_F_VERSION_1
-        | 1 << virtio.VIRTIO_F_INDIRECT_DESC
-        | 1 << virtio.VIRTIO_F_EVENT_IDX
-    )
     served = 0  # chains answered so far, broken ones included
 
     def __init__(
@@ -53,6 +49,7 @@ class RpmbDevice:
         max_write_blocks: int = 32,
         max_read_blocks: int = 255,
         strict: bool = False,
+        virtio_features: int | None = None,
     ) -> None:
         if not 1 <= max_write_blocks <= 255:
             raise ValueError(f"the limit of a write is 1 to 255 blocks, not {max_write_blocks}")
@@ -66,10 +63,17 @@ class RpmbDevice:
         self._max_read_blocks = max_read_blocks or limits.MAX_RESPONSE_FRAMES
         self._announced_read_blocks = max_read_blocks
         self._strict = strict
+        self._features = features.DEFAULT if virtio_features is None else virtio_features
+        features.check(self._features)
         self._capacity_blocks = size // spec.BLOCK_SIZE
         self._authenticator = Authenticator(store.key) if store.key is not None else None
         self._register: Register | None = None
         self._batch = Batch()
+
+    @property
+    def features(self) -> int:
+        """The virtio feature bits that it offers."""
+        return self._features
 
     @property
     def config(self) -> bytes:

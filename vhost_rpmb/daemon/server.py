@@ -63,6 +63,7 @@ class Options(NamedTuple):
     strict: bool
     once: bool
     poll_us: int  # microseconds
+    virtio_features: int  # to be offered
     sandbox: bool  # restrict the process before it serves
     engine: str  # "fast" or "pure"
     verbosity: int  # 0 warnings, 1 connections, 2 messages of the protocol, 3 everything
@@ -95,6 +96,7 @@ def run(options: Options) -> None:
             max_write_blocks=options.max_write_blocks,
             max_read_blocks=options.max_read_blocks,
             strict=options.strict,
+            virtio_features=options.virtio_features,
         )
         sock, listening = open_socket(options.socket_path, options.socket_group, options.fd, stack)
         once = options.once or not listening

@@ -8,6 +8,7 @@ Source: "Basic Facilities of a Virtio Device", "Split Virtqueues" and "Reserved 
 VIRTIO_F_INDIRECT_DESC = 28
 VIRTIO_F_EVENT_IDX = 29
 VIRTIO_F_VERSION_1 = 32
+VIRTIO_F_IN_ORDER = 35
 
 # Device status bits, "Device Status Field".
 VIRTIO_STATUS_ACKNOWLEDGE = 1
