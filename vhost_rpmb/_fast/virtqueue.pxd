@@ -3,7 +3,7 @@ from libc.stdint cimport uint16_t, uint32_t, uint64_t
 
 from vhost_rpmb._fast.constants cimport NUM_CHAIN_RULES
 from vhost_rpmb._fast.memory cimport GuestMemory
-from vhost_rpmb._fast.ring cimport Buffers, Chain, Ring
+from vhost_rpmb._fast.ring cimport Buffers, Chain, Ring, Segments
 
 
 cdef class Virtqueue:
@@ -14,6 +14,8 @@ cdef class Virtqueue:
     cdef bint _faulty
     cdef bint watched  # the loop polls the ring, so no kick is needed
 
+    cdef bytes _gather(self, const Segments *readable, uint64_t length)
+    cdef int _scatter(self, const Segments *writable, bytes data) except -1
     cdef bint memory_lost(self) noexcept nogil
     cdef bint peek(self) noexcept nogil
     cdef bint arm(self) noexcept nogil

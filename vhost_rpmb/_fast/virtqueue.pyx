@@ -3,11 +3,15 @@
 """The twin of vhost_rpmb._pure.virtqueue, where the docstrings are."""
 
 cimport cython
-from libc.stdint cimport uint32_t
+from libc.stdint cimport uint32_t, uint64_t
+from libc.stdlib cimport free
+from libc.string cimport memcpy, memset
+
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 
 from vhost_rpmb._fast.constants cimport *
 from vhost_rpmb._fast.memory cimport GuestMemory
-from vhost_rpmb._fast.ring cimport CHAIN_GOOD, Buffers, Chain
+from vhost_rpmb._fast.ring cimport CHAIN_GOOD, Buffers, Chain, Segment, Segments
 from vhost_rpmb._fast.split cimport SplitRing
 
 from vhost_rpmb.virtio import rules
@@ -69,6 +73,62 @@ cdef class Virtqueue:
                 self._faults[rule] = 0
         self._faulty = False
         return faults
+
+    def answer_chains(self, answer, uint64_t max_bytes, uint32_t max_chains):
+        cdef uint32_t available = self.open()
+        cdef bint drained = available <= max_chains
+        cdef uint32_t _
+        cdef Chain chain
+        cdef Buffers buffers
+        cdef bytes request
+        cdef bytes written
+        memset(&buffers, 0, sizeof(buffers))
+        buffers.readable.wanted = buffers.writable.wanted = max_bytes
+        try:
+            for _ in range(min(available, max_chains)):
+                buffers.readable.count = buffers.writable.count = 0
+                if not self.take(&chain, &buffers):
+                    break
+                request = self._gather(&buffers.readable, min(chain.readable, max_bytes))
+                if self.memory_lost():
+                    break  # the copied bytes may be invalid
+                written = b""
+                if chain.fault == CHAIN_GOOD:
+                    written = answer(request, min(chain.writable, max_bytes))
+                self._scatter(&buffers.writable, written)
+                self.put(chain.head, <uint32_t>len(written))
+        finally:
+            free(buffers.readable.items)
+            free(buffers.writable.items)
+        return self.close(drained)
+
+    cdef bytes _gather(self, const Segments *readable, uint64_t length):
+        cdef bytes data = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>length)
+        cdef char *target = PyBytes_AS_STRING(data)
+        cdef const Segment *segment
+        cdef size_t index
+        for index in range(readable.count):
+            segment = &readable.items[index]
+            self.memory.touch(segment.host, segment.length)
+            memcpy(target, segment.host, segment.length)
+            target += segment.length
+        return data
+
+    cdef int _scatter(self, const Segments *writable, bytes data) except -1:
+        cdef const char *source = PyBytes_AS_STRING(data)
+        cdef uint64_t left = <uint64_t>len(data)
+        cdef uint64_t part
+        cdef const Segment *segment
+        cdef size_t index
+        for index in range(writable.count):
+            segment = &writable.items[index]
+            part = min(left, segment.length)
+            if not part:
+                break
+            self.memory.put(segment.guest_address, segment.host, source, part)
+            source += part
+            left -= part
+        return 0
 
     cdef bint memory_lost(self) noexcept nogil:
         if not self.memory.lost():

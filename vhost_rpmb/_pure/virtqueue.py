@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 from vhost_rpmb._pure.memory import GuestMemory
 from vhost_rpmb._pure.ring import BrokenRingError, Chain, Ring, full_barrier
@@ -69,6 +70,51 @@ class Virtqueue:
         faults = {rules.CHAIN_RULES[rule]: count for rule, count in sorted(self._faults.items())}
         self._faults.clear()
         return faults
+
+    def answer_chains(
+        self, answer: Callable[[bytes, int], bytes], max_bytes: int, max_chains: int
+    ) -> int:
+        """Answer up to ``max_chains`` available chains in order; return the flags of the batch.
+
+        The whole process() of a device that handles one request after the other, without knowing
+        engine or ring format. ``answer`` gets the device-readable bytes of a chain and the length
+        of its device-writable buffers, each cut to ``max_bytes``, and returns the bytes to write
+        there, no more than that length; it does not raise. A broken chain is returned unanswered.
+        """
+        available = self._open()
+        drained = available <= max_chains
+        for _ in range(min(available, max_chains)):
+            chain = self._take()
+            if chain is None:
+                break
+            request = self._gather(chain.readable, max_bytes)
+            if self._memory_lost():
+                break  # the copied bytes may be invalid
+            written = b""
+            if chain.fault is None:
+                room = sum(length for _, length in chain.writable)
+                written = answer(request, min(room, max_bytes))
+            self._scatter(chain.writable, written)
+            self._put(chain.head, len(written))
+        return self._close(drained)
+
+    def _gather(self, readable: list[tuple[int, int]], max_bytes: int) -> bytes:
+        """Copy the first ``max_bytes`` bytes of buffers."""
+        data = bytearray()
+        for address, length in readable:
+            if len(data) == max_bytes:
+                break
+            data += self._memory.read(address, min(length, max_bytes - len(data)))
+        return bytes(data)
+
+    def _scatter(self, writable: list[tuple[int, int]], data: bytes) -> None:
+        """Write ``data`` into buffers."""
+        done = 0
+        for address, length in writable:
+            if done >= len(data):
+                break
+            self._memory.write(address, data[done : done + length])
+            done += length
 
     def _memory_lost(self) -> bool:
         """Tell whether earlier reads may be invalid, and break the ring then."""

@@ -109,6 +109,15 @@ class Virtqueue(Protocol):
     def take_faults(self) -> dict[str, int]:
         """Return the number of broken chains for each broken rule since the last call."""
 
+    def answer_chains(
+        self, answer: Callable[[bytes, int], bytes], max_bytes: int, max_chains: int
+    ) -> int:
+        """Answer up to `max_chains` chains, for `Device.process`; return its flags.
+
+        `answer` maps the readable bytes and the writable length, each up to `max_bytes`, to the
+        bytes to write.
+        """
+
 
 class Loop(Protocol):
     """Serves one virtqueue until something else needs attention."""
