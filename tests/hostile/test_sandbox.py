@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import textwrap
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -80,81 +83,113 @@ ALLOWED = {
 }
 
 
-def in_sandbox(
-    tmp_path: Path, statement: str, *, programmed: bool = False, landlock: bool = True
-) -> str:
-    """Try a statement in the sandbox; return the name of the error, or 'done'.
-
-    Without ``landlock``, in the sandbox as it is on a kernel that does not have that.
-    """
-    inside, outside = tmp_path / "inside", tmp_path / "outside"
-    for folder in ("state", "keys", "run"):
-        (inside / folder / "other").mkdir(parents=True)
-        (inside / folder / "other/file").touch()
-    outside.mkdir()
-    for file in (inside / "flash", inside / "state/file", inside / "run/socket", outside / "file"):
-        file.touch()
-    script = f"""
-import _thread, ctypes, errno, fcntl, mmap, os, signal, socket, stat, time
+# A process of its own for each statement, as a copy of one that has imported all modules.
+SERVER = """
+import _thread, ctypes, errno, fcntl, json, mmap, os, signal, socket, stat, sys, time
 from vhost_rpmb import process
 from vhost_rpmb.daemon import sandbox, server
 from vhost_rpmb.storage.local.store import resources
 from vhost_rpmb.storage.paths import Paths
-inside, outside = {str(inside)!r}, {str(outside)!r}
-paths = Paths.resolve(inside + "/flash", inside + "/state/s", inside + "/keys/key")
-flash = open(paths.flash, "r+b")
-reader, writer = os.pipe()
-os.chdir(inside)  # the path of a socket is short
-other = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-other.bind("run/datagrams")
-datagrams, _ = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
-if not {landlock}:
-    sandbox._restrict_files = lambda folders: None
-process.hide_memory()
-sandbox.enter(server.folders(resources(paths, {programmed}), inside + "/run/socket"))
-try:
-    {statement}
-except OSError as error:
-    print(errno.errorcode[error.errno])
-else:
-    print("done")
+
+def attempt(inside, outside, statement, programmed, landlock):
+    paths = Paths.resolve(inside + "/flash", inside + "/state/s", inside + "/keys/key")
+    flash = open(paths.flash, "r+b")
+    reader, writer = os.pipe()
+    os.chdir(inside)  # the path of a socket is short
+    other = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    other.bind("run/datagrams")
+    datagrams, _ = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    if not landlock:
+        sandbox._restrict_files = lambda folders: None
+    process.hide_memory()
+    sandbox.enter(server.folders(resources(paths, programmed), inside + "/run/socket"))
+    try:
+        exec(statement, globals() | locals())
+    except OSError as error:
+        return errno.errorcode[error.errno]
+    return "done"
+
+for line in sys.stdin:
+    child = os.fork()
+    if not child:
+        try:
+            result = attempt(**json.loads(line))
+        except BaseException as error:
+            result = repr(error)
+        os.write(1, result.encode() + b"\\n")
+        os._exit(0)
+    os.waitpid(child, 0)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert not done.stderr, done.stderr
-    return done.stdout.strip()
+
+InSandbox = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-c", SERVER]
+    pipe = subprocess.PIPE
+    with spawned(command, env=environment(), stdin=pipe, stdout=pipe, text=True) as process:
+        yield process
+
+
+@pytest.fixture
+def in_sandbox(server: subprocess.Popen[str], tmp_path: Path) -> InSandbox:
+    """Try a statement in the sandbox; return the name of the error, or 'done'.
+
+    Without ``landlock``, in the sandbox as it is on a kernel that does not have that.
+    """
+
+    def attempt(statement: str, *, programmed: bool = False, landlock: bool = True) -> str:
+        inside, outside = tmp_path / "inside", tmp_path / "outside"
+        for folder in (inside, outside):
+            shutil.rmtree(folder, ignore_errors=True)
+        for name in ("state", "keys", "run"):
+            (inside / name / "other").mkdir(parents=True)
+            (inside / name / "other/file").touch()
+        outside.mkdir()
+        for file in ("inside/flash", "inside/state/file", "inside/run/socket", "outside/file"):
+            (tmp_path / file).touch()
+        task = {
+            "inside": str(inside),
+            "outside": str(outside),
+            "statement": textwrap.dedent(statement),
+            "programmed": programmed,
+            "landlock": landlock,
+        }
+        assert server.stdin
+        assert server.stdout
+        server.stdin.write(json.dumps(task) + "\n")
+        server.stdin.flush()
+        return server.stdout.readline().strip()
+
+    return attempt
 
 
 @pytest.mark.needs_sandbox
 @pytest.mark.parametrize("what", FORBIDDEN)
-def test_sandbox_forbids(tmp_path: Path, what: str) -> None:
+def test_sandbox_forbids(in_sandbox: InSandbox, what: str) -> None:
     statement, error = FORBIDDEN[what]
-    assert in_sandbox(tmp_path, statement) == errno.errorcode[error]
+    assert in_sandbox(statement) == errno.errorcode[error]
 
 
 @pytest.mark.needs_sandbox
 @pytest.mark.parametrize("what", ALLOWED)
-def test_sandbox_allows(tmp_path: Path, what: str) -> None:
-    assert in_sandbox(tmp_path, ALLOWED[what]) == "done"
+def test_sandbox_allows(in_sandbox: InSandbox, what: str) -> None:
+    assert in_sandbox(ALLOWED[what]) == "done"
 
 
 @pytest.mark.needs_sandbox
 @pytest.mark.parametrize("what", ["a new key file", "removing a file"])
-def test_key_folder_is_out_of_reach_once_a_key_is_programmed(tmp_path: Path, what: str) -> None:
+def test_key_folder_is_out_of_reach_once_a_key_is_programmed(
+    in_sandbox: InSandbox, what: str
+) -> None:
     statement = ALLOWED.get(what, "os.unlink(inside + '/keys/other/file')")
-    assert in_sandbox(tmp_path, statement) == "done"
-    shutil.rmtree(tmp_path / "inside")
-    shutil.rmtree(tmp_path / "outside")
-    assert in_sandbox(tmp_path, statement, programmed=True) == "EACCES"
+    assert in_sandbox(statement) == "done"
+    assert in_sandbox(statement, programmed=True) == "EACCES"
 
 
 @pytest.mark.needs_sandbox
-def test_no_program_with_set_id_bits_can_be_left(tmp_path: Path) -> None:
+def test_no_program_with_set_id_bits_can_be_left(in_sandbox: InSandbox, tmp_path: Path) -> None:
     """By no call that makes a file or changes its mode: raw, without the C library's checks."""
     attempts = """
     libc = ctypes.CDLL(None, use_errno=True)
@@ -174,13 +209,13 @@ def test_no_program_with_set_id_bits_can_be_left(tmp_path: Path) -> None:
             ):
                 call()
 """
-    assert in_sandbox(tmp_path, attempts.strip()) == "done"
+    assert in_sandbox(attempts) == "done"
     for path in tmp_path.rglob("*"):
         assert not path.stat().st_mode & 0o7000, path
 
 
 @pytest.mark.needs_sandbox
-def test_no_descriptor_sends_signals_without_landlock(tmp_path: Path) -> None:
+def test_no_descriptor_sends_signals_without_landlock(in_sandbox: InSandbox) -> None:
     """F_SETOWN, F_SETSIG and O_ASYNC would kill processes of the same user."""
     attack = """
     libc = ctypes.CDLL(None, use_errno=True)
@@ -197,8 +232,8 @@ def test_no_descriptor_sends_signals_without_landlock(tmp_path: Path) -> None:
 """
     fcntl_number = {"x86_64": 72, "aarch64": 25}[os.uname().machine]
     with spawned(["sleep", "1000"]) as victim:
-        statement = attack.format(pid=victim.pid, fcntl=fcntl_number).strip()
-        assert in_sandbox(tmp_path, statement, landlock=False) == "done"
+        statement = attack.format(pid=victim.pid, fcntl=fcntl_number)
+        assert in_sandbox(statement, landlock=False) == "done"
         assert victim.poll() is None
 
 

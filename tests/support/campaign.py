@@ -8,7 +8,7 @@ import random
 from collections.abc import Iterable
 from typing import TypeVar
 
-DIVISOR = 1 if os.environ.get("VHOST_RPMB_HOSTILE_FULL") == "1" else 5
+DIVISOR = 1 if os.environ.get("VHOST_RPMB_HOSTILE_FULL") == "1" else 10
 
 _Case = TypeVar("_Case")
 
