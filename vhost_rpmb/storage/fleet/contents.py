@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from vhost_rpmb.errors import StateError
 from vhost_rpmb.rpmb import spec
+from vhost_rpmb.rpmb.replay import NO_REPLAY, Replay
 from vhost_rpmb.storage.fleet.layout import (
     CHUNK,
     CHUNK_BLOCKS,
@@ -55,7 +56,7 @@ class Contents(NamedTuple):
     versions: list[int]  # of the chunks at the last checkpoint
     pending: set[int]  # chunks that the log changes
     log_bytes: int
-    record: bytes  # stored with the last commit
+    replay: Replay  # of the last commit
     key: bytes | None
     last_chain: bytes  # the chain value before the last entry
 
@@ -109,14 +110,14 @@ def load(requests: Requests, keys: Keys, device: Device) -> Contents:
         memory = mmap.mmap(-1, info.size)
         _load_chunks(requests, keys, device, table, memory)
         pending: set[int] = set()
-        log_bytes, record = 0, b""
+        log_bytes, replay = 0, NO_REPLAY
         value = last_chain = table.chain
         seq = max(head.folded - 1, 0)
         for sealed in _entries(requests, keys, info.life, seq):
             seq += 1
             last_chain, value = value, chain(value, sealed)
             entry = Entry.unpack(sealer.open(sealed, Entry.place(seq)))
-            record = entry.record
+            replay = _replay(entry.record)
             if seq > head.folded:
                 _apply(entry, memory, pending)
                 log_bytes += len(sealed)
@@ -125,7 +126,14 @@ def load(requests: Requests, keys: Keys, device: Device) -> Contents:
     except (Malformed, Unsealable) as error:
         reason = str(error) or "a record was changed in the store"
         raise StateError(f"the device {keys.device}: {reason}: restore the store") from error
-    return Contents(memory, list(table.versions), pending, log_bytes, record, key, last_chain)
+    return Contents(memory, list(table.versions), pending, log_bytes, replay, key, last_chain)
+
+
+def _replay(record: bytes) -> Replay:
+    try:
+        return Replay.unpack(record)
+    except ValueError as error:
+        raise Malformed(str(error)) from error
 
 
 def _table_and_key(requests: Requests, keys: Keys, device: Device) -> tuple[Table, bytes | None]:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 
 from vhost_rpmb.rpmb import spec
+from vhost_rpmb.rpmb.replay import NO_REPLAY, Replay
 from vhost_rpmb.storage.fleet.contents import Contents, Device
 from vhost_rpmb.storage.fleet.engine import Answer, Compare, Delete, Get, Operation, Put, Refused
 from vhost_rpmb.storage.fleet.layout import (
@@ -24,7 +26,7 @@ from vhost_rpmb.storage.fleet.layout import (
     pack_chunk,
 )
 from vhost_rpmb.storage.fleet.ownership import Ownership
-from vhost_rpmb.storage.fleet.requests import Fenced, Requests
+from vhost_rpmb.storage.fleet.requests import Fenced, Requests, Stopped
 from vhost_rpmb.storage.fleet.witness import Witness
 from vhost_rpmb.storage.interface import Resources
 
@@ -75,6 +77,8 @@ class FleetStore:
         self.damaged = bytearray(device.info.size // spec.BLOCK_SIZE)
         self.counter = device.head.counter
         self.key = contents.key
+        self.replay = contents.replay
+        self._owed = bool(contents.replay.chains)
 
     @property
     def until(self) -> float:
@@ -88,14 +92,20 @@ class FleetStore:
             self._remember()
         return renewed
 
-    def commit(self, counter: int, blocks: list[tuple[int, bytes]], key: bytes | None) -> bool:
-        """Make a write counter, blocks and a new key durable atomically; wait for the engine.
+    def commit(
+        self,
+        counter: int,
+        blocks: list[tuple[int, bytes]],
+        key: bytes | None,
+        replay: Replay = NO_REPLAY,
+    ) -> bool:
+        """Make counter, blocks, a new key and a record durable atomically; wait for the engine.
 
         False: the engine refused it, and nothing has changed. Raises `Fenced` and `Stopped`.
         """
         before = self._head
         seq = before.seq + 1
-        sealed = self._sealer.seal(Entry(counter, blocks, b"").pack(), Entry.place(seq))
+        sealed = self._sealer.seal(Entry(counter, blocks, replay.pack()).pack(), Entry.place(seq))
         head = before._replace(
             counter=counter,
             seq=seq,
@@ -113,6 +123,8 @@ class FleetStore:
         self._report("")
         self._last_chain = before.chain
         self.counter = counter
+        self.replay = replay
+        self._owed = True
         if key is not None:
             self.key = key
         for address, data in blocks:
@@ -123,6 +135,10 @@ class FleetStore:
         if self._log_bytes >= self._checkpoint_at:
             self.checkpoint()
         return True
+
+    def settle(self) -> None:
+        """Note that no answer is owed, so that `close` empties the replay record."""
+        self._owed = False
 
     @property
     def checkpoint_due(self) -> bool:
@@ -229,6 +245,9 @@ class FleetStore:
         if self._closed:
             return
         self._closed = True
+        if self.replay.chains and not self._owed:
+            with suppress(Fenced, Stopped):
+                self.commit(self.counter, [], None)
         self._remember()
         self._ownership.release()
         self._requests.engine.close()
