@@ -2,9 +2,21 @@
 """Functions of the C library that Python's ``os`` module lacks, through ctypes."""
 
 import ctypes
+import errno
+import fcntl
 import os
+import socket
+from typing import NamedTuple
 
-__all__ = ["check", "library", "prctl"]
+__all__ = [
+    "MessageHeader",
+    "check",
+    "library",
+    "prctl",
+    "receive_message",
+    "same_file",
+    "send_message",
+]
 
 library = ctypes.CDLL(None, use_errno=True)
 library.prctl.argtypes = (ctypes.c_int, *(ctypes.c_ulong,) * 4)
@@ -20,3 +32,100 @@ def check(result: int) -> int:
 def prctl(option: int, value: int) -> None:
     """Set an attribute of the process by the system call of this name."""
     check(library.prctl(option, value, 0, 0, 0))
+
+
+# Calls of which a C library has no wrapper, or one that does more: musl's sendmmsg() is a loop of
+# sendmsg(). Numbers by machine.
+class _Calls(NamedTuple):
+    kcmp: int
+    recvmmsg: int
+    sendmmsg: int
+
+
+_CALLS_BY_MACHINE = {
+    "x86_64": _Calls(kcmp=312, recvmmsg=299, sendmmsg=307),
+    "aarch64": _Calls(kcmp=272, recvmmsg=243, sendmmsg=269),
+}
+_CALLS = _CALLS_BY_MACHINE.get(os.uname().machine)
+_KCMP_FILE = 0
+_Memory = bytearray | ctypes.Array[ctypes.c_char]
+_F_DUPFD_QUERY = 1027  # since Linux 6.10
+
+
+class _Buffer(ctypes.Structure):
+    """struct iovec."""
+
+    _fields_ = (("start", ctypes.c_void_p), ("length", ctypes.c_size_t))
+
+
+class MessageHeader(ctypes.Structure):
+    """struct mmsghdr: the kernel writes the results of a call into it before the call returns.
+
+    ``length`` is the number of bytes received or sent, ``control_length`` that of the ancillary
+    data received.
+    """
+
+    _fields_ = (
+        ("name", ctypes.c_void_p),
+        ("name_length", ctypes.c_uint),
+        ("buffers", ctypes.c_void_p),
+        ("buffer_count", ctypes.c_size_t),
+        ("control", ctypes.c_void_p),
+        ("control_length", ctypes.c_size_t),
+        ("flags", ctypes.c_int),
+        ("_padding", ctypes.c_int),
+        ("length", ctypes.c_uint),
+    )
+    # An integer, as its type is declared above; for type checkers.
+    length: int
+    control_length: int
+    flags: int
+
+
+def receive_message(fd: int, header: MessageHeader, data: bytearray, control: _Memory) -> None:
+    """Receive from a socket into two buffers, without waiting; the header has the results."""
+    _transfer("recvmmsg", fd, header, data, control, socket.MSG_CMSG_CLOEXEC)
+
+
+def send_message(fd: int, header: MessageHeader, data: bytearray, control: _Memory) -> None:
+    """Send one message over a socket, without waiting; the header has the number of bytes."""
+    _transfer("sendmmsg", fd, header, data, control, socket.MSG_NOSIGNAL)
+
+
+def _transfer(
+    call: str, fd: int, header: MessageHeader, data: bytearray, control: _Memory, flags: int
+) -> None:
+    buffer = _Buffer(_address(data), len(data))
+    header.name = header.name_length = 0
+    header.buffers, header.buffer_count = ctypes.addressof(buffer), 1
+    header.control, header.control_length = _address(control), len(control)
+    header.flags = 0
+    # The last argument is the timeout of recvmmsg; sendmmsg has none.
+    _call(
+        call,
+        ctypes.c_long(fd),
+        ctypes.byref(header),
+        ctypes.c_long(1),
+        ctypes.c_long(flags | socket.MSG_DONTWAIT),
+        ctypes.c_void_p(None),
+    )
+
+
+def _address(buffer: _Memory) -> int | None:
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer)) if buffer else None
+
+
+def same_file(one: int, other: int) -> bool:
+    """Whether two descriptors refer to the same open file; OSError if the kernel cannot tell."""
+    try:
+        return bool(fcntl.fcntl(one, _F_DUPFD_QUERY, other))
+    except OSError:
+        pid = ctypes.c_long(os.getpid())
+        kind = ctypes.c_long(_KCMP_FILE)
+        return not _call("kcmp", pid, pid, kind, ctypes.c_long(one), ctypes.c_long(other))
+
+
+def _call(name: str, *arguments: object) -> int:
+    if _CALLS is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    return check(library.syscall(ctypes.c_long(getattr(_CALLS, name)), *arguments))

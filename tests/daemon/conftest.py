@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.daemon import Launch, Process
+from tests.support.supervised import Supervised
+from vhost_rpmb.engine import Engine
 
 
 @pytest.fixture
@@ -28,3 +30,10 @@ def launch(tmp_path: Path) -> Iterator[Launch]:
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "socket"
+
+
+@pytest.fixture
+def supervised(tmp_path: Path, engine: Engine) -> Iterator[Supervised]:
+    """A daemon on each engine under a service manager that keeps descriptors."""
+    with Supervised(tmp_path, engine=engine.name) as supervised:
+        yield supervised

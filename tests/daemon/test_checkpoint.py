@@ -10,7 +10,9 @@ from pathlib import Path
 from tests.support.daemon import until
 from tests.support.driver import KEY
 from vhost_rpmb.daemon import listener, server
+from vhost_rpmb.daemon.descriptors import DescriptorStore
 from vhost_rpmb.daemon.eventloop import EventLoop, StopSignals
+from vhost_rpmb.daemon.handover import Handover
 from vhost_rpmb.daemon.notify import Notifier
 from vhost_rpmb.driver.rpmb import RpmbClient
 from vhost_rpmb.engine import Engine
@@ -59,7 +61,10 @@ def test_idle_time_in_the_engine_counts_for_the_checkpoint(engine: Engine, tmp_p
         store.checkpoint = observed  # type: ignore[method-assign]
         device = engine.RpmbDevice(store)
         sock = listener.listen(path, None, stack)
-        daemon = server.Server(loop, sock, device, engine, once=True, poll_us=64)
+        handover = Handover(DescriptorStore(Notifier({}), {}))
+        daemon = server.Server(
+            *(loop, sock, device, engine, handover), listening=True, once=True, poll_us=64
+        )
         stack.callback(daemon.close)
         daemon.listen()
         notifier = Notifier({})

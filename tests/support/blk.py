@@ -19,8 +19,11 @@ from pathlib import Path
 
 from tests.support.daemon import SANDBOX, environment, until
 from vhost_rpmb import engine, log
+from vhost_rpmb.daemon.descriptors import DescriptorStore
 from vhost_rpmb.daemon.eventloop import EventLoop, StopSignals
+from vhost_rpmb.daemon.handover import Handover
 from vhost_rpmb.daemon.listener import open_socket
+from vhost_rpmb.daemon.notify import Notifier
 from vhost_rpmb.daemon.server import Server
 from vhost_rpmb.vhost_user.interfaces import Virtqueue
 from vhost_rpmb.virtio import spec as virtio
@@ -73,16 +76,8 @@ class BlkDevice:
     def process(self, queue: Virtqueue) -> int:
         return queue.answer_chains(self._answer, MAX_BYTES, MAX_CHAINS)
 
-    journal: memoryview | None = None
-
     def reset(self) -> None:
         """There is nothing but the file."""
-
-    def restore_register(self, used_index: int) -> None:
-        """There is no register."""
-
-    def clear_register(self) -> None:
-        """There is no register."""
 
     def _answer(self, request: bytes, room: int) -> bytes:
         """Serve one request; the status is the last byte of the answer."""
@@ -182,7 +177,10 @@ def main() -> None:
         device = BlkDevice(image.fileno(), options.queues)
         sock, _ = open_socket(options.socket, None, None, stack)
         chosen = engine.load(options.engine)
-        server = Server(loop, sock, device, chosen, once=False, poll_us=0)
+        handover = Handover(DescriptorStore(Notifier({}), {}))
+        server = Server(
+            *(loop, sock, device, chosen, handover), listening=True, once=False, poll_us=0
+        )
         stack.callback(server.close)
         server.listen()
         while not stop.requested:

@@ -17,7 +17,7 @@ from vhost_rpmb.engine import Engine
 from vhost_rpmb.errors import PeerError
 from vhost_rpmb.log import LimitedLog
 from vhost_rpmb.vhost_user import wire
-from vhost_rpmb.vhost_user.interfaces import Device
+from vhost_rpmb.vhost_user.interfaces import Device, Keeper
 from vhost_rpmb.vhost_user.session import PROTOCOL_FEATURES, Session
 from vhost_rpmb.vhost_user.wire import MemoryRegion, Request, VringState
 from vhost_rpmb.virtio import spec as virtio
@@ -39,9 +39,6 @@ class EchoDevice:
         self.processed = 0
         self.queues: list[object] = []  # that were processed, in order
         self.resets = 0
-        self.journal: memoryview | None = None
-        self.restored: list[int] = []  # used indices of registers
-        self.cleared = 0
         self.flags: list[int] = []  # what process() returns next
 
     def process(self, queue: object) -> int:
@@ -52,23 +49,17 @@ class EchoDevice:
     def reset(self) -> None:
         self.resets += 1
 
-    def restore_register(self, used_index: int) -> None:
-        self.restored.append(used_index)
-
-    def clear_register(self) -> None:
-        self.cleared += 1
-
 
 class Peer:
     """The front-end's end of a connection to a `Session`, which is driven by a real event loop."""
 
-    def __init__(self, engine: Engine, device: Device) -> None:
+    def __init__(self, engine: Engine, device: Device, keeper: Keeper | None = None) -> None:
         self.sock, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self.sock.setblocking(False)
         self.reader = wire.MessageReader(self.sock)
         self.loop = EventLoop()
         self.log = LimitedLog(logging.getLogger("vhost_rpmb.test"))
-        self.backend = Session(far, device, engine, self.loop, self.log)
+        self.backend = Session(far, device, engine, self.loop, self.log, keeper=keeper)
         self.end: Exception | None = None
         self._attention = os.eventfd(1)
         self._far = far.fileno()
@@ -98,6 +89,7 @@ class Peer:
         if self._attention < 0:
             return
         self._disconnect()
+        self.end = None  # its traceback refers to a keeper's record, which stays mapped so long
         os.close(self._attention)
         self._attention = -1
         self.loop.close()

@@ -3,23 +3,27 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from collections.abc import Iterator
 
 import pytest
 
+from tests.support.manager import Manager
 from tests.support.peer import PAGE, EchoDevice, Peer, open_fds
 from vhost_rpmb.driver.memory import GuestMemory
 from vhost_rpmb.driver.ring import Ring
 from vhost_rpmb.engine import Engine
 from vhost_rpmb.vhost_user import wire
+from vhost_rpmb.vhost_user.interfaces import Keeper
 
 
 @pytest.fixture(autouse=True)
 def _no_descriptor_leaks() -> Iterator[None]:
     before = open_fds()
     yield
+    gc.collect()
     # What may wait is closed by threads.
     deadline = time.monotonic() + 10
     while open_fds() != before and time.monotonic() < deadline:
@@ -32,10 +36,21 @@ def device() -> EchoDevice:
     return EchoDevice()
 
 
+@pytest.fixture(params=["plain", "kept"])
+def keeper(request: pytest.FixtureRequest, _no_descriptor_leaks: None) -> Iterator[Keeper | None]:
+    """None, and a keeper that stores each connection for another process."""
+    if request.param == "plain":
+        yield None
+        return
+    with Manager() as manager:
+        yield manager.handover
+        assert manager.handover.active
+
+
 @pytest.fixture
-def fresh(engine: Engine, device: EchoDevice, _no_descriptor_leaks: None) -> Iterator[Peer]:
+def fresh(engine: Engine, device: EchoDevice, keeper: Keeper | None) -> Iterator[Peer]:
     """A connection on which nothing was said yet."""
-    peer = Peer(engine, device)
+    peer = Peer(engine, device, keeper)
     yield peer
     peer.close()
 

@@ -50,11 +50,11 @@ cdef class Ring:
 
     cdef uint16_t base(self) noexcept
     cdef void set_base(self, uint16_t index) noexcept
+    cdef uint16_t used(self) noexcept nogil
     cdef int map(self) noexcept nogil
     cdef int look(self, uint32_t *available) noexcept nogil
     cdef int take(self, Chain *chain, Buffers *buffers) except -1 nogil
     cdef void put(self, uint16_t head, uint32_t length) noexcept nogil
-    cdef uint32_t position(self) noexcept nogil
     cdef void publish(self) noexcept nogil
     cdef void ask_for_kick(self) noexcept nogil
     cdef void refuse_kicks(self) noexcept nogil

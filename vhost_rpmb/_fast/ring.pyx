@@ -27,6 +27,9 @@ cdef class Ring:
     cdef void set_base(self, uint16_t index) noexcept:
         pass
 
+    cdef uint16_t used(self) noexcept nogil:
+        return 0
+
     cdef int map(self) noexcept nogil:
         """Find the parts, if they or the memory table changed."""
         return RING_NO_SIZE
@@ -44,9 +47,6 @@ cdef class Ring:
 
     cdef void put(self, uint16_t head, uint32_t length) noexcept nogil:
         pass
-
-    cdef uint32_t position(self) noexcept nogil:
-        return 0
 
     cdef void publish(self) noexcept nogil:
         pass

@@ -29,6 +29,9 @@ cdef class SplitRing(Ring):
     cdef uint16_t base(self) noexcept:
         return self._next_available
 
+    cdef uint16_t used(self) noexcept nogil:
+        return self._next_used if self._started else load_index(self._used + 2)
+
     cdef void set_base(self, uint16_t index) noexcept:
         self._next_available = index
         self._next_used = 0
@@ -135,9 +138,6 @@ cdef class SplitRing(Ring):
             self._used_address + offset, self._used + offset, &element, sizeof(element)
         )
         self._unpublished += 1
-
-    cdef uint32_t position(self) noexcept nogil:
-        return <uint16_t>(self._next_used + self._unpublished)
 
     cdef void publish(self) noexcept nogil:
         self._published = self._next_used

@@ -3,7 +3,7 @@
 """The twin of vhost_rpmb._pure.virtqueue, where the docstrings are."""
 
 cimport cython
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stdint cimport uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free
 from libc.string cimport memcpy, memset
 
@@ -59,6 +59,14 @@ cdef class Virtqueue:
     @property
     def base(self):
         return self._ring.base()
+
+    @property
+    def used(self):
+        cdef uint16_t used
+        if self._ring.map():
+            return None
+        used = self._ring.used()
+        return None if self.memory.lost() else used
 
     @property
     def error(self):

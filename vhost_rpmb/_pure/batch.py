@@ -12,7 +12,6 @@ from vhost_rpmb._pure.mac import Authenticator
 from vhost_rpmb._pure.memory import GuestMemory
 from vhost_rpmb._pure.virtqueue import Virtqueue
 from vhost_rpmb.rpmb import limits, spec
-from vhost_rpmb.rpmb.replay import Replay
 
 if TYPE_CHECKING:
     from vhost_rpmb.storage.interface import DeviceStore
@@ -113,8 +112,6 @@ class View:
         self._store = store
         self._new_key: bytes | None = None
         self._blocks: dict[int, bytes] = {}
-        self.accepted: list[bytes] = []  # writes answered OK, as in `Replay.writes`
-        self.key_accepted = False
         self.authenticator = authenticator
         self.register = register
         self.counter = store.counter
@@ -125,7 +122,6 @@ class View:
         """Stage a key."""
         self._new_key = key
         self.authenticator = Authenticator(key)
-        self.key_accepted = True
         self.wrote = True
 
     def write(self, address: int, blocks: list[bytes]) -> None:
@@ -144,6 +140,6 @@ class View:
         start = address * spec.BLOCK_SIZE
         return bytes(self._store.image[start : start + spec.BLOCK_SIZE])
 
-    def commit(self, replay: Replay) -> bool:
+    def commit(self) -> bool:
         """Make the staged changes durable; False if the store cannot."""
-        return self._store.commit(self.counter, list(self._blocks.items()), self._new_key, replay)
+        return self._store.commit(self.counter, list(self._blocks.items()), self._new_key)

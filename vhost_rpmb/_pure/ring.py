@@ -92,6 +92,11 @@ class Ring:
         """Set the position of the next chain, as SET_VRING_BASE has it."""
         raise NotImplementedError
 
+    @property
+    def used(self) -> int:
+        """The used index; of a ring that was not served yet from its memory, which is mapped."""
+        raise NotImplementedError
+
     def map(self) -> None:
         """Find the parts in guest memory; BrokenRingError where a part breaks a rule."""
         raise NotImplementedError
@@ -115,10 +120,6 @@ class Ring:
 
     def put(self, head: int, length: int) -> None:
         """Return a chain, ``length`` bytes of which were written; visible after publish()."""
-        raise NotImplementedError
-
-    def position(self) -> int:
-        """Return the used index that publish() will store."""
         raise NotImplementedError
 
     def publish(self) -> None:

@@ -58,6 +58,10 @@ class SplitRing(Ring):
     def base(self) -> int:
         return self._next_available
 
+    @property
+    def used(self) -> int:
+        return self._next_used if self._started else self._used_index.load()
+
     def set_base(self, index: int) -> None:
         self._next_available = index
         self._next_used = 0
@@ -172,9 +176,6 @@ class SplitRing(Ring):
         slot = (self._next_used + self._unpublished) % self.size
         self.memory.write(self._used_address + 4 + 8 * slot, _USED_ELEMENT.pack(head, length))
         self._unpublished += 1
-
-    def position(self) -> int:
-        return (self._next_used + self._unpublished) & 0xFFFF
 
     def publish(self) -> None:
         self._published = self._next_used

@@ -61,6 +61,17 @@ class Virtqueue:
         return self._ring.base
 
     @property
+    def used(self) -> int | None:
+        """The used index, of a ring that was not served yet from its memory; None without it."""
+        try:
+            self._ring.map()
+        except BrokenRingError:
+            return None
+        used = self._ring.used
+        self._ring.unmap()
+        return None if self._memory._lost else used
+
+    @property
     def error(self) -> str:
         """The reason why the ring is broken; empty while it is not."""
         return rules.RING_RULES[self._rule]
@@ -182,10 +193,6 @@ class Virtqueue:
     def _put(self, head: int, length: int) -> None:
         """Return a chain, ``length`` bytes of which were written; visible after _close()."""
         self._ring.put(head, length)
-
-    def _position(self) -> int:
-        """Return the used index after what was put."""
-        return self._ring.position()
 
     def _close(self, drained: bool) -> int:
         """Publish what was put; return the flags for the caller.

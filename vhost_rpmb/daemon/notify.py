@@ -4,13 +4,18 @@
 docs/decisions/0014-systemd.md explains why no library is used.
 """
 
+import errno
+import os
+import select
 import socket
-from collections.abc import MutableMapping
+import time
+from collections.abc import MutableMapping, Sequence
 from contextlib import suppress
 
 __all__ = ["Notifier"]
 
 _SOCKET_VARIABLE = "NOTIFY_SOCKET"
+_PATIENCE = 5.0  # seconds for a service manager that is busy, with a reload for instance
 
 
 class Notifier:
@@ -44,6 +49,22 @@ class Notifier:
         if self._socket is not None:
             with suppress(OSError):  # gone or busy: the next status replaces this one
                 self._socket.send("\n".join(assignments).encode())
+
+    def send_reliably(self, *assignments: str, fds: Sequence[int] = ()) -> None:
+        """Send assignments and descriptors, if necessary wait until there is room; OSError."""
+        if self._socket is None:
+            raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
+        deadline = time.monotonic() + _PATIENCE
+        room = select.poll()
+        room.register(self._socket, select.POLLOUT)
+        while True:
+            try:
+                socket.send_fds(self._socket, ["\n".join(assignments).encode()], fds)
+                return
+            except BlockingIOError:
+                left = deadline - time.monotonic()
+                if left <= 0 or not room.poll(left * 1000):
+                    raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)) from None
 
     def close(self) -> None:
         """Close the socket."""

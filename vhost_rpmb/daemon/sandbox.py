@@ -14,7 +14,7 @@ import fcntl
 import logging
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 
 from vhost_rpmb import libc
@@ -55,10 +55,11 @@ _INT = 0xFFFF_FFFF  # the part of a register that is an int
 _SPECIAL_BITS = stat.S_ISUID | stat.S_ISGID | stat.S_ISVTX
 _PRIVATE_FILE = 0o600  # mknod: without a type a regular file
 _F_GET_SEALS = 1034  # fcntl has it from Python 3.12 on
+_F_DUPFD_QUERY = 1027  # since Linux 6.10
 # All else can make the kernel send signals (F_SETOWN, F_SETSIG, F_NOTIFY, O_ASYNC by F_SETFL).
 _FCNTL_COMMANDS = (
     fcntl.F_DUPFD_CLOEXEC, fcntl.F_GETFD, fcntl.F_SETFD, fcntl.F_GETFL,
-    fcntl.F_GETLK, fcntl.F_SETLK, _F_GET_SEALS,
+    fcntl.F_GETLK, fcntl.F_SETLK, _F_GET_SEALS, _F_DUPFD_QUERY,
 )  # fmt: skip
 # clone(2): what makes a thread of the process, and the namespaces that one could have.
 _CLONE_THREAD = 0x10000 | 0x800 | 0x400 | 0x200 | 0x100  # with signals, files, folders, memory
@@ -88,13 +89,17 @@ _ALLOWED = (
     "rt_sigaction", "rt_sigprocmask", "rt_sigreturn", "sigaltstack",
 )  # fmt: skip
 
+# Sending descriptors, receiving and sending with a mark, and comparing open files.
+_DESCRIPTOR_STORE = ("sendmsg", "recvmmsg", "sendmmsg", "kcmp")
 
-def enter(folders: Mapping[str, Access]) -> None:
+
+def enter(folders: Mapping[str, Access], *, descriptor_store: bool = False) -> None:
     """Give up all access that serving does not need, irrevocably.
 
     ``folders``: the access that remains in each folder and in all folders below it. Every other
     file, new sockets, other programs and new executable memory become inaccessible; open files stay
-    usable. If the kernel or libseccomp lacks a part, a warning is logged and the rest is done.
+    usable. ``descriptor_store``: descriptors will be sent to the service manager. If the kernel or
+    libseccomp lacks a part, a warning is logged and the rest is done.
     """
     libc.prctl(_PR_SET_NO_NEW_PRIVS, 1)
     try:
@@ -113,7 +118,7 @@ def enter(folders: Mapping[str, Access]) -> None:
         )
     if library is not None:
         try:
-            _filter_calls(library)
+            _filter_calls(library, _DESCRIPTOR_STORE if descriptor_store else ())
         except OSError as error:
             logger.warning("sandbox: no seccomp filter: %s", error.strerror)
 
@@ -179,7 +184,7 @@ class _Comparison(ctypes.Structure):
     )
 
 
-def _filter_calls(library: ctypes.CDLL) -> None:
+def _filter_calls(library: ctypes.CDLL, more: Iterable[str]) -> None:
     library.seccomp_init.restype = ctypes.c_void_p
     context = ctypes.c_void_p(library.seccomp_init(ctypes.c_uint32(_FAIL)))
     if not context:
@@ -198,7 +203,7 @@ def _filter_calls(library: ctypes.CDLL) -> None:
             raise OSError(-result, f"{name}: {os.strerror(-result)}")
 
     try:
-        for name in _ALLOWED:
+        for name in (*_ALLOWED, *more):
             allow(name)
         # Without an address: the service manager's datagram socket could reach any other socket.
         # The address of sendmsg is in memory, which a filter cannot read.

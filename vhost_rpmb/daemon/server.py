@@ -14,14 +14,17 @@ import struct
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import NamedTuple, Protocol
 
 from vhost_rpmb import engine, process
 from vhost_rpmb.daemon import sandbox
+from vhost_rpmb.daemon.descriptors import DescriptorStore
 from vhost_rpmb.daemon.eventloop import EventLoop, StopSignals
+from vhost_rpmb.daemon.handover import Handover
 from vhost_rpmb.daemon.listener import open_socket
 from vhost_rpmb.daemon.notify import Notifier
-from vhost_rpmb.errors import PeerError
+from vhost_rpmb.errors import PeerError, UsageError
 from vhost_rpmb.log import LimitedLog
 from vhost_rpmb.storage.interface import Access, Resources, Store
 from vhost_rpmb.storage.local.opening import open_store
@@ -80,6 +83,9 @@ def run(options: Options) -> None:
     with ExitStack() as stack:
         notifier = Notifier(os.environ)
         stack.callback(notifier.close)
+        descriptors = DescriptorStore(notifier, os.environ)
+        handover = Handover(descriptors)
+        stack.callback(handover.close)
         loop = EventLoop(_PATIENCE)
         stack.callback(loop.close)
         stop = StopSignals(loop)
@@ -98,21 +104,51 @@ def run(options: Options) -> None:
             strict=options.strict,
             virtio_features=options.virtio_features,
         )
-        sock, listening = open_socket(options.socket_path, options.socket_group, options.fd, stack)
-        once = options.once or not listening
-        server = Server(loop, sock, device, chosen, once=once, poll_us=options.poll_us)
+        handover.open(store.name)
+        sock, listening = _open_socket(options, descriptors, handover, stack)
+        server = Server(
+            *(loop, sock, device, chosen, handover),
+            listening=listening,
+            once=options.once,
+            poll_us=options.poll_us,
+        )
         stack.callback(server.close)
         if options.sandbox:
-            sandbox.enter(folders(store.resources(), options.socket_path))
-        if listening:
+            sandbox.enter(
+                folders(store.resources(), options.socket_path), descriptor_store=handover.active
+            )
+        if handover.record:
+            server.resume()
+        elif listening:
             server.listen()
         else:
             server.connect(sock)
         status = Status(notifier, server, store, device)
         notifier.send("READY=1", status.update())
         serve(loop, stop, server, store, status)
+        handover.served()  # a stop is no failure, whatever it interrupted
         notifier.send("STOPPING=1")
         logger.info("ending")
+
+
+def _open_socket(
+    options: Options, descriptors: DescriptorStore, handover: Handover, stack: ExitStack
+) -> tuple[socket.socket, bool]:
+    """Return the socket, and whether it listens (or is connected); UsageError.
+
+    A number among those of the stored descriptors names a socket that the service manager had for
+    the first process only: a connected one, which is stored.
+    """
+    if options.fd not in descriptors.inherited:
+        return open_socket(options.socket_path, options.socket_group, options.fd, stack)
+    if not handover.record:
+        raise UsageError(
+            f"--fd={options.fd}: expected a UNIX stream socket that listens or is connected, found "
+            "a stored descriptor of an earlier process: start the socket unit"
+        )
+    sock = handover.connection()
+    stack.callback(sock.close)
+    return sock, False
 
 
 def folders(resources: Resources, socket_path: str | None) -> dict[str, Access]:
@@ -193,7 +229,9 @@ class Server:
         sock: socket.socket,
         device: Device,
         chosen: engine.Engine,
+        handover: Handover,
         *,
+        listening: bool,
         once: bool,
         poll_us: int,
     ) -> None:
@@ -201,7 +239,9 @@ class Server:
         self._listener = sock
         self._device = device
         self._engine = chosen
-        self._once = once
+        self._handover = handover
+        self._listening = listening
+        self._once = once or not listening
         self._poll_us = poll_us
         self._connection: socket.socket | None = None
         self._session: Session | None = None
@@ -226,30 +266,61 @@ class Server:
 
     def connect(self, sock: socket.socket) -> None:
         """Serve a connected front-end."""
+        self._handover.connect(sock, self._begin(sock).record)
+        logger.info("front-end connected: %s", _peer(sock))
+
+    def resume(self) -> None:
+        """Serve the front-end of an earlier process, or end its connection."""
+        try:
+            sock = self._handover.connection() if self._listening else self._listener
+            self._begin(sock).restore()
+        except EOFError as error:
+            logger.info("front-end disconnected: %s", error)
+            self._end()
+        except Exception as error:
+            # No exception may end the process: the next one would find the same record.
+            self._handover.give_up(str(error) or type(error).__name__)
+            self._end()
+        else:
+            logger.info("front-end taken over: %s", _peer(sock))
+            # What made the earlier process end may be the next message or request.
+            self._receive()
+            if self._session is not None:
+                self._guard(partial(self._session.run, once=True))
+            self._handover.served()
+
+    def _begin(self, sock: socket.socket) -> Session:
+        """Create the session of a connection."""
         self._session = Session(
-            sock, self._device, self._engine, self._loop, self._log, poll_us=self._poll_us
+            *(sock, self._device, self._engine, self._loop, self._log),
+            poll_us=self._poll_us,
+            keeper=self._handover if self._handover.active else None,
         )
         self._connection = sock
         self._loop.add(sock.fileno(), self._receive)
         if sock is not self._listener:
             self._watch_process(sock)
-        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
-        pid, uid, _gid = _PEER.unpack(credentials)
-        logger.info("front-end connected: process %d of user %d", pid, uid)
+        return self._session
 
     def run(self) -> bool:
         """Serve each pending vring; True if that was a second without any event."""
         return self._session is not None and self._guard(self._session.run)
 
     def close(self) -> None:
-        """Disconnect the front-end."""
+        """Leave the front-end to the next process or, if that cannot be, disconnect it."""
+        self._close(leave=self._handover.active)
+
+    def _close(self, *, leave: bool) -> None:
         if self._session is not None and self._connection is not None:
             self._loop.remove(self._connection.fileno())
             self._forget_process()
             if self._replaceable:
                 self._loop.remove(self._listener.fileno())
                 self._replaceable = False
-            self._session.close()
+            if leave:
+                self._session.leave()
+            else:
+                self._session.close()
             self._session = self._connection = None
 
     def _watch_process(self, sock: socket.socket) -> None:
@@ -311,8 +382,16 @@ class Server:
 
     def _end(self) -> None:
         """Disconnect the front-end and wait for the next one."""
-        self.close()
+        self._close(leave=False)
+        self._handover.disconnect()
         if self._once:
             self.done = True
         else:
             self.listen()
+
+
+def _peer(sock: socket.socket) -> str:
+    """The process at the other end, as it was when it connected."""
+    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
+    pid, uid, _gid = _PEER.unpack(credentials)
+    return f"process {pid} of user {uid}"

@@ -6,13 +6,24 @@ An engine's objects go from one of its classes to another, so that their types a
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     import select
+    import socket
 
-__all__ = ["Device", "Engine", "Log", "Loop", "Memory", "Virtqueue", "Watcher"]
+__all__ = [
+    "Consumed",
+    "Device",
+    "Engine",
+    "Keeper",
+    "Log",
+    "Loop",
+    "Memory",
+    "Virtqueue",
+    "Watcher",
+]
 
 
 class Device(Protocol):
@@ -35,25 +46,6 @@ class Device(Protocol):
 
     def reset(self) -> None:
         """Return to the initial state (RESET_DEVICE)."""
-
-    @property
-    def journal(self) -> memoryview | None:
-        """A writable buffer of 64 bytes that survives the process, for `restore_register`.
-
-        All zeros at the start of a connection; the device writes it before each publication.
-        """
-
-    @journal.setter
-    def journal(self, buffer: memoryview | None) -> None: ...
-
-    def restore_register(self, used_index: int) -> None:
-        """Restore the state of the connection from the journal, at a take-over of it.
-
-        ``used_index``: of the ring, where the last batch was published.
-        """
-
-    def clear_register(self) -> None:
-        """Clear the state of the connection, and the journal: a new one begins."""
 
 
 class Watcher(Protocol):
@@ -84,6 +76,59 @@ class Log(Protocol):
         """Log `text`, with a limit on the lines for one `rule`."""
 
 
+class Consumed(NamedTuple):
+    """What was taken out of a socket: bytes, file descriptors, and whether none was lost."""
+
+    length: int
+    fds: int
+    complete: bool
+
+
+class Keeper(Protocol):
+    """Keeps a connection beyond the process: a record of it, and its descriptors.
+
+    The record is replaced as a whole. What was consumed and replied since is recorded in the same
+    step in which it happens.
+    """
+
+    @property
+    def active(self) -> bool:
+        """Whether it does so; once False, it stays False."""
+
+    @property
+    def record(self) -> bytes:
+        """The present record."""
+
+    @property
+    def consumed(self) -> Consumed:
+        """What was consumed since the record was saved."""
+
+    @property
+    def replied(self) -> int:
+        """The number of bytes that were sent since the record was saved."""
+
+    def store(self, fd: int) -> int:
+        """Store the open file of a descriptor; return its number, 0 if that failed.
+
+        A file that is stored already keeps its number.
+        """
+
+    def descriptor(self, number: int) -> int:
+        """The stored descriptor of this number, which stays the keeper's; ValueError."""
+
+    def save(self, record: bytes) -> None:
+        """Replace the record."""
+
+    def consume(self, sock: socket.socket, size: int) -> tuple[bytes, list[int]]:
+        """Receive up to `size` bytes with their descriptors, once after each save()."""
+
+    def reply(self, sock: socket.socket, data: bytes, fds: Sequence[int]) -> None:
+        """Send a reply, once after each save(); BlockingIOError if it does not fit."""
+
+    def retain(self, numbers: Collection[int]) -> None:
+        """Remove all stored descriptors but these."""
+
+
 class Memory(Protocol):
     """Guest memory."""
 
@@ -109,6 +154,10 @@ class Virtqueue(Protocol):
     @property
     def error(self) -> str:
         """The reason why the virtqueue is broken; empty if it works."""
+
+    @property
+    def used(self) -> int | None:
+        """The used index, of a ring that was not served yet from its memory; None without it."""
 
     def reset(self) -> None:
         """Return to the initial state."""

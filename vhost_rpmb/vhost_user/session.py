@@ -29,8 +29,10 @@ from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 from vhost_rpmb.errors import PeerError
-from vhost_rpmb.vhost_user import foreign, wire
-from vhost_rpmb.vhost_user.interfaces import Device, Engine, Log, Watcher
+from vhost_rpmb.vhost_user import foreign, saved, wire
+from vhost_rpmb.vhost_user.intake import KeptReader
+from vhost_rpmb.vhost_user.interfaces import Device, Engine, Keeper, Log, Watcher
+from vhost_rpmb.vhost_user.saved import Intake, Owed, SavedRegion
 from vhost_rpmb.vhost_user.vring import Vring
 from vhost_rpmb.vhost_user.wire import Message, ProtocolFeature, Request
 from vhost_rpmb.virtio import flags
@@ -49,6 +51,7 @@ PROTOCOL_FEATURES = (
 
 _ACK_SUCCESS = 0
 _ACK_FAILURE = 1
+_UNREAD = "the front-end does not read the replies it asks for"
 _MESSAGES_AT_A_TIME = 32  # before vrings and signals are served
 
 logger = logging.getLogger(__name__)
@@ -59,6 +62,9 @@ class Session:
 
     The caller's event loop calls `receive` when the socket is readable, and `run` while `pending`
     is true, between other events. The vrings add their kick descriptors to `watcher`.
+
+    With a `keeper`, another process can continue the connection: the state and the reply to a
+    message are saved together, before the reply is sent and before a vring that it changed runs.
     """
 
     def __init__(
@@ -70,13 +76,18 @@ class Session:
         log: Log,
         *,
         poll_us: int = 0,
+        keeper: Keeper | None = None,
     ) -> None:
         self._sock = sock
+        self._keeper = keeper
         self._device = device
         self._engine = engine
         self._watcher = watcher
         self._log = log
-        self._reader = wire.MessageReader(sock)
+        self._reader = (
+            KeptReader(sock, keeper, self._save_intake) if keeper else wire.MessageReader(sock)
+        )
+        self._regions: dict[tuple[int, int, int], SavedRegion] = {}
         self._memory = engine.GuestMemory(MAX_MEM_SLOTS)
         self._vrings = [
             Vring(index, engine.Virtqueue(self._memory), watcher, log)
@@ -87,6 +98,7 @@ class Session:
         self._protocol_features = ProtocolFeature(0)
         self._owned = False
         self._status = 0
+        self._set_state(self._state())
         sock.setblocking(False)
         # Otherwise a byte out of band is skipped, and descriptors sent with it are closed by the
         # kernel in this thread.
@@ -114,8 +126,8 @@ class Session:
             if message is None or self._watcher.stopping:
                 return
 
-    def run(self) -> bool:
-        """Serve every pending vring, until something else needs attention.
+    def run(self, *, once: bool = False) -> bool:
+        """Serve every pending vring, with `once` one batch, until something else needs attention.
 
         True if that was a second without any event. Raises PeerError if the front-end blocked a
         write to an eventfd.
@@ -125,16 +137,112 @@ class Session:
             vring.pending = False
         idle = False
         for vring in vrings:
-            idle = self._process(vring, once=len(vrings) > 1)  # never sleeps while another waits
+            # Never sleeps while another waits.
+            idle = self._process(vring, once=once or len(vrings) > 1)
         return idle and not self.pending
 
     def close(self) -> None:
         """End the connection: unmap guest memory, close every descriptor and the socket."""
+        self._close_own()
+        foreign.close_connection(self._sock)
+
+    def leave(self) -> None:
+        """Close everything of this process, but leave the connection to another one."""
+        self._close_own()
+        foreign.close([self._sock.detach()])
+
+    def _close_own(self) -> None:
         for vring in self._vrings:
             vring.close()
         self._memory.clear()
         self._reader.close()
-        foreign.close_connection(self._sock)
+
+    # Another process
+
+    @property
+    def record(self) -> bytes:
+        """The record of the connection between two messages."""
+        return saved.pack(self._packed, Intake(), Owed())
+
+    def restore(self) -> None:
+        """Continue the connection that the keeper has a record of; before anything else.
+
+        Raises ValueError or OSError if something does not fit, EOFError or PeerError if the
+        connection ends for another reason.
+        """
+        assert self._keeper is not None
+        assert isinstance(self._reader, KeptReader)
+        record = saved.Record.unpack(self._keeper.record)
+        state = record.state
+        self._check_device(state)
+        self._features = state.features
+        self._protocol_features = ProtocolFeature(state.protocol_features)
+        self._owned = state.owned
+        self._status = state.status
+        for region in state.regions:
+            fd = self._keeper.descriptor(region.file)
+            foreign.check_memory(fd)
+            self._memory.add_region(*region.place, fd)
+            self._regions[region.place[:3]] = region
+        for vring, found in zip(self._vrings, state.vrings, strict=True):
+            vring.restore(found, self._vring_features, self._keeper.descriptor)
+        self._set_state(state)
+        if record.owed.data and not self._keeper.replied:
+            self._reply(record.owed)
+        elif self._keeper.replied < len(record.owed.data):
+            raise PeerError(_UNREAD)
+        self._reader.restore(record.intake, self._keeper.consumed)
+        self._keeper.retain(self._files.union(self._reader.files))
+
+    def _check_device(self, state: saved.State) -> None:
+        """ValueError if the front-end was told of a device that this one is not."""
+        if state.config != self._device.config:
+            raise ValueError(
+                f"expected the config space {state.config.hex()}, found {self._device.config.hex()}"
+            )
+        missing = state.offered & ~self._device.features
+        if missing or state.protocol_features & ~int(PROTOCOL_FEATURES):
+            raise ValueError("expected all features that were offered, found some missing")
+        if len(state.vrings) != len(self._vrings):
+            raise ValueError(f"expected {len(state.vrings)} vrings, found {len(self._vrings)}")
+
+    def _state(self) -> saved.State:
+        return saved.State(
+            offered=self._device.features,
+            config=self._device.config,
+            features=self._features,
+            protocol_features=int(self._protocol_features),
+            owned=self._owned,
+            status=self._status,
+            regions=list(self._regions.values()),
+            vrings=[vring.save(self._store) for vring in self._vrings],
+        )
+
+    def _set_state(self, state: saved.State) -> None:
+        self._packed, self._files = saved.pack_state(state), state.files
+
+    def _store(self, fd: int) -> int:
+        """Store a descriptor in case another process needs it; 0 without a keeper."""
+        keeper = self._keeper
+        return keeper.store(fd) if keeper is not None and keeper.active else 0
+
+    def _save_intake(self, intake: Intake) -> None:
+        assert self._keeper is not None
+        self._keeper.save(saved.pack(self._packed, intake, Owed()))
+
+    def _conclude(self, owed: Owed) -> None:
+        """Save the state with the reply that is owed, then send the reply."""
+        keeper = self._keeper
+        if keeper is not None and keeper.active:
+            self._set_state(self._state())
+        if keeper is None or not keeper.active:
+            if owed.data:
+                self._sending(lambda: wire.send_bytes(self._sock, owed.data))
+            return
+        keeper.save(saved.pack(self._packed, Intake(), owed))
+        if owed.data:
+            self._reply(owed)
+        keeper.retain(self._files)
 
     # Messages
 
@@ -153,12 +261,12 @@ class Session:
             reply = row.handler(self, message)
         except (ValueError, OSError) as error:
             reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-            self._refuse(row, message, f"{name}: {reason}")
-            return
-        if reply is not None:
-            self._send(message, reply)
-        elif self._wants_ack(message):
-            self._send(message, wire.pack_u64(_ACK_SUCCESS))
+            reply = self._refuse(row, message, f"{name}: {reason}")
+        else:
+            if reply is None and self._wants_ack(message):
+                reply = wire.pack_u64(_ACK_SUCCESS)
+        data = b"" if reply is None else wire.pack_message(message.request, wire.FLAG_REPLY, reply)
+        self._conclude(Owed(data))
 
     def _check(self, row: _Row, message: Message) -> None:
         if message.flags & (wire.FLAG_REPLY | ~wire.FLAGS_MASK):
@@ -175,15 +283,16 @@ class Session:
             expected = " or ".join(str(count) for count in row.fds)
             raise ValueError(f"expected {expected} file descriptors, found {len(message.fds)}")
 
-    def _refuse(self, row: _Row, message: Message, reason: str) -> None:
-        """Answer a failed message; PeerError if no answer can report the failure."""
+    def _refuse(self, row: _Row, message: Message, reason: str) -> bytes:
+        """Return the reply to a failed message; PeerError if none can report the failure."""
         if row.failure is not None:
-            self._send(message, row.failure)
+            reply = row.failure
         elif self._wants_ack(message) and not row.replies:
-            self._send(message, wire.pack_u64(_ACK_FAILURE))
+            reply = wire.pack_u64(_ACK_FAILURE)
         else:
             raise PeerError(reason)
         self._log.report("message refused", f"refused {reason}")
+        return reply
 
     def _wants_ack(self, message: Message) -> bool:
         return bool(
@@ -191,11 +300,18 @@ class Session:
             and self._protocol_features & ProtocolFeature.REPLY_ACK
         )
 
-    def _send(self, message: Message, payload: bytes) -> None:
+    def _reply(self, owed: Owed) -> None:
+        """Send the reply of the present record."""
+        assert self._keeper is not None
+        keeper = self._keeper
+        fds = [keeper.descriptor(file) for file in owed.files]
+        self._sending(lambda: keeper.reply(self._sock, owed.data, fds))
+
+    def _sending(self, send: Callable[[], None]) -> None:
         try:
-            wire.send_message(self._sock, message.request, wire.FLAG_REPLY, payload)
+            send()
         except BlockingIOError:
-            raise PeerError("the front-end does not read the replies it asks for") from None
+            raise PeerError(_UNREAD) from None
         except OSError as error:
             raise EOFError(f"the connection broke: {error.strerror}") from error
 
@@ -215,7 +331,7 @@ class Session:
             raise ValueError(f"feature bits 0x{excess:x} were not offered")
         self._features = features
         for vring in self._vrings:
-            vring.set_features(features & ~wire.F_PROTOCOL_FEATURES)
+            vring.set_features(self._vring_features)
             if not features & wire.F_PROTOCOL_FEATURES:
                 vring.enable(True)
 
@@ -265,9 +381,10 @@ class Session:
         finally:
             trial.clear()
         self._memory.clear()
+        self._regions.clear()
         try:
             for region, fd in zip(regions, message.fds, strict=True):
-                self._memory.add_region(*region, fd)
+                self._add_region(region, fd)
         except (ValueError, OSError) as error:
             raise PeerError(f"SET_MEM_TABLE: a memory region was lost: {error}") from error
 
@@ -277,11 +394,16 @@ class Session:
     def _add_mem_reg(self, message: Message) -> None:
         region = wire.unpack_single_region(message.payload)
         foreign.check_memory(message.fds[0])
-        self._memory.add_region(*region, message.fds[0])
+        self._add_region(region, message.fds[0])
+
+    def _add_region(self, region: wire.MemoryRegion, fd: int) -> None:
+        self._memory.add_region(*region, fd)
+        self._regions[region[:3]] = SavedRegion(region, self._store(fd))
 
     def _rem_mem_reg(self, message: Message) -> None:
         region = wire.unpack_single_region(message.payload)
         self._memory.remove_region(region.guest_address, region.size, region.user_address)
+        del self._regions[region[:3]]
 
     def _set_log_base(self, message: Message) -> None:
         """Ignore it: without LOG_SHMFD there is no log. The descriptor is closed unused."""
@@ -377,6 +499,10 @@ class Session:
 
     # Vrings
 
+    @property
+    def _vring_features(self) -> int:
+        return self._features & ~wire.F_PROTOCOL_FEATURES
+
     def _vring(self, index: int) -> Vring:
         if index >= len(self._vrings):
             raise ValueError(f"expected a vring index below {len(self._vrings)}, found {index}")
@@ -404,7 +530,7 @@ class Session:
     def _reset_vrings(self) -> None:
         for vring in self._vrings:
             vring.reset(
-                self._features & ~wire.F_PROTOCOL_FEATURES,
+                self._vring_features,
                 enabled=not self._features & wire.F_PROTOCOL_FEATURES,
             )
 

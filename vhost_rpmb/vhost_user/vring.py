@@ -11,10 +11,12 @@ from __future__ import annotations
 import logging
 import os
 import select
+from collections.abc import Callable
 
 from vhost_rpmb.errors import PeerError
 from vhost_rpmb.vhost_user import foreign
 from vhost_rpmb.vhost_user.interfaces import Log, Virtqueue, Watcher
+from vhost_rpmb.vhost_user.saved import SavedVring
 from vhost_rpmb.virtio import flags
 
 __all__ = ["Vring"]
@@ -36,8 +38,8 @@ class Vring:
         self.call_fd = -1
         self._watcher = watcher
         self._log = log
-        self._has_size = False
-        self._has_addresses = False
+        self._size = 0  # 0: none was set
+        self._addresses: tuple[int, int, int] | None = None
         self._enabled = False
         self._error_fd = -1
 
@@ -52,13 +54,13 @@ class Vring:
         """Set the number of descriptors; not while it runs, as in the kernel's vhost."""
         self._refuse_running()
         self.queue.set_size(size)
-        self._has_size = True
+        self._size = size
         self._update()
 
     def set_addresses(self, descriptor_table: int, available_ring: int, used_ring: int) -> None:
         """Set the user addresses of the three parts."""
         self.queue.set_addresses(descriptor_table, available_ring, used_ring)
-        self._has_addresses = True
+        self._addresses = descriptor_table, available_ring, used_ring
         self._update()
 
     def set_base(self, base: int) -> None:
@@ -77,7 +79,7 @@ class Vring:
         self.stop()
         self.queue.reset()
         self.queue.set_features(features)
-        self._has_size = self._has_addresses = False
+        self._size, self._addresses = 0, None
         self.enable(enabled)
 
     # Descriptors
@@ -120,6 +122,46 @@ class Vring:
         _close(self._error_fd)
         self.pending = False
 
+    # Another process
+
+    def save(self, store: Callable[[int], int]) -> SavedVring:
+        """Everything that another process needs; ``store`` returns the number of a descriptor."""
+        base, used = self.queue.base, self.queue.used or 0
+        kick, call, error = (
+            store(fd) if fd >= 0 else 0 for fd in (self.kick_fd, self.call_fd, self._error_fd)
+        )
+        ahead = base - used & 0xFFFF
+        return SavedVring(
+            *(self._size, self._addresses, self._enabled, self.running, base, ahead, used),
+            *(kick, call, error),
+        )
+
+    def restore(self, saved: SavedVring, features: int, descriptor: Callable[[int], int]) -> None:
+        """Continue a vring of another process, whose memory is mapped; ValueError, OSError."""
+        self.queue.set_features(features)
+        if saved.size:
+            self.set_size(saved.size)
+        if saved.addresses is not None:
+            self.set_addresses(*saved.addresses)
+        self._enabled = saved.enabled
+        base = saved.base
+        if saved.running and (used := self.queue.used) is not None:
+            base = used + saved.ahead & 0xFFFF  # chains complete in order
+        self.queue.set_base(base)
+        if saved.call:
+            self.call_fd = _copy(descriptor(saved.call))
+        if saved.error:
+            self._error_fd = _copy(descriptor(saved.error))
+        if saved.kick:
+            kick_fd = _copy(descriptor(saved.kick))
+            try:
+                self.watch(kick_fd)
+            except OSError:
+                os.close(kick_fd)
+                raise
+            self.kick_fd = kick_fd
+        self._update()
+
     # Serving
 
     def kicked(self) -> None:
@@ -156,8 +198,8 @@ class Vring:
         """Start or stop the vring after a change of anything that decides whether it runs."""
         running = (
             self._enabled
-            and self._has_size
-            and self._has_addresses
+            and self._size > 0
+            and self._addresses is not None
             and self.kick_fd >= 0
             and not self.queue.error
         )
@@ -188,6 +230,11 @@ class Vring:
             raise PeerError(_BLOCKED) from None
         except OSError as error:
             self._log.report("signal", f"a front-end cannot be signalled: {error.strerror}")
+
+
+def _copy(fd: int) -> int:
+    foreign.check_event(fd)
+    return os.dup(fd)
 
 
 def _close(fd: int) -> None:

@@ -162,6 +162,17 @@ CONFIG_SIZE = _CONFIG.size  # 12 bytes, without the config space bytes
 LOG_SIZE = _LOG.size  # 16 bytes
 
 
+# Messages that descriptors belong to; of the first three unless VRING_NO_FD is set.
+_VRING_FD = (Request.SET_VRING_KICK, Request.SET_VRING_CALL, Request.SET_VRING_ERR)
+_WITH_FDS = (
+    *_VRING_FD,
+    Request.SET_MEM_TABLE,
+    Request.ADD_MEM_REG,
+    Request.SET_BACKEND_REQ_FD,
+    Request.SET_INFLIGHT_FD,
+)
+
+
 def request_name(number: int) -> str:
     """The name of a front-end message type, for the log; of an unknown one, its number."""
     try:
@@ -176,7 +187,7 @@ def _unpack(layout: struct.Struct, payload: bytes) -> tuple[int, ...]:
     return layout.unpack(payload)
 
 
-def _unpack_header(data: bytearray) -> tuple[int, int, int]:
+def _unpack_header(data: bytes | bytearray) -> tuple[int, int, int]:
     """Request, flags and payload size."""
     return _HEADER.unpack_from(data)
 
@@ -389,11 +400,14 @@ class MessageReader:
             self._fds_complete = False
             close_fds(others)
 
-    def _missing(self) -> int:
-        """The number of missing bytes: of the header, then of the payload."""
-        if len(self._bytes) < HEADER_SIZE:
+    def _missing(self, more: bytes = b"") -> int:
+        """The number of missing bytes: of the header, then of the payload.
+
+        With ``more``, the number that would be missing if these were available.
+        """
+        if len(self._bytes) + len(more) < HEADER_SIZE:
             return HEADER_SIZE - len(self._bytes)
-        request, flags, size = _unpack_header(self._bytes)
+        request, flags, size = _unpack_header(self._bytes + more if more else self._bytes)
         if flags & VERSION_MASK != VERSION:
             raise PeerError(
                 f"{request_name(request)}: expected protocol version {VERSION}, "
@@ -410,17 +424,11 @@ class MessageReader:
         try:
             if not self._max_fds:
                 count = self._without_fds(count)
-            data, control, flags, _address = self._sock.recvmsg(
-                count, _CONTROL_SIZE, socket.MSG_CMSG_CLOEXEC
-            )
+            data, fds, complete = self._take(count)
         except ConnectionError as error:
             raise EOFError(f"the connection broke: {error.strerror}") from error
-        for level, kind, content in control:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                fds = array.array("i")
-                fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
-                self._fds.extend(fds)
-        if flags & socket.MSG_CTRUNC or len(self._fds) > self._max_fds:
+        self._fds += fds
+        if not complete or len(self._fds) > self._max_fds:
             surplus = self._fds[self._max_fds :]
             del self._fds[self._max_fds :]
             close_fds(surplus)
@@ -433,6 +441,10 @@ class MessageReader:
             )
         self._bytes += data
 
+    def _take(self, count: int) -> tuple[bytes, list[int], bool]:
+        """Take up to ``count`` bytes and their descriptors; False if some of these were lost."""
+        return receive(self._sock, count)
+
     def _without_fds(self, count: int) -> int:
         """The number of available bytes, up to ``count``; PeerError if descriptors came with them.
 
@@ -444,6 +456,38 @@ class MessageReader:
         return len(data)
 
 
+def receive(sock: socket.socket, count: int, flags: int = 0) -> tuple[bytes, list[int], bool]:
+    """Receive up to ``count`` bytes and descriptors; False if some descriptors were lost."""
+    data, control, results, _address = sock.recvmsg(
+        count, _CONTROL_SIZE, flags | socket.MSG_CMSG_CLOEXEC
+    )
+    fds = array.array("i")
+    for level, kind, content in control:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
+    return data, list(fds), not results & socket.MSG_CTRUNC
+
+
+def request_of(message: bytes) -> int | None:
+    """The type of a message, of which this is the beginning; None if that is too short."""
+    return _unpack_header(message)[0] if len(message) >= HEADER_SIZE else None
+
+
+def may_carry_fds(message: bytes) -> bool:
+    """Whether descriptors can belong to a message, of which this is the beginning or all."""
+    if len(message) < HEADER_SIZE:
+        return True
+    request, _flags, size = _unpack_header(message)
+    if request in _VRING_FD and size == len(message) - HEADER_SIZE == U64_SIZE:
+        return not unpack_u64(message[HEADER_SIZE:]) & VRING_NO_FD
+    return request in _WITH_FDS
+
+
+def pack_message(request: int, flags: int = 0, payload: bytes = b"") -> bytes:
+    """A whole message, with the protocol version in the flags."""
+    return _HEADER.pack(request, flags | VERSION, len(payload)) + payload
+
+
 def send_message(
     sock: socket.socket, request: int, flags: int = 0, payload: bytes = b"", fds: Sequence[int] = ()
 ) -> None:
@@ -452,10 +496,15 @@ def send_message(
     Raises BlockingIOError if a non-blocking socket is full (the message may be sent in part: the
     connection is unusable), and OSError if the peer has disconnected.
     """
-    data = memoryview(_HEADER.pack(request, flags | VERSION, len(payload)) + payload)
+    data = pack_message(request, flags, payload)
     sent = 0
     if fds:  # the sandbox allows no sendmsg()
         control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
         sent = sock.sendmsg([data], control)
-    while sent < len(data):
-        sent += sock.send(data[sent:])
+    send_bytes(sock, data[sent:])
+
+
+def send_bytes(sock: socket.socket, data: bytes) -> None:
+    """Send all bytes; the exceptions are those of `send_message`."""
+    while data:
+        data = data[sock.send(data) :]

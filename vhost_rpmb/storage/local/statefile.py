@@ -22,7 +22,6 @@ __all__ = [
     "APPLICATION_ID",
     "FORMAT",
     "STARTS_MASK",
-    "check_format",
     "check_header",
     "check_neighbours",
     "damage",
@@ -33,8 +32,7 @@ __all__ = [
 ]
 
 APPLICATION_ID = 0x52504D42  # "RPMB"
-FORMAT = 2
-_FORMATS = (1, FORMAT)  # that this version can load
+FORMAT = 1
 # The header of an SQLite database: its magic, and the offsets of user_version and application_id.
 _HEADER_MAGIC = b"SQLite format 3\0"
 _HEADER_NUMBERS = (60, 68)
@@ -77,18 +75,13 @@ def check_header(path: str) -> int:
             f"{path} is not a vhost-rpmb state file: restore the right one, or name another with"
             " --state-path"
         )
-    check_format(path, version)
-    return version >> _FORMAT_BITS
-
-
-def check_format(path: str, version: int) -> None:
-    """Refuse the format in a user_version that this version cannot load."""
     number = version & ((1 << _FORMAT_BITS) - 1)
-    if number not in _FORMATS:
+    if number != FORMAT:
         raise StateError(
-            f"the state file {path} has format {number}, this version knows {_FORMATS[0]} to"
-            f" {FORMAT}: use the version of vhost-rpmb that wrote it"
+            f"the state file {path} has format {number}, this version knows {FORMAT}: use the"
+            " version of vhost-rpmb that wrote it"
         )
+    return version >> _FORMAT_BITS
 
 
 def has_log(path: str) -> bool:
