@@ -53,7 +53,7 @@ class Architecture:
     machine: tuple[str, ...]  # options of QEMU
     console: str
     transport: str  # of virtio: the last part of QEMU's device names
-    modules: tuple[str, ...] = ()  # of the kernel, that this transport needs
+    modules: tuple[str, ...] = ()  # of the kernel: for this transport, and for other devices
     foreign: str | None = None  # its name for Debian, where it is not that of the machine
 
 
@@ -77,6 +77,7 @@ AMD64 = Architecture(
     machine=("-machine", "q35,memory-backend=mem"),
     console="ttyS0",
     transport="-pci",
+    modules=("virtio_blk",),
 )
 ARM64 = Architecture(
     name="arm64",

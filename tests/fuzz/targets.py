@@ -18,6 +18,7 @@ from tests.support.oracle import KEY
 from tests.support.rig import make_image
 from vhost_rpmb.engine import Engine
 from vhost_rpmb.rpmb import spec
+from vhost_rpmb.rpmb.replay import NO_REPLAY, Replay
 from vhost_rpmb.storage.local.opening import open_store
 from vhost_rpmb.storage.local.store import Store
 from vhost_rpmb.storage.paths import Paths
@@ -82,15 +83,24 @@ class Disk:
         self._keyed = False
         self.full = False
 
-    def prepare(self, keyed: bool, counter: int, damaged: Sequence[int] = ()) -> None:
-        """Make a device: all zeros but for ``damaged``, this counter, and KEY or no key."""
+    def prepare(
+        self,
+        keyed: bool,
+        counter: int,
+        damaged: Sequence[int] = (),
+        replay: Replay = NO_REPLAY,
+    ) -> None:
+        """Make a device: all zeros but for ``damaged``, this counter, and KEY or no key.
+
+        ``replay``: what a process that was killed owed.
+        """
         self.full = False
         self._keyed = keyed
         store = self._stores.get(keyed)
         if store is None or (store.key is not None and not keyed):
             store = self._open(keyed)
         blocks = [(address, bytes(spec.BLOCK_SIZE)) for address in sorted(self._written[keyed])]
-        assert store.commit(counter, blocks, KEY if keyed and store.key is None else None)
+        assert store.commit(counter, blocks, KEY if keyed and store.key is None else None, replay)
         self._written[keyed].clear()
         store.damaged[:] = bytes(len(store.damaged))
         for address in damaged:
@@ -140,7 +150,20 @@ class Disk:
     def key(self) -> bytes | None:
         return self._store.key
 
-    def commit(self, counter: int, blocks: list[tuple[int, bytes]], key: bytes | None) -> bool:
+    @property
+    def replay(self) -> Replay:
+        return self._store.replay
+
+    def settle(self) -> None:
+        self._store.settle()
+
+    def commit(
+        self,
+        counter: int,
+        blocks: list[tuple[int, bytes]],
+        key: bytes | None,
+        replay: Replay = NO_REPLAY,
+    ) -> bool:
         """Do what a store does, unless the disk is full; check what no device may ask of one."""
         assert counter >= self.counter
         assert key is None or self.key is None
@@ -148,4 +171,4 @@ class Disk:
         if self.full:
             return False
         self._written[self._keyed].update(address for address, _ in blocks)
-        return self._store.commit(counter, blocks, key)
+        return self._store.commit(counter, blocks, key, replay)

@@ -22,6 +22,7 @@ from tests.support.oracle import (
 )
 from tests.support.rig import Rig, RigFactory
 from vhost_rpmb.rpmb import spec
+from vhost_rpmb.rpmb.replay import Replay
 
 
 def test_more_requests_in_one_chain_are_executed_in_order(rig: Rig) -> None:
@@ -100,11 +101,15 @@ def test_batch_is_made_durable_once(make_rig: RigFactory, monkeypatch: pytest.Mo
     commit = type(rig.store).commit
 
     def counted(
-        store: object, counter: int, blocks: list[tuple[int, bytes]], key: bytes | None
+        store: object,
+        counter: int,
+        blocks: list[tuple[int, bytes]],
+        key: bytes | None,
+        replay: Replay,
     ) -> bool:
         assert not rig.ring.collect()  # nothing is answered before it is durable
         commits.append((counter, len(blocks)))
-        return commit(store, counter, blocks, key)  # type: ignore[arg-type]
+        return commit(store, counter, blocks, key, replay)  # type: ignore[arg-type]
 
     monkeypatch.setattr(type(rig.store), "commit", counted)
     rooms = []

@@ -7,7 +7,6 @@ import os
 import shutil
 import stat
 import sys
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from tests.support.oracle import KEY
 from tests.support.rig import make_image
 from tests.support.store import KIB, A, B, Open, in_killed_process, state_of
 from vhost_rpmb.rpmb import spec
-from vhost_rpmb.storage.local.opening import open_store, verify
+from vhost_rpmb.storage.local.opening import open_store
 from vhost_rpmb.storage.local.store import MAX_PENDING
 from vhost_rpmb.storage.paths import Paths
 
@@ -256,19 +255,3 @@ def test_commit_without_memory_fails_and_keeps_the_state(opened: Open, flash: Pa
     store = opened()
     assert store.counter == len(answers) - 1
     assert store.image[98 * 256] == 98
-
-
-@pytest.mark.parametrize("kind", ["stopped", "killed"])
-def test_state_of_format_1_is_loaded(opened: Open, tmp_path: Path, kind: str) -> None:
-    """Counter 3; key KEY; block 2 was A, then zeros, then B, block 5 is A."""
-    with tarfile.open(Path(__file__).parents[1] / "data" / f"format-1-{kind}.tar.gz") as archive:
-        for member in archive:
-            content = archive.extractfile(member)
-            assert content is not None
-            (tmp_path / member.name).write_bytes(content.read())
-    flash = tmp_path / "flash.img"
-    report = verify(Paths.resolve(str(flash)))
-    assert (report.clean, report.pending) == ((True, []) if kind == "stopped" else (False, [2]))
-    store = opened(flash)
-    assert (store.counter, store.key, any(store.damaged)) == (3, KEY, False)
-    assert bytes(store.image[: 6 * 256]) == bytes(512) + B + bytes(512) + A

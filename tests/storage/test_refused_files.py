@@ -17,7 +17,7 @@ import pytest
 
 from tests.support.oracle import KEY
 from tests.support.rig import make_image, write_key
-from tests.support.store import KIB, Open, check_refused, state_of
+from tests.support.store import KIB, Open, check_refused, in_killed_process, state_of
 from vhost_rpmb.errors import OperatorError, StateError, UsageError
 from vhost_rpmb.storage.local import image, statefile
 from vhost_rpmb.storage.local.opening import verify
@@ -111,8 +111,24 @@ def change_state(flash: Path, *statements: str) -> None:
 def test_state_file_of_a_later_format_is_refused(opened: Open, flash: Path) -> None:
     opened().close()
     change_state(flash, "PRAGMA user_version = 99")
-    with pytest.raises(StateError, match="format 99"):
+    with pytest.raises(StateError, match="has format 99, this version knows 1 to 2: use the"):
         opened()
+
+
+def test_state_of_a_later_format_in_the_log_is_refused(
+    opened: Open, flash: Path, tmp_path: Path
+) -> None:
+    """A later version was killed while it upgraded: the file's own header is not written yet."""
+    opened().close()
+
+    def work() -> None:
+        database = sqlite3.connect(state_of(flash), isolation_level=None)
+        database.execute("PRAGMA journal_mode = WAL")
+        database.execute("PRAGMA user_version = 3")
+        os.unlink(f"{state_of(flash)}-shm")
+
+    in_killed_process(work)
+    check_refused(opened, StateError, "has format 3, this version knows 1 to 2", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -122,10 +138,15 @@ def test_state_file_of_a_later_format_is_refused(opened: Open, flash: Path) -> N
         "UPDATE device SET counter = -1",
         "UPDATE device SET counter = 4294967296",
         "UPDATE device SET key = x'00'",
-        "INSERT INTO pending VALUES (1, 0, CAST(x'0200' || zeroblob(256) AS BLOB))",
-        "INSERT INTO pending VALUES (1, 0, zeroblob(257))",
-        "INSERT INTO pending VALUES (1, 4294967296, x'')",
-        "INSERT INTO pending VALUES (1, -1, x'')",
+        "INSERT INTO pending VALUES (1, 0, CAST(x'0200' || zeroblob(256) AS BLOB), x'')",
+        "INSERT INTO pending VALUES (1, 0, zeroblob(257), x'')",
+        "INSERT INTO pending VALUES (1, 4294967296, x'', x'')",
+        "INSERT INTO pending VALUES (1, -1, x'', x'')",
+        "INSERT INTO pending VALUES (1, 0, x'', x'00000001')",
+        "UPDATE device SET replay = x'00000001'",
+        "UPDATE device SET replay = x'0000000000'",
+        "UPDATE device SET replay = x'0000000102'",
+        "UPDATE device SET replay = CAST(x'0000000100' || zeroblob(35) AS BLOB)",
     ],
 )
 def test_state_file_with_impossible_content_is_refused(

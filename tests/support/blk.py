@@ -76,8 +76,16 @@ class BlkDevice:
     def process(self, queue: Virtqueue) -> int:
         return queue.answer_chains(self._answer, MAX_BYTES, MAX_CHAINS)
 
+    journal: memoryview | None = None
+
     def reset(self) -> None:
         """There is nothing but the file."""
+
+    def restore_register(self, used_index: int) -> None:
+        """There is no register."""
+
+    def clear_register(self) -> None:
+        """There is no register."""
 
     def _answer(self, request: bytes, room: int) -> bytes:
         """Serve one request; the status is the last byte of the answer."""

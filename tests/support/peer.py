@@ -39,6 +39,9 @@ class EchoDevice:
         self.processed = 0
         self.queues: list[object] = []  # that were processed, in order
         self.resets = 0
+        self.journal: memoryview | None = None
+        self.restored: list[int] = []  # used indices of registers
+        self.cleared = 0
         self.flags: list[int] = []  # what process() returns next
 
     def process(self, queue: object) -> int:
@@ -48,6 +51,12 @@ class EchoDevice:
 
     def reset(self) -> None:
         self.resets += 1
+
+    def restore_register(self, used_index: int) -> None:
+        self.restored.append(used_index)
+
+    def clear_register(self) -> None:
+        self.cleared += 1
 
 
 class Peer:

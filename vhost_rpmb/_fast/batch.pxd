@@ -72,6 +72,10 @@ cdef class View:
     cdef uint32_t counter
     cdef bint writable
     cdef bint wrote
+    cdef bint key_accepted
+    cdef unsigned char *_accepted  # writes answered OK, as in `Replay.writes`
+    cdef size_t _accepted_size
+    cdef size_t _accepted_capacity
 
     cdef void begin(
         self, uint32_t counter, Authenticator authenticator, Register register, bint writable
@@ -79,6 +83,13 @@ cdef class View:
     cdef int program(self, const unsigned char *key) except -1
     cdef int write(self, uint16_t address, const unsigned char *frames, uint32_t count) except -1
     cdef const unsigned char *read(self, uint32_t address) noexcept
-    cdef bint commit(self) except -1
+    cdef int accept(self, const unsigned char *first, uint32_t count) except -1
+    cdef bytes accepted(self)
+    cdef bint commit(self, object replay) except -1
     cdef void end(self) noexcept
     cdef int _stage(self, uint16_t address, const unsigned char *data) except -1
+
+
+cdef void replay_write(
+    unsigned char *write, const unsigned char *first, uint32_t count
+) noexcept

@@ -151,6 +151,7 @@ cdef class View:
     def __dealloc__(self):
         free(self._staged)
         free(self._staged_at)
+        free(self._accepted)
 
     cdef void begin(
         self, uint32_t counter, Authenticator authenticator, Register register, bint writable
@@ -158,6 +159,8 @@ cdef class View:
         """Start from the state between batches."""
         self.end()
         self._new_key = NULL
+        self._accepted_size = 0
+        self.key_accepted = False
         self.counter = counter
         self.authenticator = authenticator
         self.register = register
@@ -167,6 +170,7 @@ cdef class View:
     cdef int program(self, const unsigned char *key) except -1:
         self._new_key = key
         self.authenticator = new_authenticator(key)
+        self.key_accepted = True
         self.wrote = True
         return 0
 
@@ -187,7 +191,20 @@ cdef class View:
             return NULL
         return &self._image[<size_t>address * BLOCK_SIZE]
 
-    cdef bint commit(self) except -1:
+    cdef int accept(self, const unsigned char *first, uint32_t count) except -1:
+        """Note a write request that is answered OK."""
+        cdef size_t size = self._accepted_size + REPLAY_WRITE_SIZE
+        self._accepted = _grow(self._accepted, &self._accepted_capacity, size)
+        replay_write(self._accepted + self._accepted_size, first, count)
+        self._accepted_size = size
+        return 0
+
+    cdef bytes accepted(self):
+        return PyBytes_FromStringAndSize(
+            <const char *>self._accepted, <Py_ssize_t>self._accepted_size
+        )
+
+    cdef bint commit(self, object replay) except -1:
         cdef size_t index
         cdef Staged *staged
         cdef list blocks = []
@@ -203,7 +220,7 @@ cdef class View:
         key = None
         if self._new_key != NULL:
             key = PyBytes_FromStringAndSize(<const char *>self._new_key, KEY_SIZE)
-        return self._store.commit(self.counter, blocks, key)
+        return self._store.commit(self.counter, blocks, key, replay)
 
     cdef void end(self) noexcept:
         """Drop the staged blocks, before the memory of their frames is used again."""
@@ -226,6 +243,18 @@ cdef class View:
         self._staged_count += 1
         self._staged_at[address] = <uint32_t>self._staged_count
         return 0
+
+
+cdef void replay_write(
+    unsigned char *write, const unsigned char *first, uint32_t count
+) noexcept:
+    """Make the 36 bytes of a write request in a replay record out of its frames."""
+    memcpy(write, first + FRAME_WRITE_COUNTER, REPLAY_WRITE_SIZE - MAC_SIZE)
+    memcpy(
+        write + REPLAY_WRITE_SIZE - MAC_SIZE,
+        first + <size_t>(count - 1) * FRAME_SIZE + FRAME_KEY_MAC,
+        MAC_SIZE,
+    )
 
 
 cdef unsigned char *_grow(unsigned char *arena, size_t *capacity, size_t size) except? NULL:

@@ -103,6 +103,8 @@ cdef enum:  # vhost_rpmb.rpmb.limits
     MAX_RESPONSE_FRAMES = 2048
     MAX_BATCH_FRAMES = 1024
     MAX_BATCH_DESCRIPTORS = 4096
+    REPLAY_WRITE_SIZE = 36
+    MAX_REPLAY_WRITES = 2048
 
 cdef enum:  # vhost_rpmb.virtio.limits
     MAX_RENEWED = 0x1000000000

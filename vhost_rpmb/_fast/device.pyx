@@ -4,14 +4,17 @@
 
 cimport cython
 from libc.stddef cimport size_t
-from libc.stdint cimport uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy, memset
 
-from vhost_rpmb._fast.batch cimport Batch, Register, View, Work
+from cpython.bytes cimport PyBytes_FromStringAndSize
+
+from vhost_rpmb._fast.batch cimport Batch, Register, View, Work, replay_write
 from vhost_rpmb._fast.constants cimport *
 from vhost_rpmb._fast.mac cimport Authenticator
 from vhost_rpmb._fast.virtqueue cimport Virtqueue
 
+from vhost_rpmb.rpmb.replay import Window
 from vhost_rpmb.virtio.features import DEFAULT, check
 
 __all__ = ["RpmbDevice"]
@@ -21,6 +24,26 @@ cdef extern from "byteorder.h":
     uint32_t load32(const unsigned char *) noexcept nogil
     void store16(unsigned char *, uint16_t) noexcept nogil
     void store32(unsigned char *, uint32_t) noexcept nogil
+
+
+cdef extern from "journal.h" nogil:
+    cdef struct journal_entry:
+        uint64_t sequence
+        uint32_t used
+        uint8_t valid
+        uint16_t req_resp
+        uint16_t result
+        uint16_t address
+        uint32_t write_counter
+    uint64_t journal_store(unsigned char *, uint64_t, journal_entry)
+    bint journal_load(journal_entry *, const unsigned char *, size_t)
+
+cdef extern from "<openssl/crypto.h>" nogil:
+    int CRYPTO_memcmp(const void *, const void *, size_t)
+
+cdef enum:
+    JOURNAL_SIZE = 64  # bytes
+    REPLAYED = 0x10000  # a write that is durable, and whose answer is owed
 
 
 @cython.final
@@ -39,10 +62,16 @@ cdef class RpmbDevice:
     cdef uint32_t _counter
     cdef Authenticator _authenticator
     cdef Register _register
+    cdef object _store
+    cdef object _window
+    cdef uint32_t _owed  # chains left in the window
+    cdef unsigned char[::1] _journal
+    cdef uint64_t _sequence  # of the latest entry in the journal
     # The batch at hand.
     cdef Batch _batch
     cdef View _view
     cdef bint _saw_key
+    cdef bint _in_window  # the replay record may have the answers of the chain at hand
 
     def __init__(
         self,
@@ -70,6 +99,10 @@ cdef class RpmbDevice:
         self._counter = store.counter
         if store.key is not None:
             self._authenticator = Authenticator(store.key)
+        self._store = store
+        self._window = Window(store.replay)
+        self._owed = self._window.left
+        self._journal = None
         self._batch = Batch()
         self._view = View(store)
 
@@ -82,19 +115,74 @@ cdef class RpmbDevice:
         units = self._blocks * BLOCK_SIZE // CAPACITY_UNIT
         return bytes((units, self._max_write_blocks, self._announced_read_blocks))
 
-    def reset(self):
+    @property
+    def journal(self):
+        return None if self._journal is None else self._journal.base
+
+    @journal.setter
+    def journal(self, buffer):
+        cdef journal_entry entry
+        cdef size_t index
+        cdef unsigned char[::1] journal = buffer
+        if journal is not None and journal.shape[0] != JOURNAL_SIZE:
+            raise ValueError(f"a journal is a writable buffer of {JOURNAL_SIZE} bytes")
+        self._journal = journal
+        self._sequence = 0
+        if journal is None:
+            return
+        for index in range(2):
+            if journal_load(&entry, &journal[0], index):
+                self._sequence = max(self._sequence, entry.sequence)
+
+    def restore_register(self, uint32_t used_index):
+        cdef journal_entry entry
+        cdef size_t index
+        cdef uint64_t newest = 0
         self._register.valid = False
+        if self._journal is None:
+            return
+        for index in range(2):
+            if (
+                journal_load(&entry, &self._journal[0], index)
+                and entry.used == used_index
+                and entry.sequence > newest
+            ):
+                newest = entry.sequence
+                self._register = Register(
+                    entry.valid != 0,
+                    entry.req_resp,
+                    entry.result,
+                    entry.address,
+                    entry.write_counter,
+                )
+
+    def clear_register(self):
+        self._register.valid = False
+        if self._journal is not None:
+            memset(&self._journal[0], 0, JOURNAL_SIZE)
+
+    def reset(self):
+        self.clear_register()
+        if self._owed:
+            self._window.close()
+            self._owed = 0
+            self._store.settle()
 
     def process(self, Virtqueue queue not None):
         cdef Batch batch = self._batch
         cdef View view = self._view
         cdef bint drained = batch.take(queue)
+        cdef int flags
+        cdef object replay = None
         if queue.memory_lost():
             batch.count = 0  # the copied bytes may be invalid
         try:
             self._execute(True)
-            if view.wrote and not view.commit():
-                self._execute(False)
+            if view.wrote:
+                replay = self._window.record(batch.count, view.accepted(), view.key_accepted)
+                if not view.commit(replay):
+                    replay = None
+                    self._execute(False)
             self._counter = view.counter
             self._authenticator = view.authenticator
             self._register = view.register
@@ -103,8 +191,35 @@ cdef class RpmbDevice:
             if self._saw_key:
                 batch.wipe()
         batch.answer(queue)
+        if self._journal is not None and batch.count:
+            self._write_journal(queue.position())
         self.served += batch.count
-        return queue.close(drained)
+        flags = queue.close(drained)
+        if replay is not None or self._owed:
+            self._answered(queue, replay)
+        return flags
+
+    cdef int _answered(self, Virtqueue queue, object replay) except -1:
+        if not queue.memory_lost():
+            self._window.answered(self._batch.count)
+            if not self._window.left:
+                self._store.settle()
+        elif replay is not None:
+            self._window.arm(replay)  # its chains may come again
+        self._owed = self._window.left
+        return 0
+
+    cdef void _write_journal(self, uint32_t used) noexcept:
+        cdef journal_entry entry
+        memset(&entry, 0, sizeof(entry))
+        entry.used = used
+        if self._register.valid:
+            entry.valid = 1
+            entry.req_resp = self._register.req_resp
+            entry.result = self._register.result
+            entry.address = self._register.address
+            entry.write_counter = self._register.write_counter
+        self._sequence = journal_store(&self._journal[0], self._sequence, entry)
 
     cdef int _execute(self, bint writable) except -1:
         cdef size_t index
@@ -112,6 +227,7 @@ cdef class RpmbDevice:
         self._saw_key = False
         for index in range(self._batch.count):
             self._batch.work[index].answered = 0
+            self._in_window = index < self._owed
             self._run(&self._batch.work[index])
         return 0
 
@@ -162,11 +278,25 @@ cdef class RpmbDevice:
         uint16_t result,
         uint16_t req_resp,
     ) except -1:
+        """Complete one response about the present write counter."""
+        return self._end_answer_about(
+            self._view.counter, work, frames, count, result, req_resp
+        )
+
+    cdef int _end_answer_about(
+        self,
+        uint32_t counter,
+        Work *work,
+        unsigned char *frames,
+        uint32_t count,
+        uint16_t result,
+        uint16_t req_resp,
+    ) except -1:
         """Complete one response: results, types, and its MAC if a key is programmed."""
         cdef uint32_t index
         cdef unsigned char *frame = frames
         cdef Authenticator authenticator = self._view.authenticator
-        if self._view.counter == MAX_WRITE_COUNTER:
+        if counter == MAX_WRITE_COUNTER:
             result |= VIRTIO_RPMB_RES_WRITE_COUNTER_EXPIRED
         if authenticator is not None:
             authenticator.begin()
@@ -196,12 +326,20 @@ cdef class RpmbDevice:
         self._saw_key = True
         if self._bad_single_count(frame):
             result = VIRTIO_RPMB_RES_GENERAL_FAILURE
+        elif self._in_window and self._replays_key(frame + FRAME_KEY_MAC):
+            self._view.key_accepted = True
         elif self._view.authenticator is not None or not self._view.writable:
             result = VIRTIO_RPMB_RES_WRITE_FAILURE
         else:
             self._view.program(frame + FRAME_KEY_MAC)
         self._view.register = Register(True, VIRTIO_RPMB_RESP_PROGRAM_KEY, result, 0, 0)
         return 0
+
+    cdef bint _replays_key(self, const unsigned char *key) except -1:
+        cdef bytes stored = self._store.key
+        if stored is None or not self._window.has_key:
+            return False
+        return CRYPTO_memcmp(<const unsigned char *>stored, key, KEY_SIZE) == 0
 
     cdef int _get_write_counter(self, Work *work, const unsigned char *frame) except -1:
         cdef uint16_t result = VIRTIO_RPMB_RES_OK
@@ -229,15 +367,18 @@ cdef class RpmbDevice:
                 if not _continues(first, first + <size_t>index * FRAME_SIZE):
                     sound = False
                     break
-        cdef uint16_t result = self._judge_write(first, count, sound)
+        cdef uint32_t result = self._judge_write(first, count, sound)
+        cdef uint32_t counter
         if result == VIRTIO_RPMB_RES_OK:
             self._view.write(address, first, count)
+            self._view.accept(first, count)
+        counter = self._view.counter if self._view.authenticator is not None else 0
+        if result == REPLAYED:
+            self._view.accept(first, count)
+            result = VIRTIO_RPMB_RES_OK
+            counter = load32(first + FRAME_WRITE_COUNTER) + 1
         self._view.register = Register(
-            True,
-            VIRTIO_RPMB_RESP_DATA_WRITE,
-            result,
-            address,
-            self._view.counter if self._view.authenticator is not None else 0,
+            True, VIRTIO_RPMB_RESP_DATA_WRITE, <uint16_t>result, address, counter
         )
         if sound:
             return count
@@ -248,32 +389,52 @@ cdef class RpmbDevice:
             run += 1
         return run
 
-    cdef uint16_t _judge_write(
+    cdef uint32_t _judge_write(
         self, const unsigned char *first, uint32_t count, bint sound
     ) except? 0xFFFF:
-        cdef Authenticator authenticator = self._view.authenticator
-        cdef uint32_t index
-        if authenticator is None:
+        cdef bint in_range = load16(first + FRAME_ADDRESS) + count <= self._blocks
+        if self._view.authenticator is None:
             return VIRTIO_RPMB_RES_NO_AUTH_KEY
         if not sound:
             return VIRTIO_RPMB_RES_GENERAL_FAILURE
         if self._view.counter == MAX_WRITE_COUNTER:
+            if (
+                self._in_window
+                and in_range
+                and self._verify(first, count)
+                and self._replays_write(first, count)
+            ):
+                return REPLAYED
             if self._strict:
                 return VIRTIO_RPMB_RES_WRITE_COUNTER_EXPIRED
             # OP-TEE reads the bare bit as OK.
             return VIRTIO_RPMB_RES_WRITE_FAILURE | VIRTIO_RPMB_RES_WRITE_COUNTER_EXPIRED
-        if load16(first + FRAME_ADDRESS) + count > self._blocks:
+        if not in_range:
             return VIRTIO_RPMB_RES_ADDR_FAILURE
-        authenticator.begin()
-        for index in range(count):
-            authenticator.add(first + <size_t>index * FRAME_SIZE)
-        if not authenticator.check(first + <size_t>(count - 1) * FRAME_SIZE + FRAME_KEY_MAC):
+        if not self._verify(first, count):
             return VIRTIO_RPMB_RES_AUTH_FAILURE
         if load32(first + FRAME_WRITE_COUNTER) != self._view.counter:
+            if self._in_window and self._replays_write(first, count):
+                return REPLAYED
             return VIRTIO_RPMB_RES_COUNT_FAILURE
         if not self._view.writable:
             return VIRTIO_RPMB_RES_WRITE_FAILURE
         return VIRTIO_RPMB_RES_OK
+
+    cdef bint _verify(self, const unsigned char *first, uint32_t count) except -1:
+        cdef Authenticator authenticator = self._view.authenticator
+        cdef uint32_t index
+        authenticator.begin()
+        for index in range(count):
+            authenticator.add(first + <size_t>index * FRAME_SIZE)
+        return authenticator.check(first + <size_t>(count - 1) * FRAME_SIZE + FRAME_KEY_MAC)
+
+    cdef bint _replays_write(self, const unsigned char *first, uint32_t count) except -1:
+        cdef unsigned char write[REPLAY_WRITE_SIZE]
+        replay_write(write, first, count)
+        return self._window.has_write(
+            PyBytes_FromStringAndSize(<const char *>write, REPLAY_WRITE_SIZE)
+        )
 
     cdef int _data_read(self, Work *work, const unsigned char *frame) except -1:
         cdef uint32_t address = load16(frame + FRAME_ADDRESS)
@@ -319,6 +480,7 @@ cdef class RpmbDevice:
     cdef int _result_read(self, Work *work, const unsigned char *frame) except -1:
         cdef Register *register = &self._view.register
         cdef unsigned char *answer
+        cdef uint32_t counter = self._view.counter
         if not register.valid or self._bad_single_count(frame):
             return self._unknown(work)
         answer = self._begin_answer(work, 1)
@@ -326,7 +488,14 @@ cdef class RpmbDevice:
             return 0
         store32(answer + FRAME_WRITE_COUNTER, register.write_counter)
         store16(answer + FRAME_ADDRESS, register.address)
-        return self._end_answer(work, answer, 1, register.result, register.req_resp)
+        if (
+            register.req_resp == VIRTIO_RPMB_RESP_DATA_WRITE
+            and register.result == VIRTIO_RPMB_RES_OK
+        ):
+            counter = register.write_counter
+        return self._end_answer_about(
+            counter, work, answer, 1, register.result, register.req_resp
+        )
 
 
 cdef bint _continues(const unsigned char *first, const unsigned char *frame) noexcept:

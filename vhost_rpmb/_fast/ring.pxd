@@ -55,6 +55,7 @@ cdef class Ring:
     cdef int look(self, uint32_t *available) noexcept nogil
     cdef int take(self, Chain *chain, Buffers *buffers) except -1 nogil
     cdef void put(self, uint16_t head, uint32_t length) noexcept nogil
+    cdef uint32_t position(self) noexcept nogil
     cdef void publish(self) noexcept nogil
     cdef void ask_for_kick(self) noexcept nogil
     cdef void refuse_kicks(self) noexcept nogil

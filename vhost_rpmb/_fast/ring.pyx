@@ -48,6 +48,9 @@ cdef class Ring:
     cdef void put(self, uint16_t head, uint32_t length) noexcept nogil:
         pass
 
+    cdef uint32_t position(self) noexcept nogil:
+        return 0
+
     cdef void publish(self) noexcept nogil:
         pass
 

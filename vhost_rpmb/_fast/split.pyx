@@ -139,6 +139,9 @@ cdef class SplitRing(Ring):
         )
         self._unpublished += 1
 
+    cdef uint32_t position(self) noexcept nogil:
+        return <uint16_t>(self._next_used + self._unpublished)
+
     cdef void publish(self) noexcept nogil:
         self._published = self._next_used
         if self._unpublished:

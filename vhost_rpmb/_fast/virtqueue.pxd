@@ -25,4 +25,6 @@ cdef class Virtqueue:
         return self._ring.walked
     cdef inline void put(self, uint16_t head, uint32_t length) noexcept nogil:
         self._ring.put(head, length)
+    cdef inline uint32_t position(self) noexcept nogil:
+        return self._ring.position()
     cdef int close(self, bint drained) noexcept nogil

@@ -12,6 +12,7 @@ from vhost_rpmb._pure.mac import Authenticator
 from vhost_rpmb._pure.memory import GuestMemory
 from vhost_rpmb._pure.virtqueue import Virtqueue
 from vhost_rpmb.rpmb import limits, spec
+from vhost_rpmb.rpmb.replay import Replay
 
 if TYPE_CHECKING:
     from vhost_rpmb.storage.interface import DeviceStore
@@ -112,6 +113,8 @@ class View:
         self._store = store
         self._new_key: bytes | None = None
         self._blocks: dict[int, bytes] = {}
+        self.accepted: list[bytes] = []  # writes answered OK, as in `Replay.writes`
+        self.key_accepted = False
         self.authenticator = authenticator
         self.register = register
         self.counter = store.counter
@@ -122,6 +125,7 @@ class View:
         """Stage a key."""
         self._new_key = key
         self.authenticator = Authenticator(key)
+        self.key_accepted = True
         self.wrote = True
 
     def write(self, address: int, blocks: list[bytes]) -> None:
@@ -140,6 +144,6 @@ class View:
         start = address * spec.BLOCK_SIZE
         return bytes(self._store.image[start : start + spec.BLOCK_SIZE])
 
-    def commit(self) -> bool:
+    def commit(self, replay: Replay) -> bool:
         """Make the staged changes durable; False if the store cannot."""
-        return self._store.commit(self.counter, list(self._blocks.items()), self._new_key)
+        return self._store.commit(self.counter, list(self._blocks.items()), self._new_key, replay)

@@ -7,15 +7,18 @@ made durable at once, and only then answered.
 
 from __future__ import annotations
 
+import hmac
 import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from vhost_rpmb._pure.batch import Batch, Register, View, Work
+from vhost_rpmb._pure.journal import Journal
 from vhost_rpmb._pure.mac import Authenticator
 from vhost_rpmb._pure.virtqueue import Virtqueue
 from vhost_rpmb.rpmb import limits, spec
 from vhost_rpmb.rpmb.frame import Frame
+from vhost_rpmb.rpmb.replay import Replay, Window
 from vhost_rpmb.rpmb.results import count_frames, describe_answer, describe_request
 from vhost_rpmb.virtio import features
 
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["RpmbDevice"]
 
+_REPLAYED = -1  # a write that is durable, and whose answer is owed
 _FRAMES = 1  # the log level of frames; the compiled engine logs none
 
 logger = logging.getLogger(__name__)
@@ -68,6 +72,8 @@ class RpmbDevice:
         self._capacity_blocks = size // spec.BLOCK_SIZE
         self._authenticator = Authenticator(store.key) if store.key is not None else None
         self._register: Register | None = None
+        self._journal: Journal | None = None
+        self._window = Window(store.replay)
         self._batch = Batch()
 
     @property
@@ -81,9 +87,31 @@ class RpmbDevice:
         units = len(self._store.image) // spec.CAPACITY_UNIT
         return bytes((units, self._max_write_blocks, self._announced_read_blocks))
 
-    def reset(self) -> None:
-        """Clear the result register (VHOST_USER_RESET_DEVICE); durable state stays."""
+    @property
+    def journal(self) -> memoryview | None:
+        """A writable buffer of 64 bytes that survives the process, for the result register."""
+        return None if self._journal is None else self._journal.buffer
+
+    @journal.setter
+    def journal(self, buffer: memoryview | None) -> None:
+        self._journal = None if buffer is None else Journal(buffer)
+
+    def restore_register(self, used_index: int) -> None:
+        """Take the result register out of the journal: the one at the used index of the ring."""
+        self._register = None if self._journal is None else self._journal.load(used_index)
+
+    def clear_register(self) -> None:
+        """Clear the result register and its journal: it belongs to one connection."""
         self._register = None
+        if self._journal is not None:
+            self._journal.clear()
+
+    def reset(self) -> None:
+        """Clear the result register and owe no answer (RESET_DEVICE); durable state stays."""
+        self.clear_register()
+        if self._window.left:
+            self._window.close()
+            self._store.settle()
 
     def process(self, queue: Virtqueue) -> int:
         """Serve one batch of what is available in the requestq; return NOTIFY, MORE, ... flags.
@@ -95,24 +123,48 @@ class RpmbDevice:
         if queue._memory_lost():
             batch.work.clear()  # the copied bytes may be invalid
         view, answers = self._execute(writable=True)
-        if view.wrote and not view.commit():
-            view, answers = self._execute(writable=False)
+        replay: Replay | None = None
+        if view.wrote:
+            replay = self._window.record(
+                len(batch.work), b"".join(view.accepted), view.key_accepted
+            )
+            if not view.commit(replay):
+                replay = None
+                view, answers = self._execute(writable=False)
         self._authenticator = view.authenticator
         self._register = view.register
         batch.answer(queue, answers)
+        if self._journal is not None and batch.work:
+            self._journal.store(queue._position(), view.register)
         self.served += len(batch.work)
-        return queue._close(drained)
+        flags = queue._close(drained)
+        if replay is not None or self._window.left:
+            self._answered(queue, replay)
+        return flags
+
+    def _answered(self, queue: Virtqueue, replay: Replay | None) -> None:
+        """Note that the batch was published; ``replay``: the record of its commit, if any."""
+        if not queue._memory_lost():
+            self._window.answered(len(self._batch.work))
+            if not self._window.left:
+                self._store.settle()
+        elif replay is not None:
+            self._window.arm(replay)  # its chains may come again
 
     def _execute(self, writable: bool) -> tuple[View, list[bytes]]:
         """Execute the batch in order against a fresh view; return it and each chain's answer."""
         view = View(self._store, self._authenticator, self._register, writable)
-        return view, [_ChainRun(self, view, work).run() for work in self._batch.work]
+        return view, [
+            _ChainRun(self, view, work, owed=index < self._window.left).run()
+            for index, work in enumerate(self._batch.work)
+        ]
 
 
 class _ChainRun:
     """The execution of one chain: requests in order, each answer appended while room lasts."""
 
-    def __init__(self, device: RpmbDevice, view: View, work: Work) -> None:
+    def __init__(self, device: RpmbDevice, view: View, work: Work, owed: bool) -> None:
+        self._owed = owed  # the replay record may have its answers
         self._device = device
         self._view = view
         self._work = work
@@ -161,23 +213,25 @@ class _ChainRun:
             )
             self._left_out = 0
 
-    def _answer(self, *frames: Frame) -> None:
-        """Append one response, with a MAC if a key is programmed, if there is room for it."""
+    def _answer(self, *frames: Frame, counter: int | None = None) -> None:
+        """Append one response, with a MAC if a key is programmed, if there is room for it.
+
+        ``counter``: the write counter that it is about, if not the present one.
+        """
         self._result = frames[0].result
         if len(frames) > self._room:
             self._left_out = len(frames)
             return
         self._room -= len(frames)
-        expired = self._expired() and spec.VIRTIO_RPMB_RES_WRITE_COUNTER_EXPIRED
+        expired = 0
+        if (self._view.counter if counter is None else counter) == spec.MAX_WRITE_COUNTER:
+            expired = spec.VIRTIO_RPMB_RES_WRITE_COUNTER_EXPIRED
         packed = [frame._replace(result=frame.result | expired).pack() for frame in frames]
         authenticator = self._view.authenticator
         if authenticator is not None:
             mac = authenticator.mac(packed)
             packed[-1] = packed[-1][: spec.FRAME_KEY_MAC] + mac + packed[-1][spec.FRAME_DATA :]
         self._answers.extend(packed)
-
-    def _expired(self) -> bool:
-        return self._view.counter == spec.MAX_WRITE_COUNTER
 
     def _bad_single_count(self, block_count: int) -> bool:
         """Judge the block_count of a request that is about one frame; eMMC software leaves it 0."""
@@ -193,6 +247,9 @@ class _ChainRun:
         view = self._view
         if self._bad_single_count(frame.block_count):
             result = spec.VIRTIO_RPMB_RES_GENERAL_FAILURE
+        elif self._owed and self._replays_key(frame.key_mac):
+            view.key_accepted = True
+            result = spec.VIRTIO_RPMB_RES_OK
         elif view.authenticator is not None or not view.writable:
             result = spec.VIRTIO_RPMB_RES_WRITE_FAILURE
         else:
@@ -201,6 +258,13 @@ class _ChainRun:
         view.register = Register(spec.VIRTIO_RPMB_RESP_PROGRAM_KEY, result)
         self._result = result
         return 1
+
+    def _replays_key(self, key: bytes) -> bool:
+        """Whether the commit of the replay record programmed this key; in constant time."""
+        stored = self._device._store.key
+        return (
+            self._device._window.has_key and stored is not None and hmac.compare_digest(key, stored)
+        )
 
     def _get_write_counter(self, frame: Frame, _: list[bytes]) -> int:
         result, counter = spec.VIRTIO_RPMB_RES_OK, 0
@@ -229,7 +293,11 @@ class _ChainRun:
         result = self._judge_write(first, frames, rest[:count], sound)
         if result == spec.VIRTIO_RPMB_RES_OK:
             view.write(first.address, [frame.data for frame in frames])
+            view.accepted.append(_replay_write(frames))
         counter = view.counter if view.authenticator is not None else 0
+        if result == _REPLAYED:
+            view.accepted.append(_replay_write(frames))
+            result, counter = spec.VIRTIO_RPMB_RES_OK, first.write_counter + 1
         view.register = Register(spec.VIRTIO_RPMB_RESP_DATA_WRITE, result, first.address, counter)
         self._result = result
         if sound:
@@ -240,26 +308,37 @@ class _ChainRun:
         return run
 
     def _judge_write(self, first: Frame, frames: list[Frame], raw: list[bytes], sound: bool) -> int:
-        """Name the first check that a write request fails, or OK.
+        """Name the first check that a write request fails, or OK, or _REPLAYED.
 
-        ``sound``: the count is allowed, and that many frames are there and agree.
+        ``sound``: the count is allowed, and that many frames are there and agree. Only where the
+        write counter is at fault, and only for a MAC that was verified, the replay record is asked.
         """
         view, device = self._view, self._device
         if view.authenticator is None:
             return spec.VIRTIO_RPMB_RES_NO_AUTH_KEY
         if not sound:
             return spec.VIRTIO_RPMB_RES_GENERAL_FAILURE
-        if self._expired():
+        in_range = first.address + len(frames) <= device._capacity_blocks
+        if view.counter == spec.MAX_WRITE_COUNTER:
+            if (
+                self._owed
+                and in_range
+                and view.authenticator.verify(raw, frames[-1].key_mac)
+                and device._window.has_write(_replay_write(frames))
+            ):
+                return _REPLAYED
             if device._strict:
                 return spec.VIRTIO_RPMB_RES_WRITE_COUNTER_EXPIRED
             return (  # OP-TEE reads the bare bit as OK
                 spec.VIRTIO_RPMB_RES_WRITE_FAILURE | spec.VIRTIO_RPMB_RES_WRITE_COUNTER_EXPIRED
             )
-        if first.address + len(frames) > device._capacity_blocks:
+        if not in_range:
             return spec.VIRTIO_RPMB_RES_ADDR_FAILURE
         if not view.authenticator.verify(raw, frames[-1].key_mac):
             return spec.VIRTIO_RPMB_RES_AUTH_FAILURE
         if first.write_counter != view.counter:
+            if self._owed and device._window.has_write(_replay_write(frames)):
+                return _REPLAYED
             return spec.VIRTIO_RPMB_RES_COUNT_FAILURE
         if not view.writable:
             return spec.VIRTIO_RPMB_RES_WRITE_FAILURE
@@ -309,7 +388,8 @@ class _ChainRun:
                 address=register.address,
                 result=register.result,
                 req_resp=register.req_resp,
-            )
+            ),
+            counter=register.write_counter if _is_written(register) else None,
         )
         return 1
 
@@ -321,6 +401,19 @@ _HANDLERS: dict[int, Callable[[_ChainRun, Frame, list[bytes]], int]] = {
     spec.VIRTIO_RPMB_REQ_DATA_READ: _ChainRun._data_read,
     spec.VIRTIO_RPMB_REQ_RESULT_READ: _ChainRun._result_read,
 }
+
+
+def _replay_write(frames: list[Frame]) -> bytes:
+    """Return a write request as a replay record has it."""
+    return frames[0].write_counter.to_bytes(4, "big") + frames[-1].key_mac
+
+
+def _is_written(register: Register) -> bool:
+    """Whether a register is about a successful write: its counter may be of an earlier time."""
+    return (
+        register.req_resp == spec.VIRTIO_RPMB_RESP_DATA_WRITE
+        and register.result == spec.VIRTIO_RPMB_RES_OK
+    )
 
 
 def _continues(first: Frame, frame: Frame) -> bool:

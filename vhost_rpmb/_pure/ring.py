@@ -122,6 +122,10 @@ class Ring:
         """Return a chain, ``length`` bytes of which were written; visible after publish()."""
         raise NotImplementedError
 
+    def position(self) -> int:
+        """Return the used index that publish() will store."""
+        raise NotImplementedError
+
     def publish(self) -> None:
         """Make the chains that were put visible to the driver."""
         raise NotImplementedError

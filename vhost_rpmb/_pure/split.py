@@ -177,6 +177,9 @@ class SplitRing(Ring):
         self.memory.write(self._used_address + 4 + 8 * slot, _USED_ELEMENT.pack(head, length))
         self._unpublished += 1
 
+    def position(self) -> int:
+        return (self._next_used + self._unpublished) & 0xFFFF
+
     def publish(self) -> None:
         self._published = self._next_used
         if self._unpublished:

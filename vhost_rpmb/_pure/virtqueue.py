@@ -194,6 +194,10 @@ class Virtqueue:
         """Return a chain, ``length`` bytes of which were written; visible after _close()."""
         self._ring.put(head, length)
 
+    def _position(self) -> int:
+        """Return the used index after what was put."""
+        return self._ring.position()
+
     def _close(self, drained: bool) -> int:
         """Publish what was put; return the flags for the caller.
 

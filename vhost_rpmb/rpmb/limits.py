@@ -9,3 +9,6 @@ MAX_REQUEST_FRAMES = 512  # of one chain
 MAX_RESPONSE_FRAMES = 2048  # of one chain
 MAX_BATCH_FRAMES = 1024  # a batch with so many frames takes no further chain
 MAX_BATCH_DESCRIPTORS = 4096  # the same for descriptors
+
+REPLAY_WRITE_SIZE = 36  # bytes of a write in a replay record: its counter and its MAC
+MAX_REPLAY_WRITES = 2048  # in a record that also keeps answers of an earlier one

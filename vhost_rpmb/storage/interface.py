@@ -11,6 +11,8 @@ import enum
 from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
+from vhost_rpmb.rpmb.replay import NO_REPLAY, Replay
+
 __all__ = ["Access", "DeviceStore", "Resources", "Store"]
 
 
@@ -59,15 +61,32 @@ class DeviceStore(Protocol):
     def key(self) -> bytes | None:
         """The programmed key, 32 bytes; None while no key is programmed."""
 
-    def commit(self, counter: int, blocks: list[tuple[int, bytes]], key: bytes | None) -> bool:
-        """Make a write counter, blocks (address, 256 bytes) and a new key durable atomically.
+    @property
+    def replay(self) -> Replay:
+        """The record of the last commit; at the start, of answers that may still be owed."""
 
-        ``counter`` is never below the present one. Of blocks with the same address the last one
-        counts. ``key``: the key that the guest programs, None to keep the present one.
+    def commit(
+        self,
+        counter: int,
+        blocks: list[tuple[int, bytes]],
+        key: bytes | None,
+        replay: Replay = NO_REPLAY,
+    ) -> bool:
+        """Make a write counter, blocks, a new key and a replay record durable atomically.
+
+        ``counter`` is never below the present one. ``blocks``: address and 256 bytes; of those with
+        the same address the last one counts. ``key``: the key that the guest programs, None to keep
+        the present one. ``replay``: the answers that this commit owes; it replaces the last record.
 
         True: all of it is durable and visible in the attributes. False: nothing has changed, now
         and after any crash, and the reason is logged; a later commit may succeed. Never raises for
         failures of the storage.
+        """
+
+    def settle(self) -> None:
+        """Note that no answer is owed: the last batch was published, or its chains are void.
+
+        Until then, and from the next commit on, `Store.close` leaves the record to the next start.
         """
 
 
@@ -93,6 +112,8 @@ class Store(DeviceStore, Protocol):
 
     def close(self) -> None:
         """Complete deferred work, mark the state as closed, release locks and descriptors.
+
+        The replay record becomes empty if no answer is owed (`settle`).
 
         Idempotent. Never raises for failures of the storage: they are logged, and the next start
         recovers the state.

@@ -47,6 +47,25 @@ class Device(Protocol):
     def reset(self) -> None:
         """Return to the initial state (RESET_DEVICE)."""
 
+    @property
+    def journal(self) -> memoryview | None:
+        """A writable buffer of 64 bytes that survives the process, for `restore_register`.
+
+        All zeros at the start of a connection; the device writes it before each publication.
+        """
+
+    @journal.setter
+    def journal(self, buffer: memoryview | None) -> None: ...
+
+    def restore_register(self, used_index: int) -> None:
+        """Restore the state of the connection from the journal, at a take-over of it.
+
+        ``used_index``: of the ring, where the last batch was published.
+        """
+
+    def clear_register(self) -> None:
+        """Clear the state of the connection, and the journal: a new one begins."""
+
 
 class Watcher(Protocol):
     """The event loop, as far as a connection uses it."""

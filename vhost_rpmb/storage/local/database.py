@@ -11,12 +11,14 @@ from typing import NamedTuple
 
 from vhost_rpmb.errors import StateError
 from vhost_rpmb.rpmb import spec
+from vhost_rpmb.rpmb.replay import NO_REPLAY, Replay
 from vhost_rpmb.storage.local.files import published_file, sync_folder, write_all
 from vhost_rpmb.storage.local.image import ImageFile, digest
 from vhost_rpmb.storage.local.statefile import (
     APPLICATION_ID,
     FORMAT,
     STARTS_MASK,
+    check_format,
     check_header,
     damage,
     has_log,
@@ -34,6 +36,8 @@ _LOG_SIZE = 1 << 20  # bytes of the write-ahead log before SQLite moves them int
 _STOPPED, _RUNNING, _STARTING = 0, 1, 2
 _MARK_SIZE = 8  # bytes of a digest that recognise an earlier version of a block
 _MARKS = 8  # earlier versions of a block that are recognised
+# Since format 2; the default is the record of what format 1 wrote.
+_REPLAY = "replay BLOB NOT NULL DEFAULT x''"
 # One transaction, which the caller commits; the file is synced as a whole before it is published.
 _SCHEMA = f"""
 PRAGMA page_size = {_PAGE_SIZE};
@@ -51,12 +55,14 @@ CREATE TABLE device (
     fingerprint BLOB,           -- of the key, where a key file keeps it
     starts INTEGER NOT NULL,    -- how often it was started
     stamped INTEGER NOT NULL,   -- 1 if the image was stamped with name and starts
-    running INTEGER NOT NULL    -- not 0 while the write-ahead log belongs to the state; 2 at first
+    running INTEGER NOT NULL,   -- not 0 while the write-ahead log belongs to the state; 2 at first
+    {_REPLAY}                   -- record of the last commit that is not pending
 ) STRICT;
 CREATE TABLE pending (          -- commits whose blocks the image need not hold yet, latest last
     id INTEGER PRIMARY KEY,
     counter INTEGER NOT NULL,   -- write counter after it
-    blocks BLOB NOT NULL        -- address (2 bytes, big-endian) and data of each
+    blocks BLOB NOT NULL,       -- address (2 bytes, big-endian) and data of each
+    {_REPLAY}                   -- record of the answers that it owes
 ) STRICT;
 CREATE TABLE digest (           -- blocks of the image; without a row: all zeros, always so
     address INTEGER PRIMARY KEY,
@@ -85,6 +91,7 @@ class DeviceRow(NamedTuple):
     starts: int
     stamped: int
     running: int
+    replay: Replay
 
 
 class Digests(NamedTuple):
@@ -127,6 +134,8 @@ class StateReader:
         (verdict,) = self._execute("PRAGMA quick_check(1)").fetchone()
         if verdict != "ok":
             raise self._damaged(verdict)
+        (version,) = self._execute("PRAGMA user_version").fetchone()  # the log may have a newer one
+        check_format(self._name, version)
         row = self.device()
         if row.running != _STOPPED and not log:
             raise StateError(
@@ -140,21 +149,30 @@ class StateReader:
             )
         return row
 
+    def _has_replay(self) -> bool:
+        """Whether this is format 2; the file's header may be older than the log."""
+        found = self._execute("SELECT 1 FROM pragma_table_info('device') WHERE name = 'replay'")
+        return found.fetchone() is not None
+
     def device(self) -> DeviceRow:
-        """The row of the device, with the write counter of the latest commit."""
-        columns = ", ".join(DeviceRow._fields)
+        """The row of the device, with write counter and replay record of the latest commit."""
+        replay = "replay" if self._has_replay() else "x''"
+        columns = ", ".join((*DeviceRow._fields[:-1], replay))
         found = self._execute(f"SELECT {columns} FROM device").fetchone()
         if found is None:
             raise self._damaged("it has no device")
-        row = DeviceRow(*found)
-        last = self._execute("SELECT counter FROM pending ORDER BY id DESC LIMIT 1").fetchone()
-        counter = row.counter if last is None else last[0]
+        row = DeviceRow._make((*found[:-1], NO_REPLAY))
+        latest = f"SELECT counter, {replay} FROM pending ORDER BY id DESC LIMIT 1"
+        counter, packed = self._execute(latest).fetchone() or (row.counter, found[-1])
         if not 0 <= row.counter <= counter <= spec.MAX_WRITE_COUNTER:
             raise self._damaged(f"write counter {counter} after {row.counter}")
         for secret in (row.key, row.fingerprint):
             if secret is not None and len(secret) != spec.KEY_SIZE:
                 raise self._damaged("a key of the wrong length")
-        return row._replace(counter=counter)
+        try:
+            return row._replace(counter=counter, replay=Replay.unpack(packed))
+        except ValueError as error:
+            raise self._damaged(str(error)) from error
 
     def pending(self, blocks: int) -> Iterator[tuple[int, bytes]]:
         """Blocks (address, data) that may not be in the image, which has ``blocks``, yet.
@@ -241,8 +259,10 @@ class Database(StateReader):
         """Store a key or the fingerprint of one; without either, no key is programmed."""
         self._execute("UPDATE device SET key = ?, fingerprint = ?", (key, fingerprint))
 
-    def add_pending(self, counter: int, blocks: Iterable[tuple[int, bytes]]) -> None:
-        """Set the write counter, and store blocks (address, data) until the image has them.
+    def add_pending(
+        self, counter: int, blocks: Iterable[tuple[int, bytes]], replay: Replay
+    ) -> None:
+        """Set counter and replay record, and store blocks (address, data) for the image.
 
         One row for any number of blocks: every write of the guest waits for this statement.
         """
@@ -253,12 +273,20 @@ class Database(StateReader):
                 for part in (address.to_bytes(_ADDRESS_SIZE, "big"), data)
             ]
         )
-        self._execute("INSERT INTO pending (counter, blocks) VALUES (?, ?)", (counter, packed))
+        self._execute(
+            "INSERT INTO pending (counter, blocks, replay) VALUES (?, ?, ?)",
+            (counter, packed, replay.pack()),
+        )
 
-    def clear_pending(self, counter: int) -> None:
-        """Set the write counter, and delete all pending blocks."""
-        self._execute("UPDATE device SET counter = ?", (counter,))
+    def clear_pending(self, counter: int, replay: Replay) -> None:
+        """Set counter and replay record, and delete all pending blocks."""
+        self._execute("UPDATE device SET counter = ?, replay = ?", (counter, replay.pack()))
         self._execute("DELETE FROM pending")
+
+    def clear_replay(self) -> None:
+        """Make the replay record empty, where it was kept last."""
+        self._execute("UPDATE device SET replay = x''")
+        self._execute("UPDATE pending SET replay = x'' WHERE id = (SELECT max(id) FROM pending)")
 
     def set_digests(self, blocks: Iterable[tuple[int, bytes]]) -> None:
         """Store the digests of blocks (address, data) of the image, and mark earlier versions."""
@@ -284,10 +312,14 @@ class Database(StateReader):
     def mark_running(self, starts: int) -> None:
         """Record in the database file itself that its write-ahead log now belongs to it.
 
-        Until then the device is starting: the file may record fewer starts than its log.
+        Until then the device is starting: the file may record fewer starts than its log, and an
+        older format, which is upgraded in the same transaction.
         """
         self._owns_log = True
         with self.transaction():
+            if not self._has_replay():
+                for table in ("device", "pending"):
+                    self._execute(f"ALTER TABLE {table} ADD COLUMN {_REPLAY}")
             self._execute("UPDATE device SET running = ?, starts = ?", (_STARTING, starts))
             self._execute(f"PRAGMA user_version = {user_version(starts)}")
         # The name of the log has to be durable before the file refers to it. SQLite syncs the
@@ -386,7 +418,7 @@ def _fill(path: str, image: ImageFile, counter: int) -> None:
         connection.executescript(_SCHEMA)
         with connection:
             connection.execute(
-                "INSERT INTO device VALUES (1, ?, ?, ?, NULL, NULL, 0, 0, ?)",
+                "INSERT INTO device VALUES (1, ?, ?, ?, NULL, NULL, 0, 0, ?, x'')",
                 (os.urandom(8).hex(), image.file_size, counter, _STOPPED),
             )
             digests = ((address, digest(data)) for address, data in image.blocks())

@@ -75,7 +75,9 @@ def open_store(
                     f"--initial-counter={initial_counter} was not applied: the write counter in"
                     f" {paths.state} is {row.counter}, and it only goes up"
                 )
-            store = Store(paths, database, image, row.name, row.counter, key, contents)
+            store = Store(
+                *(paths, database, image, row.name, row.counter, key, row.replay, contents)
+            )
             if new is not None:
                 database.program(None, new)
             database.warm_log()

@@ -22,6 +22,7 @@ __all__ = [
     "APPLICATION_ID",
     "FORMAT",
     "STARTS_MASK",
+    "check_format",
     "check_header",
     "check_neighbours",
     "damage",
@@ -32,7 +33,8 @@ __all__ = [
 ]
 
 APPLICATION_ID = 0x52504D42  # "RPMB"
-FORMAT = 1
+FORMAT = 2
+_FORMATS = (1, FORMAT)  # that this version can load
 # The header of an SQLite database: its magic, and the offsets of user_version and application_id.
 _HEADER_MAGIC = b"SQLite format 3\0"
 _HEADER_NUMBERS = (60, 68)
@@ -75,13 +77,18 @@ def check_header(path: str) -> int:
             f"{path} is not a vhost-rpmb state file: restore the right one, or name another with"
             " --state-path"
         )
-    number = version & ((1 << _FORMAT_BITS) - 1)
-    if number != FORMAT:
-        raise StateError(
-            f"the state file {path} has format {number}, this version knows {FORMAT}: use the"
-            " version of vhost-rpmb that wrote it"
-        )
+    check_format(path, version)
     return version >> _FORMAT_BITS
+
+
+def check_format(path: str, version: int) -> None:
+    """Refuse the format in a user_version that this version cannot load."""
+    number = version & ((1 << _FORMAT_BITS) - 1)
+    if number not in _FORMATS:
+        raise StateError(
+            f"the state file {path} has format {number}, this version knows {_FORMATS[0]} to"
+            f" {FORMAT}: use the version of vhost-rpmb that wrote it"
+        )
 
 
 def has_log(path: str) -> bool:

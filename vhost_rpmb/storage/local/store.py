@@ -12,6 +12,7 @@ import sqlite3
 from contextlib import suppress
 
 from vhost_rpmb.rpmb import spec
+from vhost_rpmb.rpmb.replay import NO_REPLAY, Replay
 from vhost_rpmb.storage.interface import Access, Resources
 from vhost_rpmb.storage.local.contents import Contents
 from vhost_rpmb.storage.local.database import Database
@@ -56,6 +57,7 @@ class Store:
         name: str,
         counter: int,
         key: bytes | None,
+        replay: Replay,
         contents: Contents,
     ) -> None:
         self._paths = paths
@@ -67,6 +69,8 @@ class Store:
         self.name = name
         self.counter = counter
         self.key = key
+        self.replay = replay
+        self._owed = bool(replay.chains)  # answers of the last commit may not be published
         self.image = memoryview(contents.memory)
         self.damaged = contents.damaged
         self._pending = contents.pending
@@ -86,8 +90,14 @@ class Store:
         start = address * spec.BLOCK_SIZE
         return bytes(self.image[start : start + spec.BLOCK_SIZE])
 
-    def commit(self, counter: int, blocks: list[tuple[int, bytes]], key: bytes | None) -> bool:
-        """Make a write counter, blocks (address, 256 bytes) and a new key durable atomically.
+    def commit(
+        self,
+        counter: int,
+        blocks: list[tuple[int, bytes]],
+        key: bytes | None,
+        replay: Replay = NO_REPLAY,
+    ) -> bool:
+        """Make a write counter, blocks, a new key and a replay record durable atomically.
 
         Return False, with everything unchanged, if that fails; the reason is logged.
         """
@@ -97,11 +107,11 @@ class Store:
                 write_key_file(self._paths.key, key)
             self._commit_uncertain = True
             if key is None:
-                self._database.add_pending(counter, blocks)
+                self._database.add_pending(counter, blocks, replay)
             else:
                 with self._database.transaction():
                     self._database.program(*self._columns(key))
-                    self._database.add_pending(counter, blocks)
+                    self._database.add_pending(counter, blocks, replay)
             self._commit_uncertain = False
         except FAILURES as error:
             self._report(f"a write could not be made durable: {_why(error)}")
@@ -109,6 +119,8 @@ class Store:
             return False
         self._report("")
         self.counter = counter
+        self.replay = replay
+        self._owed = True
         if key is not None:
             self.key = key
         for address, data in blocks:
@@ -120,6 +132,10 @@ class Store:
         if self._database_blocks >= self._checkpoint_at:
             self.checkpoint()
         return True
+
+    def settle(self) -> None:
+        """Note that no answer is owed, so that `close` empties the replay record."""
+        self._owed = False
 
     def _report(self, failure: str) -> None:
         """Log a failure once while it lasts (a guest can repeat the request); empty: none."""
@@ -141,7 +157,7 @@ class Store:
                 os.unlink(self._paths.key)  # last: until here the state might refer to it
 
     def _rewrite_uncertain_commit(self) -> None:
-        """Overwrite a failed commit with an empty one that has the present counter and key.
+        """Overwrite a failed commit with one of no blocks: present counter, key and record.
 
         A commit whose sync failed may be on the disk all the same. Both begin at the same place of
         the log, which is read only as far as each transaction continues the one before. Raises
@@ -152,7 +168,7 @@ class Store:
         with self._database.transaction():
             if self.key is None:
                 self._database.program(None, None)
-            self._database.add_pending(self.counter, ())
+            self._database.add_pending(self.counter, (), self.replay)
         self._commit_uncertain = False
 
     def _compact_pending(self) -> None:
@@ -160,8 +176,9 @@ class Store:
         addresses = sorted(self._pending)
         self._commit_uncertain = True
         with self._database.transaction():
-            self._database.clear_pending(self.counter)
-            self._database.add_pending(self.counter, ((a, self._block(a)) for a in addresses))
+            self._database.clear_pending(self.counter, self.replay)
+            blocks = ((address, self._block(address)) for address in addresses)
+            self._database.add_pending(self.counter, blocks, self.replay)
         self._commit_uncertain = False
         self._database_blocks = len(addresses)
 
@@ -186,7 +203,7 @@ class Store:
             self._image_file.sync()
             with self._database.transaction():
                 self._database.set_digests((a, self._block(a)) for a in addresses)
-                self._database.clear_pending(self.counter)
+                self._database.clear_pending(self.counter, self.replay)
         except FAILURES as error:
             # Every block is written again at the next try: after a failed sync the kernel may have
             # marked pages clean that are not on the disk.
@@ -219,6 +236,9 @@ class Store:
             self.checkpoint()
             with suppress(*FAILURES):
                 self._rewrite_uncertain_commit()
+                if self.replay.chains and not self._owed:
+                    with self._database.transaction():
+                        self._database.clear_replay()
             self._database.close()
         except FAILURES as error:
             logger.error("the state could not be marked as clean: %s", _why(error))

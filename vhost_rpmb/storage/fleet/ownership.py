@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ownership of a device: one record that every change compares, and a lease that says "alive".
+
+The owner's record alone fences writes; no clock is involved. The lease does two things: it tells
+others to wait, and it bounds the time in which the owner may answer reads from its memory.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Literal
+
+from vhost_rpmb.errors import StateError
+from vhost_rpmb.storage.fleet.engine import Compare, Get, Put, Refused, Unknown
+from vhost_rpmb.storage.fleet.layout import Keys, Malformed, Owner
+from vhost_rpmb.storage.fleet.requests import Fenced, Requests, Stopped
+
+__all__ = ["ACTIVE", "Ownership", "TakeOver", "active_owner", "boot_time", "take_over"]
+
+ACTIVE = "active"
+_POLL = 0.2  # seconds between two looks at a device that another daemon owns
+_RELEASE_TRIES = 3
+
+TakeOver = Literal["expired", "now", "never"]
+
+
+def boot_time() -> float:
+    """Return seconds that also pass while the host sleeps, unlike those of CLOCK_MONOTONIC."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+class Ownership:
+    """The right to change one device, from `take_over` until another daemon takes it over.
+
+    ``until`` (in seconds of the clock): before that no other daemon can have become the owner by
+    waiting for the end of the lease, so the state in memory is the latest one. The margin covers
+    clocks of different rates.
+    """
+
+    def __init__(
+        self,
+        requests: Requests,
+        keys: Keys,
+        owner: Owner,
+        *,
+        lease: int,
+        lease_seconds: int,
+        until: float,
+        clock: Callable[[], float],
+    ) -> None:
+        self.record = owner.pack()
+        self.owner = owner
+        self.until = until
+        self._requests = requests
+        self._keys = keys
+        self._lease = lease  # 0: none
+        self._attached = True  # the key "alive" is on the lease
+        self._seconds = lease_seconds
+        self._clock = clock
+
+    @property
+    def compare(self) -> Compare:
+        """The condition of every change."""
+        return Compare(self._keys.owner, self.record)
+
+    def check(self, record: bytes | None) -> None:
+        """Raise Fenced unless the record is this daemon's."""
+        if record != self.record:
+            raise Fenced(f"device {self._keys.device} is owned by {_describe(record)} now")
+
+    def renew(self) -> bool:
+        """Move ``until`` ahead: one try of each request, so that it never waits long.
+
+        If the lease has ended and no other daemon came, a new lease is attached. False: no answer,
+        and ``until`` stays. Raises Fenced if another daemon owns the device.
+        """
+        engine = self._requests.engine
+        try:
+            if self._lease and self._attached:
+                if self._keep_alive():
+                    return True
+                self._lease = 0
+            if not self._lease:
+                self._lease, self._attached = engine.grant(self._seconds), False
+            self._attach()
+            if not self._attached:
+                return False  # the key of the earlier lease is about to disappear
+            return self._keep_alive()
+        except Refused:
+            self._lease = 0  # it ended before it was attached, or the engine takes no writes
+        except Unknown:
+            pass  # the same lease is attached by the next call, whatever became of this one
+        return False
+
+    def _keep_alive(self) -> bool:
+        """Extend the lease. False if it has ended."""
+        sent = self._clock()
+        if not self._requests.engine.keepalive(self._lease):
+            return False
+        # Of an owner that was replaced without waiting the lease lives on.
+        answer = self._requests.engine.txn([self.compare], [], [Get(self._keys.owner)])
+        if not answer.succeeded:
+            self.check(answer.found.get(self._keys.owner))
+        self.until = sent + reading_time(self._seconds)
+        return True
+
+    def _attach(self) -> None:
+        mark = alive_mark(self.owner, self._lease)
+        answer = self._requests.engine.txn(
+            [self.compare, Compare(self._keys.alive, None)],
+            [Put(self._keys.alive, mark, self._lease)],
+            [Get(self._keys.owner), Get(self._keys.alive)],
+        )
+        if not answer.succeeded:
+            self.check(answer.found.get(self._keys.owner))
+        self._attached = answer.succeeded or answer.found.get(self._keys.alive) == mark
+
+    def release(self) -> None:
+        """Let another daemon take the device over at once: the end of the lease removes its key."""
+        self.until = 0
+        for _ in range(_RELEASE_TRIES):
+            try:
+                if self._lease:
+                    self._requests.engine.revoke(self._lease)
+            except Unknown:
+                continue
+            except Refused:
+                pass
+            break
+        self._lease = 0
+
+
+def reading_time(lease_seconds: int) -> float:
+    """Return how long after the request that started a lease's time reads may be answered."""
+    return lease_seconds - max(1, lease_seconds / 5)
+
+
+def alive_mark(owner: Owner, lease: int) -> bytes:
+    """Return the value of the key "alive": unique for owner and lease."""
+    return f"{owner.token}:{lease:x}".encode()
+
+
+def _describe(record: bytes | None) -> str:
+    if record is None:
+        return "no daemon (its record is missing)"
+    try:
+        return str(Owner.unpack(record))
+    except Malformed as error:
+        return f"an unknown daemon ({error})"
+
+
+def take_over(
+    requests: Requests,
+    keys: Keys,
+    mode: TakeOver,
+    *,
+    lease_seconds: int,
+    clock: Callable[[], float] = boot_time,
+    waiting: Callable[[Owner], None] = lambda owner: None,
+) -> Ownership:
+    """Become the owner of a device.
+
+    ``mode``: "expired" waits for the end of the present owner's lease (``waiting`` is called once),
+    "never" refuses a device with an owner that is alive, "now" waits for nothing: writes of the
+    previous owner fail from then on, but it may answer reads until it renews its lease, so it has
+    to be dead. Raises StateError, `Refused` and `Stopped`.
+    """
+    token = secrets.token_hex(16)
+    told = False
+    while True:
+        found = requests.read([], [keys.owner, keys.alive]).found
+        previous, alive = found.get(keys.owner), found.get(keys.alive)
+        if previous is None:
+            raise StateError(
+                f"the device {keys.device}: expected one below {keys.prefix.decode()}, found none:"
+                " create it first, or check prefix and name"
+            )
+        before = active_owner(previous, keys.device)
+        if alive is not None and mode != "now":
+            if mode == "never":
+                raise StateError(
+                    f"the device {keys.device} is in use by {before}: stop that daemon first"
+                )
+            if not told:
+                waiting(before)
+                told = True
+            requests.wait(_POLL)
+            continue
+        sent = clock()
+        lease = requests.grant(lease_seconds)
+        owner = Owner(before.epoch + 1, token, socket.gethostname(), os.getpid(), ACTIVE)
+        compare = [Compare(keys.owner, previous)]
+        if mode != "now":
+            compare.append(Compare(keys.alive, None))
+        try:
+            answer = requests.change(
+                compare,
+                [
+                    Put(keys.owner, owner.pack()),
+                    Put(keys.alive, alive_mark(owner, lease), lease),
+                ],
+                [Get(keys.owner)],
+            )
+        except Stopped:
+            _revoke(requests, lease)
+            raise
+        if answer.succeeded or answer.found.get(keys.owner) == owner.pack():
+            return Ownership(
+                requests,
+                keys,
+                owner,
+                lease=lease,
+                lease_seconds=lease_seconds,
+                until=sent + reading_time(lease_seconds),
+                clock=clock,
+            )
+        _revoke(requests, lease)
+        token = secrets.token_hex(16)
+
+
+def active_owner(record: bytes, device: str) -> Owner:
+    """Return the owner's record. Raises StateError if no daemon may take the device over."""
+    try:
+        owner = Owner.unpack(record)
+    except Malformed as error:
+        raise StateError(f"the device {device}: {error}: restore the store") from error
+    if owner.state != ACTIVE:
+        raise StateError(f"the device {device} is {owner.state}: use it where it is now")
+    return owner
+
+
+def _revoke(requests: Requests, lease: int) -> None:
+    """End a lease if the engine answers; otherwise it ends by itself."""
+    with suppress(Refused, Unknown):
+        requests.engine.revoke(lease)

@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The store of a running device: each commit is one transaction that compares owner and head.
+
+A rule holds for each change here: every put compares something that the same change replaces, so
+that a copy of the request that arrives later applies nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import suppress
+
+from vhost_rpmb.rpmb import spec
+from vhost_rpmb.rpmb.replay import NO_REPLAY, Replay
+from vhost_rpmb.storage.fleet.contents import Contents, Device
+from vhost_rpmb.storage.fleet.engine import Answer, Compare, Delete, Get, Operation, Put, Refused
+from vhost_rpmb.storage.fleet.layout import (
+    CHUNK,
+    CHUNK_BLOCKS,
+    Entry,
+    Head,
+    Keys,
+    Table,
+    chain,
+    pack_chunk,
+)
+from vhost_rpmb.storage.fleet.ownership import Ownership
+from vhost_rpmb.storage.fleet.requests import Fenced, Requests, Stopped
+from vhost_rpmb.storage.fleet.witness import Witness
+from vhost_rpmb.storage.interface import Resources
+
+__all__ = ["FleetStore"]
+
+logger = logging.getLogger(__name__)
+
+_CHUNKS_PER_CHANGE = 8  # 128 KiB: the engine keeps thousands of requests in memory
+_SHORTEST_LOG = 32 * 1024  # bytes
+
+
+class FleetStore:
+    """The durable state of one device that this daemon owns in a replicated engine.
+
+    Implements `vhost_rpmb.storage.interface`, with two additions. `commit` and `checkpoint` raise
+    `Fenced` or `Stopped`, upon which the process ends without an answer. Reads may be answered
+    from ``image`` only before ``until``, which `renew` moves ahead.
+    """
+
+    def __init__(
+        self,
+        requests: Requests,
+        keys: Keys,
+        ownership: Ownership,
+        device: Device,
+        contents: Contents,
+        witness: Witness,
+        revision: int,
+    ) -> None:
+        self._requests = requests
+        self._keys = keys
+        self._ownership = ownership
+        self._witness = witness
+        self._revision = revision
+        self._sealer = device.sealer
+        self._life = device.info.life
+        self._head = device.head
+        self._head_record = device.head_record
+        self._versions = contents.versions
+        self._pending = contents.pending
+        self._log_bytes = contents.log_bytes
+        self._last_chain = contents.last_chain
+        self._limit = max(_SHORTEST_LOG, device.info.size // 4)
+        self._checkpoint_at = 2 * self._limit
+        self._last_logged = ""
+        self._closed = False
+        self.name = device.info.life[:16]
+        self.image = memoryview(contents.memory)
+        self.damaged = bytearray(device.info.size // spec.BLOCK_SIZE)
+        self.counter = device.head.counter
+        self.key = contents.key
+        self.replay = contents.replay
+        self._owed = bool(contents.replay.chains)
+
+    @property
+    def until(self) -> float:
+        """The end of the time, in seconds of CLOCK_BOOTTIME, in which reads may be answered."""
+        return self._ownership.until
+
+    def renew(self) -> bool:
+        """Move ``until`` ahead; False if the engine does not answer. Raises `Fenced`."""
+        renewed = self._ownership.renew()
+        if renewed:
+            self._remember()
+        return renewed
+
+    def commit(
+        self,
+        counter: int,
+        blocks: list[tuple[int, bytes]],
+        key: bytes | None,
+        replay: Replay = NO_REPLAY,
+    ) -> bool:
+        """Make counter, blocks, a new key and a record durable atomically; wait for the engine.
+
+        False: the engine refused it, and nothing has changed. Raises `Fenced` and `Stopped`.
+        """
+        before = self._head
+        seq = before.seq + 1
+        sealed = self._sealer.seal(Entry(counter, blocks, replay.pack()).pack(), Entry.place(seq))
+        head = before._replace(
+            counter=counter,
+            seq=seq,
+            chain=chain(before.chain, sealed),
+            programmed=before.programmed or key is not None,
+        )
+        puts: list[Operation] = [Put(self._keys.entry(self._life, seq), sealed)]
+        if key is not None:
+            puts.append(Put(self._keys.key(self._life), self._sealer.seal(key, b"key")))
+        try:
+            self._replace_head(head, puts)
+        except Refused as error:
+            self._report(f"a write could not be made durable: {error}")
+            return False
+        self._report("")
+        self._last_chain = before.chain
+        self.counter = counter
+        self.replay = replay
+        self._owed = True
+        if key is not None:
+            self.key = key
+        for address, data in blocks:
+            start = address * spec.BLOCK_SIZE
+            self.image[start : start + spec.BLOCK_SIZE] = data
+            self._pending.add(address // CHUNK_BLOCKS)
+        self._log_bytes += len(sealed)
+        if self._log_bytes >= self._checkpoint_at:
+            self.checkpoint()
+        return True
+
+    def settle(self) -> None:
+        """Note that no answer is owed, so that `close` empties the replay record."""
+        self._owed = False
+
+    @property
+    def checkpoint_due(self) -> bool:
+        """Whether the log is long enough to be moved into the chunks."""
+        return self._log_bytes >= self._limit
+
+    def checkpoint(self) -> bool:
+        """Write the changed chunks, then delete the log except its last entry.
+
+        False: the engine refused it; nothing is lost, the log stays. Raises `Fenced` and `Stopped`.
+        """
+        if self._head.folded == self._head.seq:
+            return True
+        changed = sorted(self._pending)
+        try:
+            for first in range(0, len(changed), _CHUNKS_PER_CHANGE):
+                self._put_chunks(changed[first : first + _CHUNKS_PER_CHANGE])
+            self._cut_log(changed)
+        except Refused as error:
+            self._checkpoint_at = self._log_bytes + self._limit
+            logger.error(
+                "%d chunks could not be written (the log has them): %s", len(changed), error
+            )
+            return False
+        self._pending.clear()
+        self._log_bytes = 0
+        self._checkpoint_at = 2 * self._limit
+        return True
+
+    def _put_chunks(self, numbers: Sequence[int]) -> None:
+        """Put chunks as they are in memory; repeated later, it compares a head that is gone."""
+        puts = []
+        for number in numbers:
+            data = bytes(self.image[number * CHUNK : (number + 1) * CHUNK])
+            record = pack_chunk(self._sealer, number, self._head.seq, data)
+            puts.append(Put(self._keys.chunk(self._life, number), record))
+        answer = self._change(puts)
+        if not answer.succeeded:
+            self._check(answer, self._head_record)
+
+    def _cut_log(self, changed: Sequence[int]) -> None:
+        """Declare the chunks complete; the last entry stays, for the record that it has."""
+        head = self._head._replace(folded=self._head.seq)
+        versions = list(self._versions)
+        for number in changed:
+            versions[number] = head.seq
+        table = Table(versions, self._last_chain).pack(self._sealer, head.folded)
+        log = self._keys.log(self._life)
+        self._replace_head(
+            head,
+            [
+                Put(self._keys.table(self._life), table),
+                Delete(log, self._keys.entry(self._life, head.seq)),
+            ],
+        )
+        self._versions = versions
+
+    def _replace_head(self, head: Head, operations: Sequence[Operation]) -> None:
+        record = head.pack(self._sealer)
+        answer = self._change([Put(self._keys.head, record), *operations])
+        if not answer.succeeded:
+            self._check(answer, record)
+        self._head, self._head_record = head, record
+
+    def _change(self, operations: Sequence[Operation]) -> Answer:
+        """Apply a change if this daemon owns the device and the head is the known one."""
+        answer = self._requests.change(
+            [self._ownership.compare, Compare(self._keys.head, self._head_record)],
+            operations,
+            [Get(self._keys.owner), Get(self._keys.head)],
+        )
+        self._revision = answer.revision
+        return answer
+
+    def _check(self, answer: Answer, expected: bytes) -> None:
+        """Judge a change whose compare failed: done by an earlier try if the head is ``expected``.
+
+        Raises `Fenced` otherwise.
+        """
+        self._ownership.check(answer.found.get(self._keys.owner))
+        if answer.found.get(self._keys.head) != expected:
+            raise Fenced(
+                f"device {self._keys.device} is not in the state that this daemon wrote: the store"
+                " was restored from a backup, or changed"
+            )
+
+    def _report(self, failure: str) -> None:
+        """Log a failure once while it lasts (a guest can repeat the request); empty: none."""
+        if failure and failure != self._last_logged:
+            logger.error("%s", failure)
+        elif self._last_logged and not failure:
+            logger.warning("writes are made durable again")
+        self._last_logged = failure
+
+    def _remember(self) -> None:
+        self._witness.record(self._keys.device, self._head, self._revision)
+
+    def resources(self) -> Resources:
+        """Return the folder of the witness; connections are a matter of the engine."""
+        return self._witness.resources()
+
+    def close(self) -> None:
+        """Release the device, so that another daemon can take it over at once; idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        if self.replay.chains and not self._owed:
+            with suppress(Fenced, Stopped):
+                self.commit(self.counter, [], None)
+        self._remember()
+        self._ownership.release()
+        self._requests.engine.close()
