@@ -169,6 +169,10 @@ bench-gate: $(STAMP) ## Check the goals of docs/performance.md; BENCH_ARGS=--sta
 	@tools/system-packages strace valgrind
 	.venv/bin/python -m bench --gate $(BENCH_ARGS)
 
+.PHONY: guest-dkms
+guest-dkms: ## Build the Debian package of the Linux guest driver (DKMS) in build
+	@tools/guest-dkms build
+
 .PHONY: clean
 clean: ## Remove all build results (the guest kit in the cache stays)
 	rm -rf .venv build dist *.egg-info .coverage .coverage.* .hypothesis

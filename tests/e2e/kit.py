@@ -22,6 +22,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.e2e.archive import Archive
 from tests.e2e.cache import (
     RECIPE,
     KitUnavailable,
@@ -32,6 +33,7 @@ from tests.e2e.cache import (
     make_debian,
     say_it,
 )
+from vhost_rpmb import __version__
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,10 +108,11 @@ ARM64 = Architecture(
     foreign="arm64",
 )
 DRIVER_FOLDER = Path(__file__).resolve().parents[2] / "guest" / "linux"
-DRIVER_SOURCES = ("Kbuild", "Makefile", "virtio_rpmb.c")
+DRIVER_SOURCES = ("Kbuild", "Makefile", "core.c", "ioctl.c", "route.c", "virtio_rpmb.h")
+DRIVER_VERSION = f"VIRTIO_RPMB_VERSION={__version__}"
 TOOLS_FOLDER = Path(__file__).resolve().parent / "guest"
 TOOLS_SOURCES = ("init", "rpmb-send.c")
-RPMB_SEND_FLAGS = ("-std=c11", "-O2", "-Wall", "-Wextra", "-Werror", "-static")
+RPMB_SEND_FLAGS = ("-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-static")
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +160,7 @@ def make_kit(architecture: Architecture = AMD64, say: Say = say_it) -> Kit:
     sources = [(path.name, path.read_bytes()) for path in _guest_sources()]
     guest = cached(
         f"guest-{architecture.name}",
-        (system.name, sources),
+        (system.name, sources, __version__),
         lambda folder, steps: _make_guest(architecture, system, folder, steps),
         say,
     )
@@ -169,6 +172,7 @@ def _guest_sources() -> list[Path]:
     """What the guest is made from, this recipe included."""
     return [
         Path(__file__),
+        Path(__file__).with_name("archive.py"),
         *(DRIVER_FOLDER / name for name in DRIVER_SOURCES),
         *(TOOLS_FOLDER / name for name in TOOLS_SOURCES),
     ]
@@ -178,14 +182,14 @@ def _make_guest(architecture: Architecture, system: Path, folder: Path, steps: S
     build = Path(tempfile.mkdtemp(prefix="build-", dir=system / "tmp"))
     try:
         with steps.step("guest driver"):
-            for source in _guest_sources()[1:]:
+            for source in _guest_sources()[2:]:
                 shutil.copy(source, build)
             inside = Path("/tmp") / build.name
             (headers,) = (system / "lib/modules").glob("*/build")
             kdir = Path("/") / headers.relative_to(system)
             try:
                 variables = (f"KDIR={kdir}", *architecture.make_variables)
-                steps.run_inside(system, "make", "-C", inside, *variables, "W=1e")
+                steps.run_inside(system, "make", "-C", inside, *variables, DRIVER_VERSION, "W=1e")
                 strip = f"{architecture.compiler_prefix}strip"
                 steps.run_inside(system, strip, "--strip-debug", inside / "virtio_rpmb.ko")
                 compiler = f"{architecture.compiler_prefix}gcc"
@@ -202,7 +206,7 @@ def _make_guest(architecture: Architecture, system: Path, folder: Path, steps: S
 
 
 def _initramfs(architecture: Architecture, system: Path, build: Path) -> bytes:
-    archive = _Archive()
+    archive = Archive()
     for name in ("bin", "dev", "lib64", "proc", "sys", "tmp", "usr", "usr/bin", "usr/lib"):
         archive.add(name, stat.S_IFDIR | 0o755)
     archive.add("lib", stat.S_IFLNK | 0o777, b"usr/lib")
@@ -224,33 +228,6 @@ def _initramfs(architecture: Architecture, system: Path, build: Path) -> bytes:
         content = lzma.decompress(packed.read_bytes())
         archive.add(f"{name}.ko", stat.S_IFREG | 0o644, content)
     return archive.finish()
-
-
-class _Archive:
-    """A cpio archive in the "newc" format, the one that the kernel unpacks (Linux:
-    Documentation/driver-api/early-userspace/buffer-format.rst)."""
-
-    def __init__(self) -> None:
-        self._content = bytearray()
-        self._inode = 0
-
-    def add(self, name: str, mode: int, data: bytes = b"") -> None:
-        """One file, folder or symbolic link (its target is the data)."""
-        self._inode += 1
-        encoded = name.encode() + b"\0"
-        # inode, mode, uid, gid, links, mtime, size, device (2), special device (2), name, checksum
-        fields = (self._inode, mode, 0, 0, 1, 0, len(data), 0, 0, 0, 0, len(encoded), 0)
-        self._content += b"070701" + b"".join(b"%08X" % field for field in fields) + encoded
-        self._pad()
-        self._content += data
-        self._pad()
-
-    def finish(self) -> bytes:
-        self.add("TRAILER!!!", 0)
-        return bytes(self._content)
-
-    def _pad(self) -> None:
-        self._content += bytes(-len(self._content) % 4)
 
 
 def main() -> int:

@@ -7,6 +7,7 @@ needs (tests/e2e/test_systemd.py), and what builds and installs (tests/package/t
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import subprocess
@@ -29,7 +30,7 @@ from vhost_rpmb.rpmb import spec
 pytestmark = pytest.mark.needs_sources
 MAN_PAGES = ("vhost-user-rpmb", "vhost-rpmb-client")
 RUN_HERE = ("client", "debugging", "device", "qemu", "quick-start")
-RUN_ELSEWHERE = ("guest", "systemd")
+RUN_ELSEWHERE = ("guest", "optee", "systemd")
 NOT_RUN = (
     "embedding",
     "libvirt",
@@ -106,6 +107,24 @@ def test_machine_under_systemd_is_as_in_the_guide() -> None:
     (found,) = (text for _, text in blocks_of_readme() if "systemctl" in text)
     install, *_, enable = (text for _, text in blocks_of_guide("systemd") if "systemctl" in text)
     assert commands(found) == commands(install) + commands(enable)
+
+
+def test_key_of_optee_is_derived(tmp_path: Path) -> None:
+    """By the definition of HMAC, and with the identity that the guest driver has by default."""
+    unique = bytes(range(16))
+    (tmp_path / "huk").write_bytes(unique)
+    ((_, program),) = (found for found in blocks_of_guide("optee") if found.language == "python")
+    (tmp_path / "derive.py").write_text(program)
+    (block,) = blocks_that_begin("optee", "vhost-rpmb-client create")
+    run(script([Block("sh", block)]), tmp_path)
+
+    def pad(value: int) -> bytes:
+        return bytes(byte ^ value for byte in unique.ljust(64, b"\0"))
+
+    inner = hashlib.sha256(pad(0x36) + b"virtio-rp\0b-000\0").digest()
+    assert (tmp_path / "optee/rpmb.key").read_bytes() == (
+        hashlib.sha256(pad(0x5C) + inner).digest()
+    )
 
 
 def test_every_guide_has_its_test() -> None:
