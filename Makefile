@@ -12,7 +12,7 @@ TEST_PACKAGES := e2fsprogs fish fiu-utils libvirt-clients libvirt-daemon \
 KIT_PACKAGES := debian-archive-keyring debootstrap
 FUZZ_PACKAGES := clang libclang-rt-dev
 
-# QEMU=no excludes the tests that boot a guest.
+# QEMU=no excludes the tests that boot a guest or run etcd: both need Debian packages unpacked by root.
 QEMU ?= yes
 PYTEST_ARGS ?=
 # Duration of each fuzz target.
@@ -27,7 +27,7 @@ SANITIZER_ENV := PYTHONMALLOC=malloc UBSAN_OPTIONS=halt_on_error=1:print_stacktr
 # Excluded: tests that build with other compiler flags or bound time or memory, which the sanitizers
 # multiply. Tests of power loss open thousands of stores and execute no compiled code. pyproject.toml
 # defines the markers.
-NOT_SANITIZED := qemu or needs_network or needs_ptrace or needs_sigsegv or timing or memory
+NOT_SANITIZED := etcd or qemu or needs_network or needs_ptrace or needs_sigsegv or timing or memory
 
 # Excluded from coverage: tests that install a build of their own, and tests that are too slow with tracing.
 NOT_TRACED := qemu or needs_network or needs_ptrace or timing
@@ -62,10 +62,10 @@ demo: $(STAMP) ## Show a real guest that keeps its secrets across restarts (QEMU
 	.venv/bin/python -m tests.e2e.demo
 
 .PHONY: test
-test: $(STAMP) ## Run all tests, on both engines; QEMU=no excludes those that boot a guest
+test: $(STAMP) ## Run all tests, on both engines; QEMU=no excludes those that boot a guest or run etcd
 	@tools/system-packages $(TEST_PACKAGES)
 ifeq ($(QEMU),no)
-	.venv/bin/pytest --cov --cov-report=term -m 'not qemu' $(PYTEST_ARGS)
+	.venv/bin/pytest --cov --cov-report=term -m 'not qemu and not etcd' $(PYTEST_ARGS)
 else
 	@tools/system-packages $(KIT_PACKAGES)
 	@.venv/bin/python -m tests.e2e.kit || \
@@ -110,7 +110,7 @@ test-sanitized: ## Run all tests except those that boot a guest under the saniti
 # Excluded: tests of features that an emulated chroot with only the installed package lacks (the
 # emulator has no ptrace, Landlock or seccomp: docs/decisions/0016-aarch64.md). Packages are not installed
 # from PyPI there: pip would be emulated, and this target builds and installs the wheel itself.
-NOT_EMULATED := qemu or needs_host or needs_network or needs_ptrace or needs_sandbox or \
+NOT_EMULATED := etcd or qemu or needs_host or needs_network or needs_ptrace or needs_sandbox or \
 	needs_sources or timing
 .PHONY: test-aarch64
 test-aarch64: $(STAMP) ## Build the wheel for aarch64 and test it under QEMU's user emulation (root)

@@ -257,6 +257,44 @@ def _check_mirror(mirror: str, proxies: dict[str, str]) -> None:
         raise KitUnavailable(f"no Debian mirror: {url} cannot be read ({reason})") from error
 
 
+def unpack_packages(folder: Path, packages: tuple[str, ...], steps: Steps) -> None:
+    """Unpack packages into a folder without installing them, for programs that need libc only."""
+    mirror, proxies = _mirror(), _proxies()
+    _check_mirror(mirror, proxies)
+    keyring = next((path for path in KEYRINGS if path.exists()), None)
+    if keyring is None:
+        raise KitUnavailable("no Debian keys: apt-get install debian-archive-keyring")
+    apt = folder / "apt"
+    for name in ("lists/partial", "archives/partial"):
+        (apt / name).mkdir(parents=True)
+    (apt / "sources.list").write_text(f"deb [signed-by={keyring}] {mirror} {SUITE} main\n")
+    (apt / "apt.conf").write_text(
+        f"""\
+Dir::Etc::SourceList "{apt}/sources.list";
+Dir::Etc::SourceParts "/dev/null";
+Dir::State::Lists "{apt}/lists";
+Dir::State::Status "/dev/null";
+Dir::Cache "{apt}";
+"""
+        + APT_CONFIG
+        + ONE_USER
+    )
+    environment = {"APT_CONFIG": str(apt / "apt.conf")}
+    try:
+        with steps.step("download"):
+            steps.run("apt-get", "-q", "update", env=environment)
+            download = 'cd "$0" && exec apt-get -q download "$@"'
+            steps.run("sh", "-c", download, apt / "archives", *packages, env=environment)
+        with steps.step("unpacking"):
+            for package in sorted((apt / "archives").glob("*.deb")):
+                steps.run("dpkg", "--extract", package, folder)
+    except subprocess.CalledProcessError as error:
+        raise KitUnavailable(
+            f"unpacking Debian's packages failed, the log ends with:\n{error.output}"
+        ) from error
+    shutil.rmtree(apt)
+
+
 def check_emulation() -> None:
     """Raise KitUnavailable unless the kernel can run programs for aarch64 as it is done here."""
     release = platform.release()

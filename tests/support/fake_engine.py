@@ -48,7 +48,12 @@ class Crash(BaseException):
 class Cluster:
     """The state of the engine; ``plan`` has the faults by the number of the request."""
 
-    def __init__(self, plan: Mapping[int, Fault] | None = None) -> None:
+    def __init__(
+        self,
+        plan: Mapping[int, Fault] | None = None,
+        engine: Callable[[Cluster], FakeEngine] | None = None,
+    ) -> None:
+        self.engine = engine or FakeEngine  # of the clients that connect
         self.plan = dict(plan or {})
         self.now = 1000.0
         self.revision = 1
@@ -60,6 +65,9 @@ class Cluster:
         self.full = False  # puts are refused
         self._granted = 0
         self._late: list[tuple[int, Callable[[], object]]] = []
+
+    def connect(self) -> FakeEngine:
+        return self.engine(self)
 
     def sleep(self, seconds: float) -> None:
         self.now += seconds

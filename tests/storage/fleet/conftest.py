@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import secrets
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.storage.fleet.story import Story
+from tests.storage.fleet.story import MemoryStory
+from tests.support.etcd import EtcdCluster
 from tests.support.fake_engine import Cluster
 
 
@@ -19,8 +21,26 @@ def folder() -> Iterator[Path]:
 
 
 @pytest.fixture
-def story(folder: Path) -> Story:
+def story(folder: Path) -> MemoryStory:
     """A device that was created."""
-    made = Story(Cluster(), folder)
+    made = MemoryStory(Cluster(), folder)
     made.create()
     return made
+
+
+@pytest.fixture(scope="session")
+def _members() -> Iterator[EtcdCluster]:
+    with EtcdCluster() as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def etcd(_members: EtcdCluster) -> Iterator[EtcdCluster]:
+    """Three members of a real etcd that all tests share; each uses a prefix of its own."""
+    yield _members
+    _members.disconnect()
+
+
+@pytest.fixture
+def prefix() -> bytes:
+    return b"/%s/" % secrets.token_hex(8).encode()

@@ -6,11 +6,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Protocol
 
-from tests.support.fake_engine import Cluster, Crash, FakeEngine
+from tests.support.fake_engine import Cluster, Crash
 from tests.support.oracle import KEY
 from vhost_rpmb.errors import StateError
 from vhost_rpmb.storage.fleet.administration import create
+from vhost_rpmb.storage.fleet.engine import Engine
 from vhost_rpmb.storage.fleet.layout import Keys
 from vhost_rpmb.storage.fleet.opening import open_store
 from vhost_rpmb.storage.fleet.ownership import TakeOver
@@ -24,12 +26,21 @@ SIZE = 128 * 1024
 LEASE = 15
 BLANK = bytes(256)
 
-EngineClass = Callable[[Cluster], FakeEngine]
 State = tuple[int, bytes | None, dict[int, bytes]]
 
 
 def block(value: int) -> bytes:
     return bytes([value]) * 256
+
+
+class AnyCluster(Protocol):
+    """What a story needs of a cluster, on an engine in memory or a real one."""
+
+    @property
+    def now(self) -> float: ...
+    def sleep(self, seconds: float) -> None: ...
+    def deliver(self) -> None: ...
+    def connect(self) -> Engine: ...
 
 
 class Story:
@@ -39,18 +50,18 @@ class Story:
     client died, would have made of it.
     """
 
-    def __init__(self, cluster: Cluster, folder: Path, engine: EngineClass = FakeEngine) -> None:
+    def __init__(self, cluster: AnyCluster, folder: Path, lease: int = LEASE) -> None:
         self.cluster = cluster
+        self.lease = lease  # seconds
         self.folder = folder  # of the witness
         for path in folder.iterdir():
             path.unlink()
-        self.engine = engine
         self.state: State = (0, None, {})
         self.doubtful: State | None = None
         self.stores: list[FleetStore] = []
 
     def requests(self) -> Requests:
-        return Requests(self.engine(self.cluster), sleep=self.cluster.sleep)
+        return Requests(self.cluster.connect(), sleep=self.cluster.sleep)
 
     def create(self) -> None:
         for _ in range(10):
@@ -60,7 +71,7 @@ class Story:
                 if "exists" in str(error):
                     raise
             except Crash:
-                if KEYS.owner in self.cluster.data:
+                if self.requests().read([], [KEYS.owner]).found:
                     return
             else:
                 return
@@ -76,7 +87,7 @@ class Story:
                     KEK,
                     witness_folder=str(self.folder),
                     mode=mode,
-                    lease_seconds=LEASE,
+                    lease_seconds=self.lease,
                     clock=lambda: self.cluster.now,
                 )
             except StateError as error:
@@ -139,7 +150,7 @@ class Story:
         store = self.step(store, FleetStore.renew)
         store = self.step(store, FleetStore.checkpoint)
         store = self.commit(store, [(1, block(7))])
-        self.cluster.sleep(LEASE + 1)  # its host sleeps longer than the lease, nobody comes
+        self.cluster.sleep(self.lease + 1)  # its host sleeps longer than the lease, nobody comes
         store = self.step(store, FleetStore.renew)
         store = self.step(store, FleetStore.renew)
         store = self.commit(store, [(0, block(8))])
@@ -168,7 +179,7 @@ class Story:
             assert store.until == until
 
 
-def run(cluster: Cluster, folder: Path, engine: EngineClass = FakeEngine) -> Story:
-    story = Story(cluster, folder, engine)
-    story.run()
-    return story
+class MemoryStory(Story):
+    """A story on an engine in memory, which tests manipulate."""
+
+    cluster: Cluster

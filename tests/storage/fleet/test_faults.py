@@ -8,12 +8,12 @@ later request.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
-from tests.storage.fleet.story import KEYS, EngineClass, run
+from tests.storage.fleet.story import KEYS, Story
 from tests.support.fake_engine import FOREVER, Cluster, FakeEngine, Fault, Kind
 from vhost_rpmb.errors import StateError
 from vhost_rpmb.storage.fleet.engine import Answer, Compare, Operation, Put, Refused, Unknown
@@ -21,10 +21,12 @@ from vhost_rpmb.storage.fleet.requests import Fenced
 
 RANDOM_PLANS = 100
 
+EngineClass = Callable[[Cluster], FakeEngine]
+
 
 def quiet_run(folder: Path, engine: EngineClass = FakeEngine) -> Cluster:
-    cluster = Cluster()
-    run(cluster, folder, engine)
+    cluster = Cluster(engine=engine)
+    Story(cluster, folder).run()
     return cluster
 
 
@@ -45,7 +47,7 @@ def run_each(
 ) -> None:
     for plan in plans:
         try:
-            run(Cluster(plan), folder, engine)
+            Story(Cluster(plan, engine), folder).run()
         except BaseException as error:
             error.add_note(f"the plan: {plan}")
             raise

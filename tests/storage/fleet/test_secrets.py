@@ -7,7 +7,7 @@ import copy
 
 import pytest
 
-from tests.storage.fleet.story import KEK, KEYS, Story, block
+from tests.storage.fleet.story import KEK, KEYS, MemoryStory, block
 from tests.support.oracle import KEY
 from vhost_rpmb.errors import StateError
 from vhost_rpmb.storage.fleet.administration import accept, quarantine, replace_kek
@@ -20,7 +20,7 @@ UNSEALED = (KEYS.owner, KEYS.alive, KEYS.incarnation)
 
 
 @pytest.fixture
-def written(story: Story) -> Story:
+def written(story: MemoryStory) -> MemoryStory:
     """A device with key, chunks, table and log that no daemon owns."""
     store = story.open()
     story.commit(store, [], KEY)
@@ -32,18 +32,18 @@ def written(story: Story) -> Story:
     return story
 
 
-def test_key_and_data_are_not_readable(written: Story) -> None:
+def test_key_and_data_are_not_readable(written: MemoryStory) -> None:
     for value in written.cluster.data.values():
         for secret in (KEY, KEY.hex().encode(), block(1)[:16], block(2)[:16], block(3)[:16]):
             assert secret not in value
     assert "KEY" not in repr(KEK)
 
 
-def sealed(story: Story) -> list[bytes]:
+def sealed(story: MemoryStory) -> list[bytes]:
     return sorted(key for key in story.cluster.data if key not in UNSEALED)
 
 
-def test_each_changed_or_missing_record_is_found(written: Story) -> None:
+def test_each_changed_or_missing_record_is_found(written: MemoryStory) -> None:
     genuine = dict(written.cluster.data)
     keys = sealed(written)
     assert {key[len(KEYS.prefix) : len(KEYS.prefix) + 1] for key in keys} == set(
@@ -64,7 +64,7 @@ def test_each_changed_or_missing_record_is_found(written: Story) -> None:
     written.open()
 
 
-def test_each_record_of_an_earlier_time_is_found(story: Story) -> None:
+def test_each_record_of_an_earlier_time_is_found(story: MemoryStory) -> None:
     store = story.open()
     story.commit(store, [], KEY)
     earlier = []
@@ -89,7 +89,7 @@ def test_each_record_of_an_earlier_time_is_found(story: Story) -> None:
     story.open()
 
 
-def test_records_of_one_device_are_none_of_another(written: Story) -> None:
+def test_records_of_one_device_are_none_of_another(written: MemoryStory) -> None:
     other = Keys(KEYS.prefix, "vm-2")
     for key, value in list(written.cluster.data.items()):
         written.cluster.data[key.replace(b"/vm-1", b"/vm-2")] = value
@@ -97,13 +97,13 @@ def test_records_of_one_device_are_none_of_another(written: Story) -> None:
         open_store(written.requests(), other, KEK, witness_folder=str(written.folder))
 
 
-def test_another_key_encryption_key_is_named(written: Story) -> None:
+def test_another_key_encryption_key_is_named(written: MemoryStory) -> None:
     wrong = KeyEncryptionKey(bytes(32))
     with pytest.raises(StateError, match=f"{wrong.name} of this host, found one .* {KEK.name}"):
         open_store(written.requests(), KEYS, wrong, witness_folder=str(written.folder))
 
 
-def test_key_encryption_key_is_replaced_under_a_running_daemon(written: Story) -> None:
+def test_key_encryption_key_is_replaced_under_a_running_daemon(written: MemoryStory) -> None:
     new = KeyEncryptionKey(bytes(32))
     store = written.open()
     replace_kek(written.requests(), KEYS, KEK, new)
@@ -117,7 +117,7 @@ def test_key_encryption_key_is_replaced_under_a_running_daemon(written: Story) -
     assert written.found(store) == written.state
 
 
-def test_running_daemon_is_fenced_by_a_restored_backup(written: Story) -> None:
+def test_running_daemon_is_fenced_by_a_restored_backup(written: MemoryStory) -> None:
     store = written.open()
     backup = copy.copy(written.cluster.data)
     written.commit(store, [(0, block(8))])
@@ -126,7 +126,7 @@ def test_running_daemon_is_fenced_by_a_restored_backup(written: Story) -> None:
         store.commit(99, [(0, block(9))], None)
 
 
-def test_start_after_a_restored_backup_is_refused_until_accepted(written: Story) -> None:
+def test_start_after_a_restored_backup_is_refused_until_accepted(written: MemoryStory) -> None:
     backup, revision = copy.copy(written.cluster.data), written.cluster.revision
     state = written.state
     store = written.open()
@@ -146,14 +146,14 @@ def test_start_after_a_restored_backup_is_refused_until_accepted(written: Story)
     written.open()
 
 
-def test_device_in_use_is_not_accepted(written: Story) -> None:
+def test_device_in_use_is_not_accepted(written: MemoryStory) -> None:
     store = written.open()
     with pytest.raises(StateError, match="in use: stop its daemon first"):
         accept(written.requests(), KEYS, KEK)
     written.commit(store, [(0, block(9))])
 
 
-def test_accepted_device_fences_an_earlier_owner(written: Story) -> None:
+def test_accepted_device_fences_an_earlier_owner(written: MemoryStory) -> None:
     store = written.open()
     written.cluster.sleep(60)
     accept(written.requests(), KEYS, KEK)
@@ -163,7 +163,7 @@ def test_accepted_device_fences_an_earlier_owner(written: Story) -> None:
         store.renew()
 
 
-def test_witness_that_cannot_be_read_is_refused(written: Story) -> None:
+def test_witness_that_cannot_be_read_is_refused(written: MemoryStory) -> None:
     for path in written.folder.iterdir():
         path.write_text("{}")
     with pytest.raises(StateError, match="expected a record of the store, found another"):
@@ -171,7 +171,7 @@ def test_witness_that_cannot_be_read_is_refused(written: Story) -> None:
 
 
 def test_witness_that_cannot_be_written_is_logged_once(
-    written: Story, caplog: pytest.LogCaptureFixture
+    written: MemoryStory, caplog: pytest.LogCaptureFixture
 ) -> None:
     store = written.open()
     for path in written.folder.iterdir():

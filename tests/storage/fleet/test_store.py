@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.storage.fleet.story import KEK, LEASE, SIZE, Story, block
+from tests.storage.fleet.story import KEK, LEASE, SIZE, MemoryStory, Story, block
 from tests.support.fake_engine import Cluster, FakeEngine, Fault, Kind
 from tests.support.oracle import KEY
 from vhost_rpmb.errors import StateError, UsageError
+from vhost_rpmb.rpmb.replay import NO_REPLAY, Replay
 from vhost_rpmb.storage.fleet.administration import create
 from vhost_rpmb.storage.fleet.layout import CHUNK_BLOCKS, Keys
 from vhost_rpmb.storage.fleet.opening import open_store
@@ -19,7 +20,7 @@ from vhost_rpmb.storage.fleet.requests import Requests, Stopped
 from vhost_rpmb.storage.interface import Store
 
 
-def test_new_device_is_blank(story: Story) -> None:
+def test_new_device_is_blank(story: MemoryStory) -> None:
     store = story.open()
     contract: Store = store
     assert (contract.counter, contract.key) == (0, None)
@@ -27,7 +28,7 @@ def test_new_device_is_blank(story: Story) -> None:
     assert not contract.checkpoint_due
 
 
-def test_commit_costs_one_request_of_any_size(story: Story) -> None:
+def test_commit_costs_one_request_of_any_size(story: MemoryStory) -> None:
     store = story.open()
     before = story.cluster.count
     story.commit(store, [], KEY)
@@ -35,7 +36,7 @@ def test_commit_costs_one_request_of_any_size(story: Story) -> None:
     assert story.cluster.count == before + 2
 
 
-def test_start_finds_log_and_chunks(story: Story) -> None:
+def test_start_finds_log_and_chunks(story: MemoryStory) -> None:
     store = story.open()
     story.commit(store, [], KEY)
     story.commit(store, [(0, block(1)), (CHUNK_BLOCKS, block(2))])
@@ -47,7 +48,22 @@ def test_start_finds_log_and_chunks(story: Story) -> None:
     assert store.image[CHUNK_BLOCKS * 256] == 2
 
 
-def test_checkpoint_is_due_when_the_log_is_long(story: Story) -> None:
+def test_replay_record_survives_a_checkpoint_until_it_is_settled(story: MemoryStory) -> None:
+    record = Replay(chains=2, writes=bytes(36))
+    store = story.open()
+    assert store.replay == NO_REPLAY
+    assert store.commit(1, [(0, block(1))], None, record)
+    story.state = (1, None, {0: block(1)})
+    assert store.checkpoint()
+    store.close()
+    store = story.open()
+    assert store.replay == record
+    store.settle()
+    store.close()
+    assert story.open().replay == NO_REPLAY
+
+
+def test_checkpoint_is_due_when_the_log_is_long(story: MemoryStory) -> None:
     store = story.open()
     story.commit(store, [(address, block(1)) for address in range(100)])
     assert not store.checkpoint_due
@@ -75,7 +91,7 @@ def test_checkpoint_of_a_large_device_takes_small_requests(folder: Path) -> None
 
 
 def test_full_store_refuses_writes_and_recovers(
-    story: Story, caplog: pytest.LogCaptureFixture
+    story: MemoryStory, caplog: pytest.LogCaptureFixture
 ) -> None:
     store = story.open()
     story.commit(store, [(0, block(1))])
@@ -100,7 +116,7 @@ def test_full_store_refuses_writes_and_recovers(
 
 
 def test_outage_is_waited_for_and_logged_once(
-    story: Story, caplog: pytest.LogCaptureFixture
+    story: MemoryStory, caplog: pytest.LogCaptureFixture
 ) -> None:
     store = story.open()
     first = story.cluster.count
@@ -114,7 +130,7 @@ def test_outage_is_waited_for_and_logged_once(
     ]
 
 
-def test_refusal_after_a_try_without_an_answer_decides_nothing(story: Story) -> None:
+def test_refusal_after_a_try_without_an_answer_decides_nothing(story: MemoryStory) -> None:
     store = story.open()
     first = story.cluster.count
     story.cluster.plan = {
@@ -141,7 +157,7 @@ def test_stop_ends_a_commit_without_an_answer(folder: Path) -> None:
     assert store.counter == 0
 
 
-def test_close_frees_the_device_at_once(story: Story) -> None:
+def test_close_frees_the_device_at_once(story: MemoryStory) -> None:
     store = story.open()
     before = story.cluster.now
     store.close()
@@ -151,7 +167,7 @@ def test_close_frees_the_device_at_once(story: Story) -> None:
     assert story.cluster.now - before < 1
 
 
-def test_crashed_owner_is_waited_for(story: Story, caplog: pytest.LogCaptureFixture) -> None:
+def test_crashed_owner_is_waited_for(story: MemoryStory, caplog: pytest.LogCaptureFixture) -> None:
     store = story.open()
     story.commit(store, [(0, block(1))])
     before = story.cluster.now
@@ -163,7 +179,7 @@ def test_crashed_owner_is_waited_for(story: Story, caplog: pytest.LogCaptureFixt
     assert lines[0].endswith(": waiting for the end of its lease")
 
 
-def test_never_refuses_a_device_in_use(story: Story) -> None:
+def test_never_refuses_a_device_in_use(story: MemoryStory) -> None:
     story.open()
     with pytest.raises(StateError, match=r"in use by process \d+ on host .+: stop that daemon"):
         story.open("never")
@@ -175,7 +191,7 @@ def test_device_that_does_not_exist_is_refused(folder: Path) -> None:
         Story(cluster, folder).open()
 
 
-def test_device_is_created_once(story: Story) -> None:
+def test_device_is_created_once(story: MemoryStory) -> None:
     with pytest.raises(StateError, match="vm-1 exists already"):
         story.create()
 

@@ -5,5 +5,6 @@ Belongs here: every decision about ownership, commits and the state's form in th
 belong here: options, the protocol and the compiled engine. From top to bottom: `opening` (take a
 device over, load, verify), `store` (the running store), `ownership`, `administration`, `contents`
 (the blocks at a start), `witness`, `requests` (repetition until a definite answer), `layout` (keys
-and records), `seal`, `engine` (the contract of a replicated engine). docs/fleet.md has the rules.
+and records), `seal`, `engine` (the contract of a replicated engine). Beside
+them, `etcd` is the only one with network code. docs/fleet.md has the rules.
 """

@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: Apache-2.0
+"""etcd 3 as an engine, through its JSON gateway: one connection, one try of each request.
+
+docs/decisions/0024-etcd-client.md explains why no client library is used.
+"""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import json
+import logging
+import socket
+import ssl
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, NamedTuple, TypeVar
+
+from vhost_rpmb.errors import StateError
+from vhost_rpmb.storage.fleet.engine import (
+    Answer,
+    Compare,
+    Delete,
+    Get,
+    Operation,
+    Page,
+    Put,
+    Refused,
+    Unknown,
+)
+
+__all__ = ["Endpoint", "Etcd", "resolve"]
+
+logger = logging.getLogger(__name__)
+
+TIMEOUT = 2.0  # seconds, of each step of a request; an election takes 1 to 2
+_FIRST_SAFE_VERSION = (3, 5, 13)  # before, a former leader could end leases that live
+_JSON = {"Content-Type": "application/json"}
+
+# Codes of gRPC. With one of these the request was not applied and never will be.
+_INVALID_ARGUMENT, _NOT_FOUND, _EXHAUSTED, _UNAUTHENTICATED = 3, 5, 8, 16
+_DEFINITE = frozenset({_INVALID_ARGUMENT, _NOT_FOUND, 7, 9, 11, 12})
+# Of RESOURCE_EXHAUSTED, what a repetition does not change.
+_LASTING = ("space exceeded", "too large", "larger than max")
+# Texts of INVALID_ARGUMENT that a new token changes.
+_TOKEN_TEXTS = ("user name is empty", "revision in header is old")
+
+_Fields = dict[str, Any]
+T = TypeVar("T")
+
+
+class Endpoint(NamedTuple):
+    """A member of the cluster, its name resolved: a sandbox has no resolver."""
+
+    host: str
+    port: int
+    address: str
+
+
+def resolve(host: str, port: int) -> Endpoint:
+    """Return the endpoint with its first address. Raises StateError."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise StateError(
+            f"the endpoint {host}: expected a name that resolves, found: {error.strerror}: correct"
+            " the name, or give an address"
+        ) from error
+    return Endpoint(host, port, str(found[0][4][0]))
+
+
+class Etcd:
+    """A connection to one member at a time; after a request without an answer, to the next one."""
+
+    def __init__(
+        self,
+        endpoints: Sequence[Endpoint],
+        *,
+        tls: ssl.SSLContext | None = None,
+        user: str | None = None,
+        password: str = "",
+        timeout: float = TIMEOUT,
+    ) -> None:
+        self._endpoints = list(endpoints)
+        self._tls = tls
+        self._user = user
+        self._password = password
+        self._timeout = timeout
+        self._token: str | None = None
+        self._connection: _Connection | None = None
+
+    def __repr__(self) -> str:
+        return f"Etcd({', '.join(f'{each.host}:{each.port}' for each in self._endpoints)})"
+
+    def txn(
+        self,
+        compare: Sequence[Compare],
+        success: Sequence[Operation],
+        failure: Sequence[Operation] = (),
+    ) -> Answer:
+        """Send a transaction; see `Engine`."""
+        return self._call(
+            "/v3/kv/txn",
+            {
+                "compare": [_compare(each) for each in compare],
+                "success": [_operation(each) for each in success],
+                "failure": [_operation(each) for each in failure],
+            },
+            _answer,
+        )
+
+    def range(self, key: bytes, end: bytes, limit: int) -> Page:
+        """Read a range; see `Engine`."""
+        return self._call(
+            "/v3/kv/range",
+            {"key": _text(key), "range_end": _text(end), "limit": limit},
+            lambda fields: Page(_pairs(fields), fields.get("more", False)),
+        )
+
+    def grant(self, seconds: int) -> int:
+        """Create a lease; see `Engine`."""
+        return self._call("/v3/lease/grant", {"TTL": seconds}, lambda fields: int(fields["ID"]))
+
+    def keepalive(self, lease: int) -> bool:
+        """Start the time of a lease again; see `Engine`."""
+        return self._call(
+            "/v3/lease/keepalive",
+            {"ID": str(lease)},
+            lambda fields: int(fields["result"].get("TTL", 0)) > 0,
+        )
+
+    def revoke(self, lease: int) -> None:
+        """End a lease; see `Engine`."""
+        with suppress(_LeaseNotFound):  # it has ended
+            self._call("/v3/lease/revoke", {"ID": str(lease)}, lambda _: None)
+
+    def check_version(self) -> None:
+        """Log a warning about a version whose leases are not safe. Raises as the requests do."""
+        version = self._exchange("GET", "/version", None, lambda fields: fields["etcdserver"])
+        numbers = [int(part) for part in version.split(".") if part.isdigit()]
+        if tuple(numbers) < _FIRST_SAFE_VERSION:
+            logger.warning(
+                "etcd: expected version 3.5.13 or later, found %s, which may end leases too early:"
+                " update it",
+                version or "none",
+            )
+
+    def close(self) -> None:
+        """Close the connection; the next request opens one again."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def _call(self, path: str, body: _Fields, read: Callable[[_Fields], T]) -> T:
+        """Send a request, with a new token if the present one is refused; ``read`` its answer."""
+        if self._user is not None and self._token is None:
+            self._authenticate()
+        try:
+            return self._exchange("POST", path, body, read)
+        except _TokenRefused:
+            # Nothing was applied, so this is no repetition of a request in doubt.
+            if self._user is None:
+                raise
+        self._authenticate()
+        return self._exchange("POST", path, body, read)
+
+    def _authenticate(self) -> None:
+        self._token = None
+        fields = {"name": self._user, "password": self._password}
+        self._token = self._exchange(
+            "POST", "/v3/auth/authenticate", fields, lambda answer: str(answer["token"])
+        )
+
+    def _exchange(
+        self, method: str, path: str, body: _Fields | None, read: Callable[[_Fields], T]
+    ) -> T:
+        headers = _JSON if self._token is None else _JSON | {"Authorization": self._token}
+        data = None if body is None else json.dumps(body)
+        try:
+            if self._connection is None:
+                self._connection = _Connection(self._endpoints[0], self._tls, self._timeout)
+            self._connection.request(method, path, data, headers)
+            response = self._connection.getresponse()
+            answer = response.read()
+        except (OSError, http.client.HTTPException) as error:
+            raise self._unknown(str(error) or type(error).__name__) from error
+        try:
+            fields = json.loads(answer)
+            if response.status == http.client.OK:
+                return read(fields)
+            refusal = self._judge(fields)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            if response.status == http.client.BAD_REQUEST:
+                # The gateway itself refuses certificates with a name, and not in JSON.
+                raise Refused(answer.decode(errors="replace").strip()) from error
+            raise self._unknown(f"an invalid answer of status {response.status}") from error
+        raise refusal
+
+    def _judge(self, fields: Mapping[str, Any]) -> Exception:
+        """Return what an error means for the request."""
+        code = fields.get("code")
+        text = str(fields.get("message") or fields.get("error"))
+        if code == _UNAUTHENTICATED or (
+            code == _INVALID_ARGUMENT and any(each in text for each in _TOKEN_TEXTS)
+        ):
+            return _TokenRefused(text)
+        if code == _NOT_FOUND and "lease not found" in text:
+            return _LeaseNotFound(text)
+        if code in _DEFINITE or (code == _EXHAUSTED and any(each in text for each in _LASTING)):
+            return Refused(text)
+        return self._unknown(text)
+
+    def _unknown(self, text: str) -> Unknown:
+        """Go on with the next member."""
+        self.close()
+        endpoint = self._endpoints.pop(0)
+        self._endpoints.append(endpoint)
+        return Unknown(f"{endpoint.host}:{endpoint.port}: {text}")
+
+
+class _TokenRefused(Refused):
+    pass
+
+
+class _LeaseNotFound(Refused):
+    pass
+
+
+class _Connection(http.client.HTTPConnection):
+    """HTTP to a resolved address, with TLS to the name that the certificate has."""
+
+    def __init__(self, endpoint: Endpoint, tls: ssl.SSLContext | None, timeout: float) -> None:
+        super().__init__(endpoint.host, endpoint.port, timeout=timeout)
+        self._address = (endpoint.address, endpoint.port)
+        self._tls = tls
+
+    def connect(self) -> None:
+        sock = socket.create_connection(self._address, self.timeout)
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if self._tls is not None:
+                sock = self._tls.wrap_socket(sock, server_hostname=self.host)
+        except BaseException:
+            sock.close()
+            raise
+        self.sock = sock
+
+
+def _text(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def _answer(fields: _Fields) -> Answer:
+    found: dict[bytes, bytes] = {}
+    for response in fields.get("responses", ()):
+        found.update(_pairs(response.get("response_range", {})))
+    return Answer(fields.get("succeeded", False), found, int(fields["header"]["revision"]))
+
+
+def _pairs(fields: Mapping[str, Any]) -> list[tuple[bytes, bytes]]:
+    """Return keys and values of a range; the gateway leaves out empty fields."""
+    return [
+        (base64.b64decode(each["key"]), base64.b64decode(each.get("value", "")))
+        for each in fields.get("kvs", ())
+    ]
+
+
+def _compare(compare: Compare) -> _Fields:
+    fields: _Fields = {"key": _text(compare.key), "result": "EQUAL"}
+    if compare.value is None:
+        return fields | {"target": "CREATE", "create_revision": "0"}
+    return fields | {"target": "VALUE", "value": _text(compare.value)}
+
+
+def _operation(operation: Operation) -> _Fields:
+    fields: _Fields = {"key": _text(operation.key)}
+    match operation:
+        case Put(_, value, lease):
+            more = {"lease": str(lease)} if lease else {}
+            return {"request_put": fields | {"value": _text(value)} | more}
+        case Delete(_, end):
+            more = {} if end is None else {"range_end": _text(end)}
+            return {"request_delete_range": fields | more}
+        case Get():
+            return {"request_range": fields}
