@@ -28,7 +28,7 @@ MODULES: dict[str, list[str]] = {
     "loop": [],
     "mac": ["crypto"],
     "batch": ["crypto"],
-    "device": [],
+    "device": ["crypto"],
 }
 
 # -isystem: Python's own headers (3.13) cause some of these warnings.

@@ -262,7 +262,7 @@ def test_wheel_platform_matches_its_libraries(archives: Archives) -> None:
             if b"\0libcrypto.so.3\0" in archive.read(info)
         }
         stripped = [info for info in libraries if b".debug_info" not in archive.read(info)]
-    assert needs_crypto == {"batch", "mac"}
+    assert needs_crypto == {"batch", "device", "mac"}
     assert stripped == libraries
 
 
