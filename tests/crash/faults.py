@@ -32,6 +32,7 @@ from typing import NamedTuple
 from tests.support.rig import make_image
 from vhost_rpmb.errors import OperatorError, StateError
 from vhost_rpmb.rpmb import spec
+from vhost_rpmb.rpmb.replay import NO_REPLAY, Replay
 from vhost_rpmb.storage.local.opening import open_store
 from vhost_rpmb.storage.local.store import Store
 from vhost_rpmb.storage.paths import Paths
@@ -102,11 +103,13 @@ class Model(NamedTuple):
     counter: int = 0
     key: bytes | None = None
     image: bytes = bytes(spec.CAPACITY_UNIT)
+    replay: Replay = NO_REPLAY
 
     def written(self, address: int, data: bytes) -> Model:
         start = address * spec.BLOCK_SIZE
         image = self.image[:start] + data + self.image[start + len(data) :]
-        return self._replace(counter=self.counter + 1, image=image)
+        replay = Replay(1, self.counter.to_bytes(4, "big") + data[:32])
+        return self._replace(counter=self.counter + 1, image=image, replay=replay)
 
 
 class Outcome(NamedTuple):
@@ -184,11 +187,15 @@ class Life:
 
     def stop(self) -> bool:
         assert self._store is not None
+        if self.model.counter % 2:  # else answers are owed
+            self._store.settle()
+            # A failing disk may keep the record.
+            self.doubt = [self.model._replace(replay=NO_REPLAY)]
         self._store.close()
         return True
 
     def program(self) -> bool:
-        return self.commit(self.model._replace(key=KEY), [])
+        return self.commit(self.model._replace(key=KEY, replay=Replay(1, b"", True)), [])
 
     def write(self, address: int, data: bytes) -> bool:
         size = spec.BLOCK_SIZE
@@ -197,7 +204,9 @@ class Life:
 
     def commit(self, after: Model, blocks: list[tuple[int, bytes]]) -> bool:
         assert self._store is not None
-        done = self._store.commit(after.counter, blocks, None if blocks else after.key)
+        done = self._store.commit(
+            after.counter, blocks, None if blocks else after.key, after.replay
+        )
         if done:
             self.model, self.doubt = after, []
         elif self._lasts:
@@ -215,7 +224,7 @@ class Life:
         """What is served is the truth, whatever failed."""
         store = self._store
         assert store is not None
-        found = Model(store.counter, store.key, bytes(store.image))
+        found = Model(store.counter, store.key, bytes(store.image), store.replay)
         if found in self.doubt:  # after a restart: the disk had taken it
             self.model, self.doubt = found, []
         assert found == self.model, f"counter {found.counter} instead of {self.model.counter}"
@@ -255,7 +264,7 @@ def run_case(folder: Path, fault: Fault, position: int, kill: bool) -> Outcome:
     for _ in range(2):
         store = open_store(device_paths(folder), warn=lambda _: None)
         try:
-            found = Model(store.counter, store.key, bytes(store.image))
+            found = Model(store.counter, store.key, bytes(store.image), store.replay)
             assert found in last.allowed, f"counter {found.counter}, not {last.allowed[0].counter}"
             assert not any(store.damaged), "a block is damaged"
         finally:

@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 
 from tests.crash.disk import Call, Disk, State, run_recorded
-from tests.crash.workload import KEY, MARKS, steps
+from tests.crash.workload import KEY, MARKS, record, steps
 from tests.support.rig import make_image
 from vhost_rpmb.errors import OperatorError, StateError
 from vhost_rpmb.rpmb import spec
+from vhost_rpmb.rpmb.replay import NO_REPLAY, Replay
 from vhost_rpmb.storage.local.opening import open_store
 from vhost_rpmb.storage.paths import Paths
 
@@ -41,21 +42,25 @@ def keeps_stamps(folder: str) -> bool:
 
 MEMORY = "/dev/shm" if keeps_stamps("/dev/shm") else None
 
-Expected = tuple[int, bytes | None, bytes]  # counter, key, image
+Expected = tuple[int, bytes | None, bytes, Replay]  # counter, key, image, replay record
 
 
 def expectations() -> list[Expected]:
     """Give what the device holds before any step, and after each."""
-    counter, key, image = 0, None, bytearray(spec.CAPACITY_UNIT)
-    states: list[Expected] = [(counter, key, bytes(image))]
+    counter, key, image, replay = 0, None, bytearray(spec.CAPACITY_UNIT), NO_REPLAY
+    states: list[Expected] = [(counter, key, bytes(image), replay)]
     for step in steps():
+        if step.kind in ("key", "commit"):
+            replay = record(step, counter)
+        elif step.kind == "settled restart":
+            replay = NO_REPLAY
         if step.kind == "key":
             key = KEY
         elif step.kind == "commit":
             counter += 1
             for address, data in step.blocks:
                 image[address * spec.BLOCK_SIZE : (address + 1) * spec.BLOCK_SIZE] = data
-        states.append((counter, key, bytes(image)))
+        states.append((counter, key, bytes(image), replay))
     return states
 
 
@@ -92,7 +97,7 @@ def check(state: State, with_file: bool, done: int, begun: int, expected: list[E
             except OperatorError as error:
                 raise _Loss(f"refused: {error}") from error
             try:
-                found = (store.counter, store.key, bytes(store.image))
+                found = (store.counter, store.key, bytes(store.image), store.replay)
                 if any(store.damaged):
                     raise _Loss("a block is not what was stored")
                 if found not in expected[done : begun + 1]:

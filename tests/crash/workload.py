@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from vhost_rpmb.errors import OperatorError
 from vhost_rpmb.rpmb import spec
+from vhost_rpmb.rpmb.replay import Replay
 from vhost_rpmb.storage.local.opening import open_store
 from vhost_rpmb.storage.local.store import Store
 from vhost_rpmb.storage.paths import Paths
@@ -29,7 +30,7 @@ KEY = bytes(range(50, 82))
 class Step(NamedTuple):
     """One step: a commit (blocks or key), or None for a checkpoint or a clean stop and start."""
 
-    kind: str  # "commit", "key", "checkpoint", "restart"
+    kind: str  # "commit", "key", "checkpoint", "restart", or "settled restart": owes no answer
     blocks: tuple[tuple[int, bytes], ...] = ()
 
 
@@ -47,7 +48,14 @@ def steps() -> Iterator[Step]:
         if number in (4, 11, 12, 20):
             yield Step("checkpoint")
         if number in (8, 17):
-            yield Step("restart")
+            yield Step("restart" if number == 8 else "settled restart")
+
+
+def record(step: Step, counter: int) -> Replay:
+    """The replay record of a commit, by the counter before it."""
+    if step.kind == "key":
+        return Replay(1, b"", True)
+    return Replay(2, counter.to_bytes(4, "big") + step.blocks[0][1][:32])
 
 
 def mark(text: str) -> None:
@@ -74,12 +82,14 @@ def main(flash: str, key_path: str | None) -> None:
             assert tries <= TRIES
             mark(f"begin {number}")
             if step.kind == "key":
-                done = store.commit(counter, [], KEY)
+                done = store.commit(counter, [], KEY, record(step, counter))
             elif step.kind == "commit":
-                done = store.commit(counter + 1, list(step.blocks), None)
+                done = store.commit(counter + 1, list(step.blocks), None, record(step, counter))
             elif step.kind == "checkpoint":
                 done = store.checkpoint()
             else:
+                if step.kind == "settled restart":
+                    store.settle()
                 store.close()
                 store = start(paths)
                 done = True

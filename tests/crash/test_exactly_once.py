@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Each durable write is answered OK exactly once, wherever the process is killed."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import random
+import shutil
+import signal
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tests.support.campaign import DIVISOR
+from tests.support.lives import DEATH, Guest, Life, keyed
+from tests.support.oracle import (
+    AUTH,
+    BLOCK_SIZE,
+    COUNT,
+    FRAME_SIZE,
+    OK,
+    OTHER_KEY,
+    read_counter,
+    read_result,
+    split,
+    write_data,
+)
+from vhost_rpmb.engine import Engine
+from vhost_rpmb.rpmb import spec
+from vhost_rpmb.storage.local.opening import open_store
+from vhost_rpmb.storage.paths import Paths
+
+LIVES = 600 // DIVISOR  # on each engine
+MOST_BLOCKS = 32
+TOO_FAR = 100_000  # ahead of every write counter
+
+PTRACE_TRACEME, PTRACE_SINGLESTEP = 0, 9
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@pytest.fixture
+def guest(engine: Engine, flash: Path) -> Iterator[Guest]:
+    guest = Guest(engine, flash)
+    guest.journal = mmap.mmap(-1, 64)
+    yield keyed(guest)
+    guest.close()
+
+
+class Expected(NamedTuple):
+    """What a chain has to be answered, once: its result, and the counter of a write."""
+
+    result: int | None  # None: no answer
+    counter: int | None = None
+
+
+class Driver:
+    """A pipelining driver with a model of the device."""
+
+    def __init__(self, guest: Guest, seed: int) -> None:
+        self.guest = guest
+        self.source = random.Random(seed)
+        self.counter = 0
+        self.image = bytearray(spec.CAPACITY_UNIT)
+        self.expected: deque[Expected] = deque()
+        self.answered = 0  # writes
+
+    def submit(self) -> None:
+        source = self.source
+        kind = source.choice(("write", "write", "write", "silent", "forged", "early", "counter"))
+        count = source.choice((1, 1, 1, 2, 8, MOST_BLOCKS))
+        address = source.randrange(spec.CAPACITY_UNIT // BLOCK_SIZE - count + 1)
+        blocks = [source.randbytes(BLOCK_SIZE) for _ in range(count)]
+        if kind == "counter":
+            self._add(read_counter(), Expected(OK))
+        elif kind == "forged":
+            request = write_data(self.counter, address, *blocks, key=OTHER_KEY)
+            self._add(request + read_result(), Expected(AUTH))
+        elif kind == "early":
+            request = write_data(self.counter + TOO_FAR, address, *blocks)
+            self._add(request + read_result(), Expected(COUNT))
+        else:
+            request = write_data(self.counter, address, *blocks)
+            start = address * BLOCK_SIZE
+            self.image[start : start + count * BLOCK_SIZE] = b"".join(blocks)
+            self.counter += 1
+            if kind == "write":
+                self._add(request + read_result(), Expected(OK, self.counter))
+            else:
+                self._add(request, Expected(None))
+                self._add(read_result(), Expected(OK, self.counter))
+
+    def _add(self, request: bytes, expected: Expected) -> None:
+        self.guest.submit(request, room=expected.result is not None)
+        self.expected.append(expected)
+
+    def check(self) -> None:
+        """Compare what was answered since the last time, in order."""
+        for answer in self.guest.answers():
+            expected = self.expected.popleft()
+            if expected.result is None:
+                assert answer == []
+                continue
+            (frame,) = answer
+            assert frame.result == expected.result
+            if expected.counter is not None:
+                assert frame.write_counter == expected.counter
+                self.answered += 1
+
+
+def die_at(number: int) -> Sequence[Callable[[Life], None]]:
+    """Be killed after the n-th commit, if there are so many."""
+
+    def arm(life: Life) -> None:
+        life.before_publication(lambda: os.kill(os.getpid(), signal.SIGKILL), number)
+
+    return arm, Life.serve
+
+
+FATES: Sequence[Sequence[Callable[[Life], None]]] = (
+    DEATH,
+    DEATH,
+    die_at(2),
+    (Life.serve,),
+    (Life.serve, Life.stop),
+    (Life.stop,),
+    (),
+)
+
+
+def test_each_write_is_answered_once(guest: Guest) -> None:
+    driver = Driver(guest, seed=11)
+    for _ in range(LIVES):
+        for _ in range(driver.source.choice((0, 1, 2, 7, 30))):
+            if guest.ring.free_descriptors > 2:
+                driver.submit()
+        guest.live(*driver.source.choice(FATES))
+        driver.check()
+    guest.live(Life.serve)
+    driver.check()
+    assert not driver.expected
+    assert driver.answered > LIVES
+    store = open_store(Paths.resolve(str(guest.flash)))
+    assert store.counter == driver.counter
+    assert bytes(store.image) == driver.image
+    store.close()
+
+
+# Every store into memory that survives
+
+
+def ptrace(request: int, pid: int) -> None:
+    result = _libc.ptrace(ctypes.c_long(request), ctypes.c_long(pid), None, None)
+    assert result == 0, os.strerror(ctypes.get_errno())
+
+
+class Survivors:
+    """The memory that survives a process: used ring, answers, and the journal."""
+
+    def __init__(self, guest: Guest, answers: Sequence[int]) -> None:
+        ring = guest.ring
+        places = [(ring.used_ring, 6 + 8 * ring.size), *((place, FRAME_SIZE) for place in answers)]
+        (region,) = guest.memory.regions
+        assert guest.journal is not None
+        self._views = [
+            *(region.view[place - region.start :][:length] for place, length in places),
+            memoryview(guest.journal),
+        ]
+        self.states: list[list[bytes]] = []  # after each store
+        self.note()
+
+    def note(self) -> None:
+        if not self.states or self._views != self.states[-1]:
+            self.states.append([bytes(view) for view in self._views])
+
+    def restore(self, state: list[bytes]) -> None:
+        for view, content in zip(self._views, state, strict=True):
+            view[:] = content
+
+    def release(self) -> None:
+        for view in self._views:
+            view.release()
+
+
+def step_through(guest: Guest, survivors: Survivors, committed: Callable[[], None]) -> int:
+    """Single-step a process from its commit to its end; note what each store leaves behind.
+
+    ``committed`` is called after the commit. Return the number of steps.
+    """
+    child = os.fork()
+    if not child:
+        try:
+            life = Life(guest)
+            _libc.ptrace(ctypes.c_long(PTRACE_TRACEME), ctypes.c_long(0), None, None)
+            life.before_publication(lambda: signal.raise_signal(signal.SIGSTOP))
+            life.serve()
+            signal.raise_signal(signal.SIGSTOP)
+        finally:
+            os._exit(1)
+    try:
+        _, status = os.waitpid(child, 0)
+        assert os.WIFSTOPPED(status), "the process failed"
+        committed()
+        steps = 0
+        while True:
+            ptrace(PTRACE_SINGLESTEP, child)
+            _, status = os.waitpid(child, 0)
+            assert os.WIFSTOPPED(status), "the process failed"
+            if os.WSTOPSIG(status) == signal.SIGSTOP:
+                return steps
+            steps += 1
+            survivors.note()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+@pytest.mark.needs_ptrace
+@pytest.mark.parametrize("chains", [1, 2])
+def test_killed_at_every_store_of_the_publication(
+    guest: Guest, chains: int, tmp_path: Path
+) -> None:
+    """The answers are there, or the chains are executed again; the result register as well."""
+    base = guest.ring.used_index
+    submitted = [
+        guest.submit(write_data(number, number, bytes([number + 1]) * BLOCK_SIZE) + read_result())
+        for number in range(chains)
+    ]
+    published = base + chains
+    reading = guest.submit(read_result())
+    set_available(guest, published)
+    answers = [chain.writable[0].address for chain in (*submitted, reading)]
+    survivors = Survivors(guest, answers)
+    saved = tmp_path / "saved"
+    saved.mkdir()
+
+    def save() -> None:
+        for path in guest.flash.parent.glob("flash.img*"):
+            shutil.copy2(path, saved)
+
+    assert step_through(guest, survivors, save) > 1000
+    states = survivors.states
+    indices = [int.from_bytes(state[0][2:4], "little") for state in states]
+    # Used elements and answers come first, then one store publishes the batch.
+    assert set(indices) == {base, published}
+    assert indices == sorted(indices)
+    border = indices.index(published)
+    assert border > 3 * chains
+    sample = {0, border - 1, border, len(states) - 1, *range(0, border, max(border // 40, 1))}
+    for number in sorted(sample):
+        survivors.restore(states[number])
+        set_available(guest, published)
+        for path in saved.iterdir():
+            shutil.copy2(path, guest.flash.parent)
+        guest.live(Life.serve)
+        assert guest.ring.used_index == published
+        for index, chain in enumerate(submitted):
+            element = guest.ring.used_element((base + index) % guest.ring.size)
+            assert element == (chain.head, FRAME_SIZE)
+            assert_written(guest, chain.writable[0].address, index + 1)
+        set_available(guest, published + 1)
+        guest.live(Life.serve)
+        assert_written(guest, reading.writable[0].address, chains)
+    survivors.release()
+
+
+def set_available(guest: Guest, index: int) -> None:
+    """Set the available index without the driver's knowledge."""
+    guest.memory.store16(guest.ring.available_ring + 2, index)
+
+
+def assert_written(guest: Guest, address: int, counter: int) -> None:
+    (frame,) = split(guest.memory.read(address, FRAME_SIZE))
+    assert (frame.result, frame.write_counter) == (OK, counter)
