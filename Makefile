@@ -138,8 +138,9 @@ fuzz: ## Fuzz the sanitized engine, SECONDS=60 for each of FUZZ_TARGETS="rings f
 test-long: $(STAMP) ## Run the campaigns of power loss, kills, failing storage and attacks in full
 	@tools/system-packages $(TEST_PACKAGES) $(KIT_PACKAGES)
 	VHOST_RPMB_CRASH_STATES=60000 VHOST_RPMB_EVERY_SYNC=1 VHOST_RPMB_KILL_ROUNDS=100 \
-	VHOST_RPMB_FAULT_CASES=0 VHOST_RPMB_HOSTILE_FULL=1 VHOST_RPMB_BLK_KILLS=200 \
-	.venv/bin/pytest -o timeout=7200 tests/crash tests/hostile tests/e2e/test_blk.py $(PYTEST_ARGS)
+	VHOST_RPMB_FAULT_CASES=0 VHOST_RPMB_HOSTILE_FULL=1 VHOST_RPMB_BLK_KILLS=200 VHOST_RPMB_FRONTEND_KILLS=100 \
+	.venv/bin/pytest -o timeout=7200 tests/crash tests/hostile tests/e2e/test_blk.py \
+	tests/vhost_user/test_frontends.py $(PYTEST_ARGS)
 
 .PHONY: lint
 lint: $(STAMP) ## Check style, types, spelling, the compiled modules' stubs, workflows, systemd units
