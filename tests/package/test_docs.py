@@ -33,6 +33,7 @@ RUN_HERE = ("client", "debugging", "device", "qemu", "quick-start")
 RUN_ELSEWHERE = ("guest", "optee", "systemd")
 NOT_RUN = (
     "embedding",
+    "front-ends",
     "libvirt",
 )  # nothing to type, but files, which have tests of their own below
 ELSEWHERE = ("qemu-system", "make ", "pip ", "python3 -m venv", "venv/bin/pip", "export PATH=")
