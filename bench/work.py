@@ -65,6 +65,7 @@ class Work:
             for position in range(2 * DEPTH):
                 self._ring.write_available(position, 2 * (position % DEPTH))
             self._device = chosen.RpmbDevice(store)
+            self._device.journal = memoryview(bytearray(64))  # as with a service manager
             self._queue = chosen.Virtqueue(memory)
             self._queue.set_size(2 * DEPTH)
             self._queue.set_features(0)
