@@ -100,7 +100,8 @@ def test_no_request_fails_while_the_device_is_killed(
             blk.kill()
             time.sleep(source.choice([0, 0, 0.3]))
             blk.start()
-            blk.wait_for("SET_VRING_ENABLE")
+            if source.random() < 0.5:  # otherwise also while QEMU sets the connection up
+                blk.wait_for("SET_VRING_ENABLE")
         wait_for_rounds(guest, 1)
         checked(guest, "touch stop")
         for number in range(WRITERS):
