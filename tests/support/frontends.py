@@ -12,8 +12,8 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Self
 
@@ -49,6 +49,13 @@ class Vmm(Frontend):
         self._reader = wire.MessageReader(sock, max_fds=1)
         self.memory: GuestMemory | None = None
         self.base = 0  # of the latest activation
+        self.around: Callable[[], AbstractContextManager[None]] = nullcontext  # each message
+
+    def send(
+        self, request: int, payload: bytes = b"", fds: Sequence[int] = (), flags: int = 0
+    ) -> None:
+        with self.around():
+            super().send(request, payload, fds, flags)
 
     def tell(self, request: Request, payload: bytes = b"", fds: Sequence[int] = ()) -> None:
         if self.wants_ack(request):

@@ -7,8 +7,8 @@ import os
 import random
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -47,11 +47,13 @@ def talking(
     path: Path,
     protocol_features: ProtocolFeature | None = None,
     features: int = LINUX,
+    around: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Iterator[Conversation]:
-    """A VMM with a guest, which has programmed the key."""
+    """A VMM with a guest, which has programmed the key; `around` each message of its."""
     mask = kind.protocol_mask if protocol_features is None else protocol_features
     setup = Setup(features=features, protocol_features=mask)
     vmm = kind.connect(path, timeout=PATIENCE)
+    vmm.around = around
     with RpmbClient(vmm, KEY, timeout=PATIENCE, setup=setup) as client:
         talk = Conversation(client)
         talk.begin()
@@ -181,6 +183,34 @@ def test_crash_is_not_seen_by_a_front_end_that_never_reconnects(
                 talk.submit(4)
             talk.finish()
             supervised.manager.restart(source.choice([signal.SIGKILL, signal.SIGTERM]))
+        talk.check()
+
+
+@pytest.mark.parametrize("kind", [Libkrun, Crosvm, Qemu])
+def test_crash_during_the_set_up_is_not_seen(supervised: Supervised, kind: type[Vmm]) -> None:
+    """Killed between messages, and while messages arrive."""
+    manager, source = supervised.manager, random.Random(5)
+    messages = 0
+
+    @contextmanager
+    def around() -> Iterator[None]:
+        nonlocal messages
+        messages += 1
+        what = source.randrange(4)
+        # The connection is stored after it is accepted; the first answer shows that it was.
+        if messages == 1 or what > 1:
+            yield
+        elif what == 1:
+            manager.kill()
+            yield
+        else:
+            with manager.down():
+                yield
+
+    with talking(kind, supervised.path, around=around) as talk:
+        assert manager.starts > 3
+        talk.submit(IN_FLIGHT)
+        talk.finish()
         talk.check()
 
 
