@@ -51,17 +51,16 @@ class Frames(Target):
             counter=source.pick(COUNTERS),
             damaged=source.pick(((), (), (2, 3), (255, UNIT_BLOCKS - 1))),
         )
-        rig.device = self.engine.RpmbDevice(
-            self._disk,
-            max_write_blocks=source.pick(LIMITS),
-            max_read_blocks=source.pick(READ_LIMITS),
-            strict=source.pick((False, True)),
-        )
+        self._limits = (source.pick(LIMITS), source.pick(READ_LIMITS), source.pick((False, True)))
+        self._journal = bytearray(64)
+        self._start()
         rig.ring.reset()
         rig.queue.reset()
         rig.start(source.pick((ALL_FEATURES, 1 << virtio.VIRTIO_F_INDIRECT_DESC)))
         self._trace: list[object] = [rig.device.config]
         self._batch: list[tuple[list[Segment], list[Segment]]] = []
+        self._sent: list[bytes] = []  # the requests of the latest chains
+        self._again: list[bytes] = []
         self._image = self._disk.digest()
         self._counter = self._disk.counter  # what a good driver would send next
         for _ in range(MAX_CHAINS):
@@ -77,8 +76,21 @@ class Frames(Target):
                 rig.device.reset()
             if control & 0xF0 == 0x30:
                 self._counter = self._disk.counter
+            if control & 0xF0 == 0x40:
+                self._process()
+                self._start()  # what a killed process owes, comes again
+                self._again = self._sent[::-1] if control & 2 else list(self._sent)
         self._process()
-        return [*self._trace, *self._disk.left_behind()]
+        return [*self._trace, bytes(self._journal), *self._disk.left_behind()]
+
+    def _start(self) -> None:
+        """Put a new device on the disk and the journal."""
+        writes, reads, strict = self._limits
+        self._rig.device = self.engine.RpmbDevice(
+            self._disk, max_write_blocks=writes, max_read_blocks=reads, strict=strict
+        )
+        self._rig.device.journal = memoryview(self._journal)
+        self._rig.device.restore_register(self._rig.ring.used_index)
 
     def _chain(self, source: Source) -> None:
         """Add a chain of up to 5 requests."""
@@ -86,6 +98,10 @@ class Frames(Target):
         for _ in range(source.number(1) % 6):
             frames += self._request(source)
         data = b"".join(frames) + bytes(source.pick(ODD))
+        if self._again:
+            data = self._again.pop(0)
+        else:
+            self._sent = [*self._sent[-3:], data]
         room = source.pick(ROOMS) * spec.FRAME_SIZE + source.pick(ODD)
         cuts = [source.pick(CUTS) for _ in range(source.number(1) % 6)]
         rig = self._rig

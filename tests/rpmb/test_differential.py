@@ -80,22 +80,33 @@ options = st.fixed_dictionaries(
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(st.lists(chains, min_size=1, max_size=5), max_size=4), st.booleans(), options)
+@given(
+    st.lists(st.tuples(st.lists(chains, min_size=1, max_size=5), st.booleans()), max_size=4),
+    st.booleans(),
+    options,
+)
 def test_batches_leave_the_same_bytes(
-    batches: list[list[tuple[bytes, int, int, int, list[int]]]],
+    batches: list[tuple[list[tuple[bytes, int, int, int, list[int]]], bool]],
     programmed: bool,
     settings: dict[str, object],
 ) -> None:
+    """After some batches the device is replaced, and gets the chains a second time."""
     traces = []
     for engine in ENGINES:
         with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
             flash = make_image(Path(folder) / "flash")
             with Rig(engine, flash, **settings) as rig:  # type: ignore[arg-type]
+                journal = bytearray(64)
+                rig.device.journal = memoryview(journal)
                 if programmed:
                     rig.program()
                 trace: list[object] = []
-                for batch in batches:
+                for batch, again in batches:
                     trace.append(_run(rig, batch))
+                    if again:
+                        rig.replace_device()
+                        trace.append(_run(rig, batch[::-1]))
+                    trace.append(bytes(journal))
                 trace += [bytes(rig.store.image), rig.store.counter, rig.store.key]
             trace.append(flash.read_bytes())
             traces.append(trace)

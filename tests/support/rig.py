@@ -57,6 +57,7 @@ class Rig(Closing):
         **options: object,
     ) -> None:
         self.engine = engine
+        self._options = options
         given = dict(store or {})
         self.store: Store = open_store(resolved(flash, given), **given)  # type: ignore[arg-type]
         try:
@@ -86,6 +87,14 @@ class Rig(Closing):
             self.guest.user_address(self.ring.used_ring),
         )
         self.queue.set_base(base)
+
+    def replace_device(self) -> None:
+        """Serve with the device that a process would make if this one were killed now."""
+        journal = self.device.journal
+        self.device = self.engine.RpmbDevice(self.store, **self._options)  # type: ignore[arg-type]
+        if journal is not None:
+            self.device.journal = journal
+            self.device.restore_register(self.ring.used_index)
 
     def close(self) -> None:
         self.memory.clear()
