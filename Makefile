@@ -135,12 +135,17 @@ fuzz: ## Fuzz the sanitized engine, SECONDS=60 for each of FUZZ_TARGETS="rings f
 	done
 
 .PHONY: test-long
-test-long: $(STAMP) ## Run the campaigns of power loss, kills, failing storage and attacks in full
-	@tools/system-packages $(TEST_PACKAGES) $(KIT_PACKAGES)
+test-long: $(STAMP) ## Run the campaigns of power loss, kills, restarts, failing storage and attacks in full
+	@tools/system-packages $(TEST_PACKAGES)
+ifneq ($(QEMU),no)
+	@tools/system-packages $(KIT_PACKAGES)
+endif
 	VHOST_RPMB_CRASH_STATES=60000 VHOST_RPMB_EVERY_SYNC=1 VHOST_RPMB_KILL_ROUNDS=100 \
-	VHOST_RPMB_FAULT_CASES=0 VHOST_RPMB_HOSTILE_FULL=1 VHOST_RPMB_BLK_KILLS=200 VHOST_RPMB_FRONTEND_KILLS=100 \
-	.venv/bin/pytest -o timeout=7200 tests/crash tests/hostile tests/e2e/test_blk.py \
-	tests/vhost_user/test_frontends.py $(PYTEST_ARGS)
+	VHOST_RPMB_FAULT_CASES=0 VHOST_RPMB_HOSTILE_FULL=1 VHOST_RPMB_BLK_KILLS=200 \
+	VHOST_RPMB_FRONTEND_KILLS=100 VHOST_RPMB_RESTART_KILLS=200 VHOST_RPMB_SYSTEMD_RESTARTS=50 \
+	.venv/bin/pytest -o timeout=7200 tests/crash tests/hostile tests/vhost_user/test_frontends.py \
+	tests/e2e/test_blk.py tests/e2e/test_restarts.py tests/e2e/test_systemd_restarts.py \
+	$(if $(filter no,$(QEMU)),-m 'not qemu') $(PYTEST_ARGS)
 
 .PHONY: lint
 lint: $(STAMP) ## Check style, types, spelling, the compiled modules' stubs, workflows, systemd units

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.daemon import SANDBOX, Daemon, DaemonFactory
+from tests.support.history import has_commit
 from tests.support.rig import Rig, RigFactory, make_image
 from vhost_rpmb import engine as engines
 
@@ -19,11 +20,18 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect what only root can run, where it is another user: the summary counts it."""
-    if os.geteuid() != 0:
-        left_out = [item for item in items if item.get_closest_marker("needs_root")]
+    """Deselect what this user or these sources cannot run: the summary counts it."""
+    left_out = [item for item in items if not _can_run(item)]
+    if left_out:
         items[:] = [item for item in items if item not in left_out]
         config.hook.pytest_deselected(items=left_out)
+
+
+def _can_run(item: pytest.Item) -> bool:
+    if item.get_closest_marker("needs_root") and os.geteuid() != 0:
+        return False
+    history = item.get_closest_marker("needs_history")
+    return history is None or has_commit(history.args[0])
 
 
 @pytest.fixture(params=engines.ENGINES)

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from tests.e2e.cache import (
 from tests.e2e.kit import AMD64, Kit, make_kit
 from tests.e2e.vm import READY
 from tests.support.documents import ROOT
+from tests.support.history import export
 
 # systemd of the stable release is what operators have.
 PACKAGES = (
@@ -85,21 +87,25 @@ class Machine:
     debian: Path
     wheels: Path
 
-    def make_disk(self, path: Path, install: str) -> None:
+    def make_disk(self, path: Path, install: str, old: Path | None = None) -> None:
         """Make its disk: the Debian after the commands `install`, run beside the wheels.
 
-        They run there before it boots, as root and without a network: it would take them five times
-        as long. Raises RuntimeError, with what they say, when they fail, or mke2fs does.
+        The wheel of an earlier commit (`make_old_wheel`) is in the folder `old` there. The commands
+        run before it boots, as root and without a network: it would take them five times as long.
+        Raises RuntimeError, with what they say, when they fail, or mke2fs does.
         """
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             root = Path(folder) / "root"
             script = (
-                'cp -a "$0" "$1" && cp "$2"/*.whl "$3" && mount -t proc proc "$1/proc" && '
+                'cp -a "$0" "$1" && cp "$2"/*.whl "$3" && cp -r "$6" "$3/old" && '
+                'mount -t proc proc "$1/proc" && '
                 f'chroot "$1" env -i PATH={PATH} PIP_NO_INDEX=1 PIP_FIND_LINKS=/{WHEELS} '
                 f'sh -euc "cd /{WHEELS}; $4" && umount "$1/proc" && '
                 f'mke2fs -q -t ext4 -d "$1" "$5" {DISK_SIZE}'
             )
-            words = (self.debian, root, self.wheels, root / WHEELS, install, path)
+            empty = Path(folder) / "empty"
+            empty.mkdir()
+            words = (self.debian, root, self.wheels, root / WHEELS, install, path, old or empty)
             done = subprocess.run(
                 [*ISOLATED, "sh", "-c", script, *map(str, words)],
                 stdout=subprocess.PIPE,
@@ -139,10 +145,23 @@ def make_machine(say: Say = say_it) -> Machine:
     wheel = cached(
         "wheel",
         (debian.name, _sources()),
-        lambda folder, steps: _make_wheel(debian, folder, steps),
+        lambda folder, steps: _make_wheel(debian, folder, steps, _copy_sources),
         say,
     )
     return Machine(make_kit(AMD64, say), debian, wheel)
+
+
+def make_old_wheel(machine: Machine, commit: str, say: Say = say_it) -> Path:
+    """Return the cached folder with the wheel of an earlier commit, or make it first."""
+
+    return cached(
+        "wheel",
+        (machine.debian.name, commit, Path(__file__).read_bytes()),
+        lambda folder, steps: _make_wheel(
+            machine.debian, folder, steps, lambda copied: export(commit, SOURCES, copied)
+        ),
+        say,
+    )
 
 
 def _make_debian(folder: Path, steps: Steps) -> None:
@@ -172,7 +191,9 @@ def _copy_sources(folder: Path) -> None:
             shutil.copy(ROOT / name, folder / name)
 
 
-def _make_wheel(debian: Path, folder: Path, steps: Steps) -> None:
+def _make_wheel(
+    debian: Path, folder: Path, steps: Steps, copy_sources: Callable[[Path], None]
+) -> None:
     build = Path(tempfile.mkdtemp(prefix="build-", dir=debian / "tmp"))
     inside = Path("/") / build.relative_to(debian)
     needs = build / "needs"
@@ -187,7 +208,7 @@ def _make_wheel(debian: Path, folder: Path, steps: Steps) -> None:
             for name in metadata["project"]["dependencies"]:
                 steps.run(*pip, "download", *for_python, "--dest", folder, name)
         with steps.step("wheel"):
-            _copy_sources(build / "source")
+            copy_sources(build / "source")
             offline = ("PIP_NO_INDEX=1", f"PIP_FIND_LINKS={inside}/needs")
             steps.run_inside(
                 debian,

@@ -106,7 +106,7 @@ def test_machines_are_started_as_in_the_guide(name: str) -> None:
 def test_machine_under_systemd_is_as_in_the_guide() -> None:
     """Whose command lines a running systemd follows in tests/e2e/test_systemd.py."""
     (found,) = (text for _, text in blocks_of_readme() if "systemctl" in text)
-    install, *_, enable = (text for _, text in blocks_of_guide("systemd") if "systemctl" in text)
+    install, enable, *_ = (text for _, text in blocks_of_guide("systemd") if "systemctl" in text)
     assert commands(found) == commands(install) + commands(enable)
 
 

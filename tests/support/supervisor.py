@@ -69,6 +69,7 @@ class Supervisor:
         self.starts = 0
         self.statuses: list[int] = []  # exit statuses; -9: killed by SIGKILL
         self.notifications: list[dict[str, str]] = []
+        self.folder = folder
         self._listener = listener
         self._log = folder / f"supervised-{time.monotonic_ns()}.log"
         self._address = folder / f"notify-{time.monotonic_ns()}"
@@ -174,6 +175,11 @@ class Supervisor:
     def pid(self) -> int:
         """The process; 0: there is none."""
         return self._pid
+
+    @property
+    def ready(self) -> bool:
+        """Whether the process has said that it is ready."""
+        return self._ready
 
     @property
     def log(self) -> str:
