@@ -26,10 +26,11 @@ from vhost_rpmb.vhost_user.wire import MemoryRegion, Request, VringState
 from vhost_rpmb.virtio import spec as virtio
 
 PAGE = 4096
+NEGOTIATED = PROTOCOL_FEATURES & ~wire.ProtocolFeature.GPA_ADDRESSES
 ARENA = 8 * PAGE  # all that the guest has, in one memfd
 GUEST, USER = 0x4000_0000, 0x7F00_0000_0000
 # Where things lie in the arena unless the input says something else, in bytes.
-DESCRIPTORS, AVAILABLE, USED, BUFFERS = 0, PAGE, 2 * PAGE, 4 * PAGE
+DESCRIPTORS, AVAILABLE, USED, RECORD, BUFFERS = 0, PAGE, 2 * PAGE, 3 * PAGE, 4 * PAGE
 SIZE = 8  # of the queue
 FEATURES = (
     1 << virtio.VIRTIO_F_VERSION_1
@@ -227,7 +228,8 @@ class Stream(Target):
         with suppress(EOFError, ConnectionError):
             while (reply := self._reader.read()) is not None:
                 assert reply.flags == wire.FLAG_REPLY | wire.VERSION
-                assert not reply.fds
+                with reply:
+                    assert len(reply.fds) == (reply.request == Request.GET_INFLIGHT_FD)
                 self._trace.append((reply.request, reply.payload))
 
     def _send(self, data: bytes, fds: list[int]) -> None:
@@ -276,6 +278,13 @@ class Stream(Target):
             )
         if request in (Request.ADD_MEM_REG, Request.REM_MEM_REG):
             return wire.pack_single_region(self._region(source))
+        if request in (Request.GET_INFLIGHT_FD, Request.SET_INFLIGHT_FD):
+            return wire.InflightDescription(
+                source.pick((PAGE, PAGE, 0, 1, 319, 320, 1 << 63)),
+                source.pick((RECORD, RECORD, 0, 1, ARENA, 1 << 63)),
+                source.pick((1, 1, 1, 0, 2, 0xFFFF)),
+                source.pick((SIZE, SIZE, 0, 3, 64, 0x8000, 0xFFFF)),
+            ).pack()
         if request in (Request.GET_CONFIG, Request.SET_CONFIG):
             size = source.pick((3, 1, 0, 4, 255))
             return wire.Config(source.pick((0, 1, 3, 2**32 - 1)), size, 0, bytes(size)).pack()
@@ -300,7 +309,7 @@ class Stream(Target):
         files = self._files
         if request == Request.SET_MEM_TABLE:
             return [files.arena] * min(payload[0] if payload else 0, 253)
-        if request == Request.ADD_MEM_REG:
+        if request in (Request.ADD_MEM_REG, Request.SET_INFLIGHT_FD):
             return [files.arena]
         if request == Request.SET_BACKEND_REQ_FD:
             return [files._sockets[0].fileno()]
@@ -316,7 +325,7 @@ class Stream(Target):
         files = self._files
         addresses = wire.VringAddress(0, 0, USER + DESCRIPTORS, USER + USED, USER + AVAILABLE)
         talk: list[tuple[int, bytes, list[int]]] = [
-            (Request.SET_PROTOCOL_FEATURES, wire.pack_u64(PROTOCOL_FEATURES), []),
+            (Request.SET_PROTOCOL_FEATURES, wire.pack_u64(NEGOTIATED), []),
             (Request.SET_FEATURES, wire.pack_u64(FEATURES), []),
             (Request.ADD_MEM_REG, wire.pack_single_region(REGIONS[0]), [files.arena]),
             (Request.SET_VRING_NUM, VringState(0, SIZE).pack(), []),
@@ -328,8 +337,26 @@ class Stream(Target):
             (Request.SET_VRING_ENABLE, VringState(0, 1).pack(), []),
         ]
         flags = source.pick((9, 1))
-        for request, payload, fds in talk[: 10 - source.number(1) % 10]:
+        shape = source.number(1)
+        if shape & 0x80:
+            region = wire.InflightDescription(PAGE, RECORD, 1, SIZE).pack()
+            talk.insert(3, (Request.SET_INFLIGHT_FD, region, [files.arena]))
+        for request, payload, fds in talk[: len(talk) - shape % 10]:
             self._send(_HEADER.pack(request, flags, len(payload)) + payload, fds)
+
+    def _record(self, source: Source) -> None:
+        """Change the in-flight region: what a process left behind, or anything."""
+        head, following = source.number(1) % (SIZE + 1), source.number(1) % (SIZE + 1)
+        used = (self._heads - source.pick((0, 1, 2, 8, 9, 0x8000))) & 0xFFFF
+        how = source.number(1)
+        if how & 1:
+            version = source.pick((1, 1, 1, 0, 2))
+            self._store(RECORD, struct.pack("=QHHHH", 0, version, SIZE, head, used))
+        if how & 2:
+            entry = struct.pack("=B5xHQ", source.pick((1, 0, 255)), following, source.number(1))
+            self._store(RECORD + 16 + 16 * (head % SIZE), entry)
+        if how & 4:
+            self._store(RECORD + source.number(2) % PAGE, source.take(8))
 
     def _raw(self, source: Source) -> None:
         self._send(source.take(source.number(1)), [])
@@ -406,6 +433,7 @@ _STEPS = (
     Stream._chain,
     Stream._bytes,
     Stream._raw,
+    Stream._record,
     Stream._message,
     Stream._hang_up,
 )

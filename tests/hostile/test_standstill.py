@@ -81,6 +81,9 @@ LEFT = {
     "memory table": message(
         Request.SET_MEM_TABLE, wire.pack_memory_table([MemoryRegion(0, 4096, 0, 0)])
     ),
+    "in-flight region": message(
+        Request.SET_INFLIGHT_FD, wire.InflightDescription(4096, 0, 1, 64).pack()
+    ),
     "removed memory": message(Request.REM_MEM_REG, REGION),
     "message without descriptors": message(Request.GET_FEATURES),
     "half a header": message(Request.SET_BACKEND_REQ_FD)[:6],

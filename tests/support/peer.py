@@ -25,6 +25,8 @@ from vhost_rpmb.virtio import spec as virtio
 FEATURES = 1 << virtio.VIRTIO_F_VERSION_1 | 1 << virtio.VIRTIO_F_EVENT_IDX
 OFFERED = FEATURES | wire.F_PROTOCOL_FEATURES
 PAGE = 4096
+# With GPA_ADDRESSES the addresses of vrings are others; test_gpa_addresses.py has those.
+NEGOTIATED = PROTOCOL_FEATURES & ~wire.ProtocolFeature.GPA_ADDRESSES
 REGION = MemoryRegion(guest_address=0x10000, size=PAGE, user_address=0x7000_0000, mmap_offset=0)
 
 
@@ -133,7 +135,8 @@ class Peer:
         if message is None:
             return None
         assert message.flags == wire.FLAG_REPLY | wire.VERSION
-        assert not message.fds
+        with message:
+            assert len(message.fds) == (message.request == Request.GET_INFLIGHT_FD)
         return message.payload
 
     def ask(self, request: int, payload: bytes = b"", fds: tuple[int, ...] = ()) -> bytes | None:
@@ -175,7 +178,7 @@ class Peer:
         with pytest.raises(EOFError):
             self.reader.read()
 
-    def negotiate(self, protocol_features: int = PROTOCOL_FEATURES) -> None:
+    def negotiate(self, protocol_features: int = NEGOTIATED) -> None:
         self.send(Request.SET_PROTOCOL_FEATURES, wire.pack_u64(protocol_features))
         self.send(Request.SET_FEATURES, wire.pack_u64(OFFERED))
         assert self.end is None

@@ -42,6 +42,18 @@ MESSAGES: dict[Request, Valid] = {
         ProtocolFeature.CONFIG,
         True,
     ),
+    Request.GET_INFLIGHT_FD: (
+        wire.InflightDescription(0, 0, 2, 8).pack(),
+        0,
+        ProtocolFeature.INFLIGHT_SHMFD,
+        True,
+    ),
+    Request.SET_INFLIGHT_FD: (
+        wire.InflightDescription(1024, 0, 2, 8).pack(),
+        1,
+        ProtocolFeature.INFLIGHT_SHMFD,
+        False,
+    ),
     Request.RESET_DEVICE: (b"", 0, ProtocolFeature.RESET_DEVICE, False),
     Request.GET_MAX_MEM_SLOTS: (b"", 0, ProtocolFeature.CONFIGURE_MEM_SLOTS, True),
     Request.ADD_MEM_REG: (
@@ -79,7 +91,7 @@ def descriptors(
     near, far = socket.socketpair()
 
     def descriptor(request: int) -> int:
-        if request in (Request.SET_MEM_TABLE, Request.ADD_MEM_REG):
+        if request in (Request.SET_MEM_TABLE, Request.ADD_MEM_REG, Request.SET_INFLIGHT_FD):
             return memfd
         return near.fileno() if request == Request.SET_BACKEND_REQ_FD else eventfds[0]
 

@@ -42,6 +42,7 @@ cdef enum:  # vhost_rpmb.virtio.rules
     RING_AVAILABLE_INDEX = 5
     RING_HEAD = 6
     RING_MEMORY_LOST = 7
+    RING_INFLIGHT_LOST = 8
 
 cdef enum:  # vhost_rpmb.virtio.flags
     NOTIFY = 1

@@ -2,6 +2,7 @@
 from libc.stddef cimport size_t
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 
+from vhost_rpmb._fast.inflight cimport Inflight
 from vhost_rpmb._fast.memory cimport GuestMemory
 
 
@@ -45,6 +46,8 @@ cdef class Ring:
     cdef bint event_index
     cdef bint mapped  # the parts were found when ``generation`` was the memory's
     cdef uint64_t generation
+    cdef Inflight inflight
+    cdef bint tracked  # there is ``inflight``
     cdef size_t walked
     cdef size_t crossings
 
@@ -52,6 +55,7 @@ cdef class Ring:
     cdef void set_base(self, uint16_t index) noexcept
     cdef uint16_t used(self) noexcept nogil
     cdef int map(self) noexcept nogil
+    cdef void resume(self, uint16_t used_index) noexcept nogil
     cdef int look(self, uint32_t *available) noexcept nogil
     cdef int take(self, Chain *chain, Buffers *buffers) except -1 nogil
     cdef void put(self, uint16_t head, uint32_t length) noexcept nogil

@@ -34,6 +34,9 @@ cdef class Ring:
         """Find the parts, if they or the memory table changed."""
         return RING_NO_SIZE
 
+    cdef void resume(self, uint16_t used_index) noexcept nogil:
+        pass
+
     cdef int look(self, uint32_t *available) noexcept nogil:
         return RING_OK
 

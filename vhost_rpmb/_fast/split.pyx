@@ -27,12 +27,16 @@ cdef extern from "ring.h" nogil:
 @cython.final
 cdef class SplitRing(Ring):
     cdef uint16_t base(self) noexcept:
+        if self.tracked:
+            return <uint16_t>(self._next_available - self.inflight.waiting)
         return self._next_available
 
     cdef uint16_t used(self) noexcept nogil:
         return self._next_used if self._started else load_index(self._used + 2)
 
     cdef void set_base(self, uint16_t index) noexcept:
+        self.inflight = None
+        self.tracked = False
         self._next_available = index
         self._next_used = 0
         self._published = 0
@@ -64,6 +68,11 @@ cdef class SplitRing(Ring):
         self.generation = self.memory.generation
         return RING_OK
 
+    cdef void resume(self, uint16_t used_index) noexcept nogil:
+        self._next_used = used_index
+        self._published = used_index
+        self._started = True
+
     cdef int look(self, uint32_t *available) noexcept nogil:
         self.walked = 0
         self._unpublished = 0
@@ -71,16 +80,23 @@ cdef class SplitRing(Ring):
             self._next_used = load_index(self._used + 2)
             self._started = True
         available[0] = <uint16_t>(load_index(self._available + 2) - self._next_available)
+        if self.tracked:
+            available[0] += self.inflight.waiting
         return RING_AVAILABLE_INDEX if available[0] > self.size else RING_OK
 
     cdef int take(self, Chain *chain, Buffers *buffers) except -1 nogil:
         cdef size_t slot = self._next_available & (self.size - 1)
         cdef size_t readable = buffers.readable.count
         cdef size_t writable = buffers.writable.count
-        chain.head = load_index(self._available + 4 + 2 * slot)
-        if chain.head >= self.size:
-            return RING_HEAD
-        self._next_available += 1
+        if self.tracked and self.inflight.waiting:
+            chain.head = self.inflight.take_again()
+        else:
+            chain.head = load_index(self._available + 4 + 2 * slot)
+            if chain.head >= self.size:
+                return RING_HEAD
+            self._next_available += 1
+            if self.tracked:
+                self.inflight.take(chain.head)
         chain.count = 0
         chain.readable = 0
         chain.writable = 0
@@ -138,6 +154,8 @@ cdef class SplitRing(Ring):
             self._used_address + offset, self._used + offset, &element, sizeof(element)
         )
         self._unpublished += 1
+        if self.tracked:
+            self.inflight.put(head)
 
     cdef uint32_t position(self) noexcept nogil:
         return <uint16_t>(self._next_used + self._unpublished)
@@ -148,6 +166,8 @@ cdef class SplitRing(Ring):
             self._next_used = <uint16_t>(self._next_used + self._unpublished)
             self._unpublished = 0
             self._store_used(2, self._next_used)
+            if self.tracked:
+                self.inflight.published(self._next_used)
 
     cdef void ask_for_kick(self) noexcept nogil:
         if self.event_index:
@@ -175,4 +195,6 @@ cdef class SplitRing(Ring):
         return <uint16_t>(self._next_used - event - 1) < count
 
     cdef bint changed(self) noexcept nogil:
+        if self.tracked and self.inflight.waiting:
+            return True
         return load_index(self._available + 2) != self._next_available

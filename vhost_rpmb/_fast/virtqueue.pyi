@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import final
 
 from vhost_rpmb._fast.memory import GuestMemory
@@ -23,4 +23,7 @@ class Virtqueue:
     def used(self) -> int | None: ...
     @property
     def error(self) -> str: ...
+    def resume(
+        self, used_index: int, region: GuestMemory, offset: int, last: int, heads: Sequence[int]
+    ) -> None: ...
     def take_faults(self) -> dict[str, int]: ...

@@ -10,6 +10,7 @@ from libc.string cimport memcpy, memset
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 
 from vhost_rpmb._fast.constants cimport *
+from vhost_rpmb._fast.inflight cimport Inflight
 from vhost_rpmb._fast.memory cimport GuestMemory
 from vhost_rpmb._fast.ring cimport CHAIN_GOOD, Buffers, Chain, Segment, Segments
 from vhost_rpmb._fast.split cimport SplitRing
@@ -82,6 +83,11 @@ cdef class Virtqueue:
         self._faulty = False
         return faults
 
+    def resume(self, used_index, GuestMemory region not None, offset, last, heads):
+        self._ring.inflight = Inflight(region, offset, self._ring.size, last, heads)
+        self._ring.tracked = True
+        self._ring.resume(used_index)
+
     def answer_chains(self, answer, uint64_t max_bytes, uint32_t max_chains):
         cdef uint32_t available = self.open()
         cdef bint drained = available <= max_chains
@@ -139,10 +145,13 @@ cdef class Virtqueue:
         return 0
 
     cdef bint memory_lost(self) noexcept nogil:
+        cdef int rule = RING_MEMORY_LOST
         if not self.memory.lost():
-            return False
+            if not self._ring.tracked or not self._ring.inflight.memory.lost():
+                return False
+            rule = RING_INFLIGHT_LOST
         if not self._rule:
-            self._rule = RING_MEMORY_LOST
+            self._rule = rule
         return True
 
     # For the loop of this engine.

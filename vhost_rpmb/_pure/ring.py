@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass, field
 
+from vhost_rpmb._pure.inflight import Inflight
 from vhost_rpmb._pure.memory import GuestMemory, GuestMemoryError
 from vhost_rpmb.virtio import limits, rules
 from vhost_rpmb.virtio import spec as virtio
@@ -68,8 +69,9 @@ class BrokenRingError(Exception):
 class Ring:
     """A ring of ``size`` descriptors in guest memory, with its negotiated features.
 
-    ``addresses`` are the user addresses of its three parts. ``walked`` counts the descriptors since
-    the last look().
+    ``addresses`` are the user addresses of its three parts. ``inflight`` records the chains in
+    flight, if the front-end has a region for that; set_base() ends it. ``walked`` counts the
+    descriptors since the last look().
     """
 
     def __init__(self, memory: GuestMemory) -> None:
@@ -78,6 +80,7 @@ class Ring:
         self.addresses = (0, 0, 0)
         self.indirect = False
         self.event_index = False
+        self.inflight: Inflight | None = None
         self.walked = 0
         self._crossings = 0
 
@@ -108,6 +111,10 @@ class Ring:
     @property
     def mapped(self) -> bool:
         """Whether the parts are mapped."""
+        raise NotImplementedError
+
+    def resume(self, used_index: int) -> None:
+        """Continue behind that used index, whatever guest memory says by now."""
         raise NotImplementedError
 
     def look(self) -> int:

@@ -56,13 +56,15 @@ class SplitRing(Ring):
 
     @property
     def base(self) -> int:
-        return self._next_available
+        waiting = self.inflight.waiting if self.inflight is not None else 0
+        return (self._next_available - waiting) & 0xFFFF
 
     @property
     def used(self) -> int:
         return self._next_used if self._started else self._used_index.load()
 
     def set_base(self, index: int) -> None:
+        self.inflight = None
         self._next_available = index
         self._next_used = 0
         self._published = 0  # the used index before the batch published last
@@ -100,6 +102,8 @@ class SplitRing(Ring):
         self._used_flags = index(2, 0)
         self._used_index = index(2, 2)
         self._available_event = index(2, 4 + 8 * size)
+        if self.inflight is not None:
+            self.inflight.map()
 
     def unmap(self) -> None:
         if self._parts is None:
@@ -116,10 +120,16 @@ class SplitRing(Ring):
         for part in self._parts:
             part.release()
         self._parts = None
+        if self.inflight is not None:
+            self.inflight.unmap()
 
     @property
     def mapped(self) -> bool:
         return self._parts is not None
+
+    def resume(self, used_index: int) -> None:
+        self._next_used = self._published = used_index
+        self._started = True
 
     def look(self) -> int:
         self.walked = 0
@@ -128,6 +138,8 @@ class SplitRing(Ring):
             self._next_used = self._used_index.load()
             self._started = True
         available = (self._available_index.load() - self._next_available) & 0xFFFF
+        if self.inflight is not None:
+            available += self.inflight.waiting
         if available > self.size:
             raise BrokenRingError(rules.RING_AVAILABLE_INDEX)
         full_barrier()  # the index before the entries and descriptors
@@ -136,11 +148,16 @@ class SplitRing(Ring):
     def take(self) -> Chain:
         assert self._parts is not None
         descriptors, available, _ = self._parts
-        offset = 4 + 2 * (self._next_available % self.size)
-        head = int.from_bytes(available[offset : offset + 2], "little")
-        if head >= self.size:
-            raise BrokenRingError(rules.RING_HEAD)
-        self._next_available = (self._next_available + 1) & 0xFFFF
+        if self.inflight is not None and self.inflight.waiting:
+            head = self.inflight.take_again()
+        else:
+            offset = 4 + 2 * (self._next_available % self.size)
+            head = int.from_bytes(available[offset : offset + 2], "little")
+            if head >= self.size:
+                raise BrokenRingError(rules.RING_HEAD)
+            self._next_available = (self._next_available + 1) & 0xFFFF
+            if self.inflight is not None:
+                self.inflight.take(head)
         chain = Chain(head)
         try:
             self._walk(descriptors, chain)
@@ -176,6 +193,8 @@ class SplitRing(Ring):
         slot = (self._next_used + self._unpublished) % self.size
         self.memory.write(self._used_address + 4 + 8 * slot, _USED_ELEMENT.pack(head, length))
         self._unpublished += 1
+        if self.inflight is not None:
+            self.inflight.put(head)
 
     def position(self) -> int:
         return (self._next_used + self._unpublished) & 0xFFFF
@@ -187,6 +206,8 @@ class SplitRing(Ring):
             self._unpublished = 0
             full_barrier()  # the elements and the buffers before the index
             self._used_index.store(self._next_used)
+            if self.inflight is not None:
+                self.inflight.published(self._next_used)
 
     def ask_for_kick(self) -> None:
         if self.event_index:
@@ -204,4 +225,6 @@ class SplitRing(Ring):
         return (self._next_used - event - 1) & 0xFFFF < count
 
     def changed(self) -> bool:
+        if self.inflight is not None and self.inflight.waiting:
+            return True
         return self._available_index.load() != self._next_available

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+from vhost_rpmb._pure.inflight import Inflight
 from vhost_rpmb._pure.memory import GuestMemory
 from vhost_rpmb._pure.ring import BrokenRingError, Chain, Ring, full_barrier
 from vhost_rpmb._pure.split import SplitRing
@@ -82,6 +83,17 @@ class Virtqueue:
         self._faults.clear()
         return faults
 
+    def resume(
+        self, used_index: int, region: GuestMemory, offset: int, last: int, heads: Sequence[int]
+    ) -> None:
+        """Continue at a used index, after set_base(), and keep a record of what is in flight.
+
+        The record is at ``offset`` of ``region`` (`vhost_rpmb.vhost_user.inflight`), which stays
+        mapped until set_base() or reset(). ``heads`` are served again, before all others.
+        """
+        self._ring.inflight = Inflight(region, offset, self._ring.size, last, heads)
+        self._ring.resume(used_index)
+
     def answer_chains(
         self, answer: Callable[[bytes, int], bytes], max_bytes: int, max_chains: int
     ) -> int:
@@ -129,10 +141,13 @@ class Virtqueue:
 
     def _memory_lost(self) -> bool:
         """Tell whether earlier reads may be invalid, and break the ring then."""
-        if not self._memory._lost:
+        if self._memory._lost:
+            rule = rules.RING_MEMORY_LOST
+        elif self._ring.inflight is not None and self._ring.inflight.lost:
+            rule = rules.RING_INFLIGHT_LOST
+        else:
             return False
-        if not self._rule:
-            self._rule = rules.RING_MEMORY_LOST
+        self._rule = self._rule or rule
         return True
 
     # For the loop of this engine.

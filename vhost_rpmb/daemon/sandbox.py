@@ -54,12 +54,13 @@ _PROT_EXEC = 4
 _INT = 0xFFFF_FFFF  # the part of a register that is an int
 _SPECIAL_BITS = stat.S_ISUID | stat.S_ISGID | stat.S_ISVTX
 _PRIVATE_FILE = 0o600  # mknod: without a type a regular file
-_F_GET_SEALS = 1034  # fcntl has it from Python 3.12 on
+_F_ADD_SEALS, _F_GET_SEALS = 1033, 1034  # fcntl has them from Python 3.12 on
 _F_DUPFD_QUERY = 1027  # since Linux 6.10
 # All else can make the kernel send signals (F_SETOWN, F_SETSIG, F_NOTIFY, O_ASYNC by F_SETFL).
 _FCNTL_COMMANDS = (
     fcntl.F_DUPFD_CLOEXEC, fcntl.F_GETFD, fcntl.F_SETFD, fcntl.F_GETFL,
-    fcntl.F_GETLK, fcntl.F_SETLK, _F_GET_SEALS, _F_DUPFD_QUERY,
+    fcntl.F_GETLK, fcntl.F_SETLK, _F_GET_SEALS, _F_ADD_SEALS,
+    _F_DUPFD_QUERY,
 )  # fmt: skip
 # clone(2): what makes a thread of the process, and the namespaces that one could have.
 _CLONE_THREAD = 0x10000 | 0x800 | 0x400 | 0x200 | 0x100  # with signals, files, folders, memory
@@ -73,7 +74,7 @@ _ALLOWED = (
     # Connections and descriptors.
     "accept4", "accept", "close", "dup", "epoll_create1", "epoll_ctl", "eventfd2",
     "getpeername", "getsockname", "getsockopt", "pipe2", "poll", "ppoll", "recvfrom", "select",
-    "pselect6", "setsockopt", "shutdown",
+    "pselect6", "sendmsg", "setsockopt", "shutdown",
     # Files; Landlock decides which ones.
     "access", "faccessat", "faccessat2", "fallocate", "flock", "fstat", "fstatfs", "fsync",
     "ftruncate", "getcwd", "lseek", "lstat", "newfstatat", "preadv", "preadv2", "pwritev",
@@ -82,15 +83,16 @@ _ALLOWED = (
     # Threads; the filter allows no process.
     "rseq", "sched_getaffinity", "set_robust_list",
     # Memory and time.
-    "brk", "clock_nanosleep", "futex", "getrandom", "gettimeofday", "madvise", "mremap", "munmap",
+    "brk", "clock_nanosleep", "futex", "getrandom", "gettimeofday", "madvise", "memfd_create",
+    "mremap", "munmap",
     "nanosleep", "restart_syscall", "setitimer", "time",
     # Signals, identity and the end.
     "exit", "exit_group", "getegid", "geteuid", "getgid", "getpid", "gettid", "getuid",
     "rt_sigaction", "rt_sigprocmask", "rt_sigreturn", "sigaltstack",
 )  # fmt: skip
 
-# Sending descriptors, receiving and sending with a mark, and comparing open files.
-_DESCRIPTOR_STORE = ("sendmsg", "recvmmsg", "sendmmsg", "kcmp")
+# Receiving and sending with a mark, and comparing open files.
+_DESCRIPTOR_STORE = ("recvmmsg", "sendmmsg", "kcmp")
 
 
 def enter(folders: Mapping[str, Access], *, descriptor_store: bool = False) -> None:
@@ -206,7 +208,7 @@ def _filter_calls(library: ctypes.CDLL, more: Iterable[str]) -> None:
         for name in (*_ALLOWED, *more):
             allow(name)
         # Without an address: the service manager's datagram socket could reach any other socket.
-        # The address of sendmsg is in memory, which a filter cannot read.
+        # That of sendmsg, which sends descriptors, is in memory, where a filter cannot read it.
         allow("sendto", _Comparison(4, _EQUAL, 0))
         for name in ("mmap", "mprotect"):
             allow(name, _Comparison(2, _MASKED_EQUAL, _PROT_EXEC, 0))

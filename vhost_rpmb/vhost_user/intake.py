@@ -23,7 +23,7 @@ from vhost_rpmb.vhost_user.wire import Message, Request
 
 __all__ = ["KeptReader"]
 
-_MEMORY = (Request.SET_MEM_TABLE, Request.ADD_MEM_REG)
+_MEMORY = (Request.SET_MEM_TABLE, Request.ADD_MEM_REG, Request.SET_INFLIGHT_FD)
 
 
 class KeptReader(wire.MessageReader):

@@ -162,6 +162,12 @@ class Memory(Protocol):
     def clear(self) -> None:
         """Unmap all regions."""
 
+    def read(self, guest_address: int, length: int) -> bytes:
+        """Copy bytes out of it."""
+
+    def write(self, guest_address: int, data: bytes) -> None:
+        """Copy bytes into it."""
+
 
 class Virtqueue(Protocol):
     """A virtqueue in guest memory; the setters raise ValueError."""
@@ -192,6 +198,11 @@ class Virtqueue(Protocol):
 
     def set_features(self, features: int) -> None:
         """Set the negotiated virtio feature bits."""
+
+    def resume(
+        self, used_index: int, region: Any, offset: int, last: int, heads: Sequence[int]
+    ) -> None:
+        """Continue at a used index, and keep the record of what is in flight."""
 
     def take_faults(self) -> dict[str, int]:
         """Return the number of broken chains for each broken rule since the last call."""

@@ -25,17 +25,18 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 from vhost_rpmb.errors import PeerError
-from vhost_rpmb.vhost_user import foreign, saved, wire
+from vhost_rpmb.vhost_user import foreign, inflight, saved, wire
 from vhost_rpmb.vhost_user.intake import KeptReader
 from vhost_rpmb.vhost_user.interfaces import Device, Engine, Keeper, Log, Watcher
 from vhost_rpmb.vhost_user.saved import Intake, Owed, SavedRegion
 from vhost_rpmb.vhost_user.vring import Vring
 from vhost_rpmb.vhost_user.wire import Message, ProtocolFeature, Request
 from vhost_rpmb.virtio import flags
+from vhost_rpmb.virtio import spec as virtio
 
 __all__ = ["MAX_MEM_SLOTS", "PROTOCOL_FEATURES", "Session"]
 
@@ -44,9 +45,11 @@ PROTOCOL_FEATURES = (
     ProtocolFeature.MQ
     | ProtocolFeature.REPLY_ACK
     | ProtocolFeature.CONFIG
+    | ProtocolFeature.INFLIGHT_SHMFD
     | ProtocolFeature.RESET_DEVICE
     | ProtocolFeature.CONFIGURE_MEM_SLOTS
     | ProtocolFeature.STATUS
+    | ProtocolFeature.GPA_ADDRESSES
 )
 
 _ACK_SUCCESS = 0
@@ -94,6 +97,8 @@ class Session:
             for index in range(device.num_queues)
         ]
         self._loop = engine.Loop(device, watcher.epoll, poll_us)
+        self._inflight: inflight.Region | None = None
+        self._saved_inflight: saved.Inflight | None = None
         self._features = 0
         self._protocol_features = ProtocolFeature(0)
         self._owned = False
@@ -155,6 +160,8 @@ class Session:
         for vring in self._vrings:
             vring.close()
         self._memory.clear()
+        if self._inflight is not None:
+            self._inflight.close()
         self._reader.close()
 
     # Another process
@@ -184,6 +191,8 @@ class Session:
             foreign.check_memory(fd)
             self._memory.add_region(*region.place, fd)
             self._regions[region.place[:3]] = region
+        if state.inflight is not None:
+            self._use_inflight(state.inflight, self._keeper.descriptor(state.inflight.file))
         for vring, found in zip(self._vrings, state.vrings, strict=True):
             vring.restore(found, self._vring_features, self._keeper.descriptor)
         self._set_state(state)
@@ -216,6 +225,7 @@ class Session:
             status=self._status,
             regions=list(self._regions.values()),
             vrings=[vring.save(self._store) for vring in self._vrings],
+            inflight=self._saved_inflight,
         )
 
     def _set_state(self, state: saved.State) -> None:
@@ -230,14 +240,15 @@ class Session:
         assert self._keeper is not None
         self._keeper.save(saved.pack(self._packed, intake, Owed()))
 
-    def _conclude(self, owed: Owed) -> None:
+    def _conclude(self, data: bytes, fds: Sequence[int]) -> None:
         """Save the state with the reply that is owed, then send the reply."""
+        owed = Owed(data, [self._store(fd) for fd in fds])
         keeper = self._keeper
         if keeper is not None and keeper.active:
             self._set_state(self._state())
         if keeper is None or not keeper.active:
-            if owed.data:
-                self._sending(lambda: wire.send_bytes(self._sock, owed.data))
+            if data:
+                self._sending(lambda: wire.send_bytes(self._sock, data, fds))
             return
         keeper.save(saved.pack(self._packed, Intake(), owed))
         if owed.data:
@@ -258,15 +269,22 @@ class Session:
         row = _MESSAGES.get(message.request, _UNKNOWN)
         try:
             self._check(row, message)
-            reply = row.handler(self, message)
+            reply: bytes | _WithDescriptor | None = row.handler(self, message)
         except (ValueError, OSError) as error:
             reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
             reply = self._refuse(row, message, f"{name}: {reason}")
         else:
             if reply is None and self._wants_ack(message):
                 reply = wire.pack_u64(_ACK_SUCCESS)
+        fds: Sequence[int] = ()
+        if isinstance(reply, _WithDescriptor):
+            fds = [reply.fd]
+            reply = reply.payload
         data = b"" if reply is None else wire.pack_message(message.request, wire.FLAG_REPLY, reply)
-        self._conclude(Owed(data))
+        try:
+            self._conclude(data, fds)
+        finally:
+            wire.close_fds(fds)
 
     def _check(self, row: _Row, message: Message) -> None:
         if message.flags & (wire.FLAG_REPLY | ~wire.FLAGS_MASK):
@@ -366,7 +384,7 @@ class Session:
         cannot be mapped changes nothing. If the second mapping still fails, the old table is lost
         and the connection ends.
         """
-        regions = wire.unpack_memory_table(message.payload)
+        regions = [self._place(each) for each in wire.unpack_memory_table(message.payload)]
         if len(regions) != len(message.fds):
             raise ValueError(
                 f"expected a file descriptor for each of {len(regions)} memory regions, "
@@ -388,11 +406,17 @@ class Session:
         except (ValueError, OSError) as error:
             raise PeerError(f"SET_MEM_TABLE: a memory region was lost: {error}") from error
 
+    def _place(self, region: wire.MemoryRegion) -> wire.MemoryRegion:
+        """The region as the engine is to know it: vrings are looked up by its user address."""
+        if self._protocol_features & ProtocolFeature.GPA_ADDRESSES:
+            return region._replace(user_address=region.guest_address)
+        return region
+
     def _get_max_mem_slots(self, _message: Message) -> bytes:
         return wire.pack_u64(MAX_MEM_SLOTS)
 
     def _add_mem_reg(self, message: Message) -> None:
-        region = wire.unpack_single_region(message.payload)
+        region = self._place(wire.unpack_single_region(message.payload))
         foreign.check_memory(message.fds[0])
         self._add_region(region, message.fds[0])
 
@@ -401,7 +425,7 @@ class Session:
         self._regions[region[:3]] = SavedRegion(region, self._store(fd))
 
     def _rem_mem_reg(self, message: Message) -> None:
-        region = wire.unpack_single_region(message.payload)
+        region = self._place(wire.unpack_single_region(message.payload))
         self._memory.remove_region(region.guest_address, region.size, region.user_address)
         del self._regions[region[:3]]
 
@@ -413,6 +437,33 @@ class Session:
                 f"expected a payload of {wire.U64_SIZE} or {wire.LOG_SIZE} bytes, "
                 f"found {len(message.payload)}"
             )
+
+    def _get_inflight_fd(self, message: Message) -> _WithDescriptor:
+        asked = wire.InflightDescription.unpack(message.payload)
+        self._check_queues(asked.num_queues)
+        if not 0 < asked.queue_size <= virtio.VIRTQ_MAX_SIZE:
+            raise ValueError(f"expected a queue size of 1 to 32768, found {asked.queue_size}")
+        description, fd = inflight.create(asked.num_queues, asked.queue_size)
+        return _WithDescriptor(description.pack(), fd)
+
+    def _set_inflight_fd(self, message: Message) -> None:
+        description = wire.InflightDescription.unpack(message.payload)
+        self._check_queues(description.num_queues)
+        if any(vring.running for vring in self._vrings):
+            raise ValueError("a vring is running: GET_VRING_BASE stops it")
+        fd = message.fds[0]
+        self._use_inflight(saved.Inflight(self._store(fd), *description), fd)
+
+    def _use_inflight(self, found: saved.Inflight, fd: int) -> None:
+        """Map an in-flight region and let the vrings use it."""
+        foreign.check_memory(fd)
+        description = wire.InflightDescription(*found[1:])
+        region = inflight.Region(self._engine.GuestMemory(1), description, fd)
+        for vring in self._vrings:
+            vring.set_record(region.record(vring.index))
+        if self._inflight is not None:
+            self._inflight.close()
+        self._inflight, self._saved_inflight = region, found
 
     def _set_vring_num(self, message: Message) -> None:
         vring, size = self._vring_state(message)
@@ -488,6 +539,8 @@ class Session:
     def _reset_device(self, _message: Message) -> None:
         self._status = 0
         self._reset_vrings()
+        if self._inflight is not None:
+            self._inflight.clear()
         self._device.reset()
 
     def _set_backend_req_fd(self, message: Message) -> None:
@@ -502,6 +555,10 @@ class Session:
     @property
     def _vring_features(self) -> int:
         return self._features & ~wire.F_PROTOCOL_FEATURES
+
+    def _check_queues(self, count: int) -> None:
+        if not 0 < count <= len(self._vrings):
+            raise ValueError(f"expected 1 to {len(self._vrings)} vrings, found {count}")
 
     def _vring(self, index: int) -> Vring:
         if index >= len(self._vrings):
@@ -536,6 +593,9 @@ class Session:
 
     def _process(self, vring: Vring, *, once: bool) -> bool:
         """Serve a vring, with `once` one batch of it; True after a second without any event."""
+        vring.recover()
+        if not vring.running:
+            return False
         result = self._loop.serve(vring.queue, vring.kick_fd, vring.call_fd, once)
         taken = self._loop.take_events()
         for other in self._vrings if taken else ():
@@ -545,10 +605,17 @@ class Session:
         return bool(result & flags.IDLE)
 
 
+class _WithDescriptor(NamedTuple):
+    """A reply with a descriptor, which is closed when it was sent."""
+
+    payload: bytes
+    fd: int
+
+
 class _Row(NamedTuple):
     """The required form of a message, and its handler."""
 
-    handler: Callable[[Session, Message], bytes | None]
+    handler: Callable[[Session, Message], bytes | _WithDescriptor | None]
     size: int | None = 0  # bytes of payload; None: the handler checks it
     fds: Collection[int] = (0,)  # allowed numbers of file descriptors
     needs: ProtocolFeature = ProtocolFeature(0)  # must be negotiated
@@ -561,6 +628,7 @@ _STATE = wire.VRING_STATE_SIZE
 _ONE = (1,)
 _OPTIONAL = (0, 1)
 _SLOTS = ProtocolFeature.CONFIGURE_MEM_SLOTS
+_INFLIGHT = ProtocolFeature.INFLIGHT_SHMFD
 
 _UNKNOWN = _Row(Session._unknown, size=None, fds=range(wire.MAX_FDS + 1))
 _MESSAGES: dict[int, _Row] = {
@@ -588,6 +656,12 @@ _MESSAGES: dict[int, _Row] = {
         Session._get_config, None, needs=ProtocolFeature.CONFIG, replies=True, failure=b""
     ),
     Request.SET_CONFIG: _Row(Session._set_config, None, needs=ProtocolFeature.CONFIG),
+    Request.GET_INFLIGHT_FD: _Row(
+        Session._get_inflight_fd, wire.INFLIGHT_SIZE, needs=_INFLIGHT, replies=True
+    ),
+    Request.SET_INFLIGHT_FD: _Row(
+        Session._set_inflight_fd, wire.INFLIGHT_SIZE, _ONE, needs=_INFLIGHT
+    ),
     Request.RESET_DEVICE: _Row(Session._reset_device, needs=ProtocolFeature.RESET_DEVICE),
     Request.GET_MAX_MEM_SLOTS: _Row(Session._get_max_mem_slots, needs=_SLOTS, replies=True),
     Request.ADD_MEM_REG: _Row(Session._add_mem_reg, wire.SINGLE_REGION_SIZE, _ONE, _SLOTS),

@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 from vhost_rpmb.errors import PeerError
 from vhost_rpmb.vhost_user import foreign
+from vhost_rpmb.vhost_user.inflight import InvalidRecordError, Record
 from vhost_rpmb.vhost_user.interfaces import Log, Virtqueue, Watcher
 from vhost_rpmb.vhost_user.saved import SavedVring
 from vhost_rpmb.virtio import flags
@@ -42,6 +43,9 @@ class Vring:
         self._addresses: tuple[int, int, int] | None = None
         self._enabled = False
         self._error_fd = -1
+        self._record: Record | None = None
+        self._recovered = False  # the record was read since the base was set
+        self._fault = ""  # of the record: the vring does not run
 
     # Settings; ValueError changes nothing
 
@@ -66,8 +70,12 @@ class Vring:
     def set_base(self, base: int) -> None:
         """Set the next available index; not while it runs. Repairs a broken vring."""
         self._refuse_running()
-        self.queue.set_base(base)
-        self._update()
+        self._set_base(base)
+
+    def set_record(self, record: Record | None) -> None:
+        """Set the record of what is in flight; not while it runs."""
+        self._record = record
+        self._set_base(self.queue.base)
 
     def enable(self, enabled: bool) -> None:
         """Enable or disable it."""
@@ -80,6 +88,8 @@ class Vring:
         self.queue.reset()
         self.queue.set_features(features)
         self._size, self._addresses = 0, None
+        self._recovered = False
+        self._fault = ""
         self.enable(enabled)
 
     # Descriptors
@@ -92,8 +102,7 @@ class Vring:
         """Replace the kick descriptor by a watched one. Repairs a broken vring."""
         self.stop()
         self.kick_fd = fd
-        self.queue.set_base(self.queue.base)
-        self._update()
+        self._set_base(self.queue.base)
 
     def set_call(self, fd: int) -> None:
         """Replace the call descriptor, and signal it in case the vring runs."""
@@ -172,6 +181,34 @@ class Vring:
         if self.running:
             self.pending = True
 
+    def recover(self) -> None:
+        """Continue where the record of what is in flight says; before the first batch.
+
+        A record that is invalid stops the vring.
+        """
+        if self._recovered or self._record is None:
+            return
+        used_index = self.queue.used
+        if used_index is None:
+            return  # the next batch finds the reason
+        self._recovered = True
+        try:
+            found = self._record.recover(self._size, used_index, self.queue.base)
+        except InvalidRecordError as error:
+            self._fault = f"the in-flight region is invalid: {error}"
+            self._stopped(self._fault)
+            return
+        if found.cleared:
+            self._log.report(
+                "in-flight region",
+                f"vring {self.index}: the in-flight region does not fit the used index, and was "
+                "cleared",
+            )
+        self.queue.set_base(found.base)
+        self.queue.resume(
+            used_index, self._record.memory, self._record.offset, found.last, found.heads
+        )
+
     def handle(self, result: int) -> None:
         """Handle the flags that the engine's loop returned for this vring.
 
@@ -187,12 +224,21 @@ class Vring:
             for rule, count in self.queue.take_faults().items():
                 self._log.report(rule, f"vring {self.index}: {count} broken chains: {rule}")
         if result & flags.BROKEN:
-            cause = self.queue.error
-            self._log.report(
-                f"vring stopped: {cause}", f"vring {self.index} stopped until its reset: {cause}"
-            )
-            self._update()
-            self._signal(self._error_fd)
+            self._stopped(self.queue.error)
+
+    def _stopped(self, cause: str) -> None:
+        """Report that the vring is broken."""
+        self._log.report(
+            f"vring stopped: {cause}", f"vring {self.index} stopped until its reset: {cause}"
+        )
+        self._update()
+        self._signal(self._error_fd)
+
+    def _set_base(self, base: int) -> None:
+        self.queue.set_base(base)
+        self._recovered = False
+        self._fault = ""
+        self._update()
 
     def _update(self) -> None:
         """Start or stop the vring after a change of anything that decides whether it runs."""
@@ -201,7 +247,7 @@ class Vring:
             and self._size > 0
             and self._addresses is not None
             and self.kick_fd >= 0
-            and not self.queue.error
+            and not (self.queue.error or self._fault)
         )
         started = running and not self.running
         self.running = running

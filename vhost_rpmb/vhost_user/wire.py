@@ -108,6 +108,7 @@ class ProtocolFeature(IntFlag):
     XEN_MMAP = 1 << 17
     SHARED_OBJECT = 1 << 18
     DEVICE_STATE = 1 << 19
+    GPA_ADDRESSES = 1 << 21
 
 
 # Masks in GET_FEATURES and SET_FEATURES.
@@ -150,6 +151,7 @@ _MEMORY_REGION = struct.Struct("=QQQQ")
 _SINGLE_REGION = struct.Struct("=QQQQQ")
 _CONFIG = struct.Struct("=III")
 _LOG = struct.Struct("=QQ")
+_INFLIGHT = struct.Struct("=QQHH4x")
 
 HEADER_SIZE = _HEADER.size  # 12 bytes
 U64_SIZE = _U64.size  # 8 bytes
@@ -160,6 +162,7 @@ MEMORY_REGION_SIZE = _MEMORY_REGION.size  # 32 bytes
 SINGLE_REGION_SIZE = _SINGLE_REGION.size  # 40 bytes
 CONFIG_SIZE = _CONFIG.size  # 12 bytes, without the config space bytes
 LOG_SIZE = _LOG.size  # 16 bytes
+INFLIGHT_SIZE = _INFLIGHT.size  # 24 bytes
 
 
 # Messages that descriptors belong to; of the first three unless VRING_NO_FD is set.
@@ -306,6 +309,24 @@ class Config(NamedTuple):
         if size != len(data):
             raise ValueError(f"expected {size} config space bytes, found {len(data)}")
         return cls(offset, size, flags, data)
+
+
+class InflightDescription(NamedTuple):
+    """An inflight description: size and offset of the region in bytes, and the vrings in it."""
+
+    mmap_size: int
+    mmap_offset: int
+    num_queues: int
+    queue_size: int
+
+    def pack(self) -> bytes:
+        """The 24 bytes of the payload."""
+        return _INFLIGHT.pack(*self)
+
+    @classmethod
+    def unpack(cls, payload: bytes) -> Self:
+        """From the payload; ValueError unless it has 24 bytes."""
+        return cls(*_unpack(_INFLIGHT, payload))
 
 
 def close_fds(fds: Sequence[int]) -> None:
@@ -496,15 +517,13 @@ def send_message(
     Raises BlockingIOError if a non-blocking socket is full (the message may be sent in part: the
     connection is unusable), and OSError if the peer has disconnected.
     """
-    data = pack_message(request, flags, payload)
-    sent = 0
-    if fds:  # the sandbox allows no sendmsg()
+    send_bytes(sock, pack_message(request, flags, payload), fds)
+
+
+def send_bytes(sock: socket.socket, data: bytes, fds: Sequence[int] = ()) -> None:
+    """Send all bytes, descriptors with the first; the exceptions are those of `send_message`."""
+    if fds:
         control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
-        sent = sock.sendmsg([data], control)
-    send_bytes(sock, data[sent:])
-
-
-def send_bytes(sock: socket.socket, data: bytes) -> None:
-    """Send all bytes; the exceptions are those of `send_message`."""
+        data = data[sock.sendmsg([data], control) :]
     while data:
         data = data[sock.send(data) :]

@@ -46,6 +46,7 @@ RING_RULES = (
     "the available index is ahead by more than the queue size",
     "a head index is not below the queue size",
     "guest memory went away: the file behind it was truncated",
+    "the in-flight region went away: the file behind it was truncated",
 )
 (
     RING_OK,
@@ -56,4 +57,5 @@ RING_RULES = (
     RING_AVAILABLE_INDEX,
     RING_HEAD,
     RING_MEMORY_LOST,
+    RING_INFLIGHT_LOST,
 ) = range(len(RING_RULES))
