@@ -52,7 +52,25 @@ def test_data_counter_and_key_survive_a_kill(opened: Open, flash: Path) -> None:
     assert (store.counter, store.key) == (49, KEY)
     for counter in range(1, 50):
         assert store.image[counter * 256] == counter
+    assert flash.read_bytes() == bytes(128 * KIB)  # a start serves first
+    assert store.checkpoint_due
+    assert store.checkpoint()
     assert flash.read_bytes() == bytes(store.image)
+
+
+def test_pending_blocks_are_bounded_over_kills(opened: Open, flash: Path) -> None:
+    """One block, written again and again by processes that are never idle."""
+
+    def work() -> None:
+        store = open_store(Paths.resolve(str(flash)))
+        assert store.commit(store.counter + 1, [(7, A)] * (MAX_PENDING // 2 - 1), None)
+
+    for _ in range(2):
+        in_killed_process(work)
+    store = opened()
+    assert (store.counter, store.checkpoint_due) == (2, True)
+    assert store.commit(3, [(7, B)] * 2, None)
+    assert not store.checkpoint_due
 
 
 def test_block_may_be_zeroed_and_written_again(opened: Open, flash: Path) -> None:

@@ -20,6 +20,7 @@ class Contents(NamedTuple):
     memory: mmap.mmap  # the blocks
     damaged: bytearray  # one byte a block, non-zero where it differs from what was stored
     pending: set[int]  # addresses of blocks that may not be in the image yet
+    pending_total: int  # the number of those in the database, with repetition
     written: AbstractSet[int]  # addresses of blocks that have a digest
     earlier: list[int]  # addresses of damaged blocks that are earlier versions of themselves
     blank: bool  # the image is all zeros
@@ -36,7 +37,8 @@ def load(image: ImageFile, database: StateReader) -> Contents:
     blocks = image.size // spec.BLOCK_SIZE
     damaged = bytearray(blocks)
     digests = database.digests(blocks)
-    pending = dict(database.pending(blocks))
+    rows = list(database.pending(blocks))
+    pending = dict(rows)
     blank = True
     earlier = []
     for first, count, data in image.chunks():
@@ -55,4 +57,4 @@ def load(image: ImageFile, database: StateReader) -> Contents:
     for address, block in pending.items():
         start = address * spec.BLOCK_SIZE
         memory[start : start + spec.BLOCK_SIZE] = block
-    return Contents(memory, damaged, set(pending), digests.keys(), earlier, blank)
+    return Contents(memory, damaged, set(pending), len(rows), digests.keys(), earlier, blank)

@@ -83,7 +83,6 @@ def open_store(
             database.warm_log()
             database.mark_running(row.starts + 1)
             database.set_stamped(image.set_stamp(Stamp(row.name, row.starts + 1)))
-            store.checkpoint()
         undo.pop_all()
     return store
 

@@ -74,7 +74,7 @@ class Store:
         self.image = memoryview(contents.memory)
         self.damaged = contents.damaged
         self._pending = contents.pending
-        self._database_blocks = len(contents.pending)  # with repetition
+        self._database_blocks = contents.pending_total
         self._checkpoint_at = MAX_PENDING
         lost = contents.lost
         if lost:
