@@ -103,6 +103,8 @@ def test_no_request_fails_while_the_device_is_killed(
             if source.random() < 0.5:  # otherwise also while QEMU sets the connection up
                 blk.wait_for("SET_VRING_ENABLE")
         wait_for_rounds(guest, 1)
+        assert "SET_INFLIGHT_FD" in blk.log  # the region of the processes before
+        assert "GET_INFLIGHT_FD" not in blk.log
         checked(guest, "touch stop")
         for number in range(WRITERS):
             checked(guest, f"until test -e ended{number}; do sleep 0.1; done")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import socket
-import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -30,7 +29,6 @@ VERSION_1 = 1 << virtio.VIRTIO_F_VERSION_1
 EVENT_IDX = 1 << virtio.VIRTIO_F_EVENT_IDX
 INDIRECT = 1 << virtio.VIRTIO_F_INDIRECT_DESC
 IN_ORDER = 1 << virtio.VIRTIO_F_IN_ORDER
-_INFLIGHT = struct.Struct("=QQHH4x")  # size, offset, number of queues, queue size
 
 
 class Vmm(Frontend):
@@ -199,7 +197,7 @@ class CloudHypervisor(Vmm):
             self.tell(Request.SET_BACKEND_REQ_FD, fds=[theirs.fileno()])
 
     def _get_inflight(self, ring: Ring) -> tuple[bytes, int]:
-        asked = _INFLIGHT.pack(0, 0, 1, ring.size)
+        asked = wire.InflightDescription(0, 0, 1, ring.size).pack()
         self.send(Request.GET_INFLIGHT_FD, asked, (), wire.FLAG_NEED_REPLY)
         with self.receive() as reply:
             assert reply.request == Request.GET_INFLIGHT_FD

@@ -84,7 +84,9 @@ def supervised(engine: Engine, tmp_path: Path) -> Iterator[Supervised]:
 # Cloud Hypervisor
 
 
-@pytest.mark.parametrize("mask", [WITHOUT_INFLIGHT], ids=["used-index"])
+@pytest.mark.parametrize(
+    "mask", [CloudHypervisor.protocol_mask, WITHOUT_INFLIGHT], ids=["inflight", "used-index"]
+)
 def test_cloud_hypervisor_reconnects_after_a_crash_under_load(
     daemon: DaemonFactory, mask: ProtocolFeature
 ) -> None:
