@@ -82,12 +82,12 @@ ALLOWED = {
 # A process of its own for each statement, as a copy of one that has imported all modules.
 SERVER = """
 import _thread, ctypes, errno, fcntl, json, mmap, os, signal, socket, stat, sys, time
-from vhost_rpmb import process
+from vhost_rpmb import libc, process
 from vhost_rpmb.daemon import sandbox, server
 from vhost_rpmb.storage.local.store import resources
 from vhost_rpmb.storage.paths import Paths
 
-def attempt(inside, outside, statement, programmed, landlock):
+def attempt(inside, outside, statement, programmed, landlock, store):
     paths = Paths.resolve(inside + "/flash", inside + "/state/s", inside + "/keys/key")
     flash = open(paths.flash, "r+b")
     reader, writer = os.pipe()
@@ -98,7 +98,8 @@ def attempt(inside, outside, statement, programmed, landlock):
     if not landlock:
         sandbox._restrict_files = lambda folders: None
     process.hide_memory()
-    sandbox.enter(server.folders(resources(paths, programmed), inside + "/run/socket"))
+    folders = server.folders(resources(paths, programmed), inside + "/run/socket")
+    sandbox.enter(folders, descriptor_store=store)
     try:
         exec(statement, globals() | locals())
     except OSError as error:
@@ -135,7 +136,9 @@ def in_sandbox(server: subprocess.Popen[str], tmp_path: Path) -> InSandbox:
     Without ``landlock``, in the sandbox as it is on a kernel that does not have that.
     """
 
-    def attempt(statement: str, *, programmed: bool = False, landlock: bool = True) -> str:
+    def attempt(
+        statement: str, *, programmed: bool = False, landlock: bool = True, store: bool = False
+    ) -> str:
         inside, outside = tmp_path / "inside", tmp_path / "outside"
         for folder in (inside, outside):
             shutil.rmtree(folder, ignore_errors=True)
@@ -151,6 +154,7 @@ def in_sandbox(server: subprocess.Popen[str], tmp_path: Path) -> InSandbox:
             "statement": textwrap.dedent(statement),
             "programmed": programmed,
             "landlock": landlock,
+            "store": store,
         }
         assert server.stdin
         assert server.stdout
@@ -166,6 +170,28 @@ def in_sandbox(server: subprocess.Popen[str], tmp_path: Path) -> InSandbox:
 def test_sandbox_forbids(in_sandbox: InSandbox, what: str) -> None:
     statement, error = FORBIDDEN[what]
     assert in_sandbox(statement) == errno.errorcode[error]
+
+
+@pytest.mark.needs_sandbox
+@pytest.mark.parametrize(
+    ("pid", "kind", "result"),
+    [("getpid", 0, "done"), ("getppid", 0, "EPERM"), ("getpid", 1, "EPERM")],
+)
+def test_only_own_files_are_compared(
+    in_sandbox: InSandbox, pid: str, kind: int, result: str
+) -> None:
+    statement = f"""
+    values = [ctypes.c_long(value) for value in (os.getpid(), os.{pid}(), {kind}, 0, 1)]
+    libc._call("kcmp", *values)
+    """
+    assert in_sandbox(statement, store=True) == result
+
+
+@pytest.mark.needs_sandbox
+@pytest.mark.parametrize("what", FORBIDDEN)
+def test_sandbox_with_a_descriptor_store_forbids(in_sandbox: InSandbox, what: str) -> None:
+    statement, error = FORBIDDEN[what]
+    assert in_sandbox(statement, store=True) == errno.errorcode[error]
 
 
 @pytest.mark.needs_sandbox
@@ -306,11 +332,11 @@ def test_no_core_dump(flash: Path, tmp_path: Path) -> None:
         file_actions=[(os.POSIX_SPAWN_DUP2, writer, 2), (os.POSIX_SPAWN_CLOSE, reader)],
     )
     os.close(writer)
-    assert b"listening" in os.read(reader, 1000)
+    with open(reader) as lines:
+        assert any("listening" in line for line in lines)
     limits = Path(f"/proc/{pid}/limits").read_text()
     assert "Max core file size        0                    0 " in limits
     os.kill(pid, signal.SIGSEGV)
     _, ended = os.waitpid(pid, 0)
-    os.close(reader)
     assert os.WTERMSIG(ended) == signal.SIGSEGV
     assert not os.WCOREDUMP(ended)

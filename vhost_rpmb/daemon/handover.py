@@ -55,7 +55,8 @@ _CONTROL = struct.Struct("@Nii")  # struct cmsghdr: length, level, type
 # <linux/fcntl.h>; fcntl has them from Python 3.12 on.
 _F_ADD_SEALS, _F_GET_SEALS = 1033, 1034
 _SEALS = 0x1 | 0x2 | 0x4  # SEAL, SHRINK, GROW
-_SO_PASSSEC, _SO_PASSPIDFD = 34, 76
+# Ancillary data that precede descriptors: a socket unit can have them enabled (PassCredentials=).
+_ANCILLARY = (socket.SO_PASSCRED, 34, 76)  # SO_PASSSEC and SO_PASSPIDFD, which socket lacks
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +117,9 @@ class Handover:
 
     def connect(self, sock: socket.socket, record: bytes) -> None:
         """Keep a new connection."""
+        for option in _ANCILLARY:
+            with suppress(OSError):  # unknown to this kernel
+                sock.setsockopt(socket.SOL_SOCKET, option, 0)
         # Otherwise a kill between the two steps would leave a connection without its record.
         self.save(record)
         if self.active:

@@ -14,7 +14,7 @@ import fcntl
 import logging
 import os
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 
 from vhost_rpmb import libc
@@ -91,8 +91,9 @@ _ALLOWED = (
     "rt_sigaction", "rt_sigprocmask", "rt_sigreturn", "sigaltstack",
 )  # fmt: skip
 
-# Receiving and sending with a mark, and comparing open files.
-_DESCRIPTOR_STORE = ("recvmmsg", "sendmmsg", "kcmp")
+# Receiving and sending with a mark.
+_DESCRIPTOR_STORE = ("recvmmsg", "sendmmsg")
+_KCMP_FILE = 0
 
 
 def enter(folders: Mapping[str, Access], *, descriptor_store: bool = False) -> None:
@@ -120,7 +121,7 @@ def enter(folders: Mapping[str, Access], *, descriptor_store: bool = False) -> N
         )
     if library is not None:
         try:
-            _filter_calls(library, _DESCRIPTOR_STORE if descriptor_store else ())
+            _filter_calls(library, descriptor_store)
         except OSError as error:
             logger.warning("sandbox: no seccomp filter: %s", error.strerror)
 
@@ -186,7 +187,7 @@ class _Comparison(ctypes.Structure):
     )
 
 
-def _filter_calls(library: ctypes.CDLL, more: Iterable[str]) -> None:
+def _filter_calls(library: ctypes.CDLL, descriptor_store: bool) -> None:
     library.seccomp_init.restype = ctypes.c_void_p
     context = ctypes.c_void_p(library.seccomp_init(ctypes.c_uint32(_FAIL)))
     if not context:
@@ -205,8 +206,14 @@ def _filter_calls(library: ctypes.CDLL, more: Iterable[str]) -> None:
             raise OSError(-result, f"{name}: {os.strerror(-result)}")
 
     try:
-        for name in (*_ALLOWED, *more):
+        for name in _ALLOWED:
             allow(name)
+        if descriptor_store:
+            for name in _DESCRIPTOR_STORE:
+                allow(name)
+            # Comparing open files of its own.
+            own = [_Comparison(argument, _EQUAL, os.getpid()) for argument in (0, 1)]
+            allow("kcmp", *own, _Comparison(2, _EQUAL, _KCMP_FILE))
         # Without an address: the service manager's datagram socket could reach any other socket.
         # That of sendmsg, which sends descriptors, is in memory, where a filter cannot read it.
         allow("sendto", _Comparison(4, _EQUAL, 0))

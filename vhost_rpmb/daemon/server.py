@@ -13,7 +13,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -124,7 +124,9 @@ def run(options: Options) -> None:
         else:
             server.connect(sock)
         status = Status(notifier, server, store, device)
-        notifier.send("READY=1", status.update())
+        # The notifications of a takeover may have filled the service manager's queue.
+        with suppress(OSError):
+            notifier.send_reliably("READY=1", status.update())
         serve(loop, stop, server, store, status)
         handover.served()  # a stop is no failure, whatever it interrupted
         notifier.send("STOPPING=1")

@@ -79,6 +79,7 @@ class KeptReader(wire.MessageReader):
         data, fds = self._keeper.consume(self._sock, len(piece))
         consumed = self._keeper.consumed
         self._files += _consumed_files(files, consumed)
+        del self._files[self._max_fds :]
         return data, fds, consumed.complete
 
     def _store(self, message: bytes, count: int) -> list[int] | None:
@@ -90,10 +91,11 @@ class KeptReader(wire.MessageReader):
             return []
         _data, fds, _complete = wire.receive(self._sock, count, socket.MSG_PEEK)
         request = wire.request_of(message)
+        room = self._max_fds - len(self._files)  # a message with more is refused
         files = []
         try:
             for fd in fds:
-                kept = _is_kept(request, fd)
+                kept = len(fds) <= room and _is_kept(request, fd)
                 files.append(self._keeper.store(fd) if kept else 0)
                 if kept and not files[-1]:
                     return None

@@ -192,7 +192,9 @@ class Session:
             self._memory.add_region(*region.place, fd)
             self._regions[region.place[:3]] = region
         if state.inflight is not None:
-            self._use_inflight(state.inflight, self._keeper.descriptor(state.inflight.file))
+            fd = self._keeper.descriptor(state.inflight.file)
+            foreign.check_memory(fd)
+            self._use_inflight(state.inflight, fd)
         for vring, found in zip(self._vrings, state.vrings, strict=True):
             vring.restore(found, self._vring_features, self._keeper.descriptor)
         self._set_state(state)
@@ -452,11 +454,11 @@ class Session:
         if any(vring.running for vring in self._vrings):
             raise ValueError("a vring is running: GET_VRING_BASE stops it")
         fd = message.fds[0]
+        foreign.check_memory(fd)  # before it is stored: another file could block
         self._use_inflight(saved.Inflight(self._store(fd), *description), fd)
 
     def _use_inflight(self, found: saved.Inflight, fd: int) -> None:
         """Map an in-flight region and let the vrings use it."""
-        foreign.check_memory(fd)
         description = wire.InflightDescription(*found[1:])
         region = inflight.Region(self._engine.GuestMemory(1), description, fd)
         for vring in self._vrings:
