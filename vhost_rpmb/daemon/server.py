@@ -105,6 +105,7 @@ def run(options: Options) -> None:
             virtio_features=options.virtio_features,
         )
         handover.open(store.name)
+        device.journal = handover.journal
         sock, listening = _open_socket(options, descriptors, handover, stack)
         server = Server(
             *(loop, sock, device, chosen, handover),
@@ -268,6 +269,7 @@ class Server:
 
     def connect(self, sock: socket.socket) -> None:
         """Serve a connected front-end."""
+        self._device.clear_register()
         self._handover.connect(sock, self._begin(sock).record)
         logger.info("front-end connected: %s", _peer(sock))
 

@@ -197,6 +197,7 @@ class Session:
             self._use_inflight(state.inflight, fd)
         for vring, found in zip(self._vrings, state.vrings, strict=True):
             vring.restore(found, self._vring_features, self._keeper.descriptor)
+        self._device.restore_register(self._vrings[0].used)
         self._set_state(state)
         if record.owed.data and not self._keeper.replied:
             self._reply(record.owed)

@@ -37,6 +37,7 @@ class Vring:
         self.pending = False
         self.kick_fd = -1
         self.call_fd = -1
+        self.used = 0  # the used index when another process's vring was restored
         self._watcher = watcher
         self._log = log
         self._size = 0  # 0: none was set
@@ -153,9 +154,9 @@ class Vring:
         if saved.addresses is not None:
             self.set_addresses(*saved.addresses)
         self._enabled = saved.enabled
-        base = saved.base
+        self.used, base = saved.used, saved.base
         if saved.running and (used := self.queue.used) is not None:
-            base = used + saved.ahead & 0xFFFF  # chains complete in order
+            self.used, base = used, used + saved.ahead & 0xFFFF  # chains complete in order
         self.queue.set_base(base)
         if saved.call:
             self.call_fd = _copy(descriptor(saved.call))
