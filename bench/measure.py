@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import os
 import re
+import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -18,6 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from bench import restart
 from bench.daemon import SAME_CPU, TWO_CPUS, Load, Tools, chains, daemon, reads, resident, writes
 from vhost_rpmb.rpmb import spec
 
@@ -176,11 +179,11 @@ def _count(command: Sequence[object], tool: str, *options: str) -> int:
     return int(counted.replace(",", ""))
 
 
-def _count_read(bench: Bench, tool: str, *options: str) -> float:
+def _count_read(bench: Bench, tool: str, *options: str, mode: Sequence[str] = ()) -> float:
     """What a tool counts for a read at 64 in flight."""
     work = [sys.executable, "-m", "bench.work", "fast", bench.folder]
     _count([*work, 1], tool, *options)  # makes the device
-    few, many = (_count([*work, batches], tool, *options) for batches in (10, 110))
+    few, many = (_count([*work, batches, *mode], tool, *options) for batches in (10, 110))
     return (many - few) / (100 * 64)
 
 
@@ -191,6 +194,45 @@ def instructions(bench: Bench) -> Measured:
     )
     mac, read = (many - few) / 10_000, _count_read(bench, "callgrind")
     return read - mac, f"{read:.0f} instructions - {mac:.0f} of one HMAC"
+
+
+def bookkeeping(bench: Bench) -> Measured:
+    """Compare a read whose batch and chain are recorded for the next process with another one."""
+    plain = _count_read(bench, "callgrind")
+    kept = _count_read(bench, "callgrind", mode=["kept"])
+    return kept / plain, f"{kept:.0f} instructions / {plain:.0f}"
+
+
+def bookkeeping_calls(bench: Bench) -> Measured:
+    """Count the system calls of 100 such batches in one process."""
+    work = [sys.executable, "-m", "bench.work", "fast", str(bench.folder)]
+    log = bench.folder / "strace"
+    counts = []
+    for batches in (1, 10, 110):  # the first one makes the device
+        tracer = ["strace", "-qq", "-o", str(log)]
+        subprocess.run([*tracer, *work, str(batches), "kept"], check=True)
+        counts.append(len(log.read_text().splitlines()))
+    _, few, many = counts
+    return (many - few) / 100, f"{many - few} system calls / 100 batches"
+
+
+def orderly_gap(bench: Bench) -> Measured:
+    return _gap(bench, signal.SIGTERM)
+
+
+def crash_gap(bench: Bench) -> Measured:
+    return _gap(bench, signal.SIGKILL)
+
+
+def _gap(bench: Bench, number: int) -> Measured:
+    found = sorted(restart.gaps(bench.folder, number))
+    p50, p90 = found[len(found) // 2], found[len(found) * 9 // 10]
+    return p50, f"{p50:.0f} ms, p90 {p90:.0f} ms, longest {found[-1]:.0f} ms"
+
+
+def rebuild(bench: Bench) -> Measured:
+    p50 = statistics.median(restart.rebuilds(bench.folder))
+    return p50, f"{p50:.2f} ms"
 
 
 def bytes_copied(bench: Bench) -> Measured:

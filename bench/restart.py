@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import socket
-import statistics
 import sys
 import tempfile
 import time
@@ -71,14 +69,6 @@ def rebuilds(folder: Path) -> list[float]:
             supervisor.kill()
         client.read_counter()
         return [float(found) / 1e3 for found in _REBUILT.findall(supervisor.log)]
-
-
-def orderly_gap(folder: Path) -> float:
-    return statistics.median(gaps(folder, signal.SIGTERM))
-
-
-def crash_gap(folder: Path) -> float:
-    return statistics.median(gaps(folder, signal.SIGKILL))
 
 
 def main() -> int:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """One process that is guest and device: what a batch costs without any wake-up.
 
-``python -m bench.work ENGINE FOLDER BATCHES`` has a device in FOLDER answer so many batches of 64
-reads; run under a tool that counts, twice with different numbers.
+``python -m bench.work ENGINE FOLDER BATCHES [kept]`` has a device in FOLDER answer so many batches
+of 64 reads; run under a tool that counts, twice with different numbers. ``kept``: with what lets
+requests outlive the process, the in-flight region and the journal of the result register.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from vhost_rpmb.driver.ring import Ring
 from vhost_rpmb.rpmb import spec
 from vhost_rpmb.storage.local.opening import open_store
 from vhost_rpmb.storage.paths import Paths
+from vhost_rpmb.vhost_user import inflight
 from vhost_rpmb.virtio import spec as virtio
 from vhost_rpmb.virtio.flags import MORE
 
@@ -29,7 +31,7 @@ DEPTH = 64  # requests in a batch
 class Work:
     """A ring with 64 reads of ``blocks`` blocks, offered to a device again and again."""
 
-    def __init__(self, name: str, folder: Path, blocks: int = 1) -> None:
+    def __init__(self, name: str, folder: Path, blocks: int = 1, *, kept: bool = False) -> None:
         chosen = engine.load(name)
         flash = folder / "work"
         flash.touch()
@@ -75,6 +77,14 @@ class Work:
                 guest.user_address(self._ring.used_ring),
             )
             self._queue.set_base(0)
+            if kept:
+                self._device.journal = memoryview(bytearray(64))
+                recorded = chosen.GuestMemory(1)
+                stack.callback(recorded.clear)
+                description, fd = inflight.create(1, 2 * DEPTH)
+                recorded.add_region(0, description.mmap_size, 0, 0, fd)
+                os.close(fd)
+                self._queue.resume(0, recorded, 0, 0, ())
             self._more = MORE
             self._batches = 0
             self._resources = stack.pop_all()
@@ -94,12 +104,12 @@ class Work:
             raise SystemExit("bench: not every request was answered")
 
 
-def main(name: str, folder: Path, batches: int) -> None:
-    work = Work(name, folder)
+def main(name: str, folder: Path, batches: int, *mode: str) -> None:
+    work = Work(name, folder, kept="kept" in mode)
     for _ in range(batches):
         work.batch()
     work.close()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
+    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])
