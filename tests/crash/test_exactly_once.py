@@ -132,6 +132,7 @@ FATES: Sequence[Sequence[Callable[[Life], None]]] = (
 )
 
 
+@pytest.mark.timeout(300 + 3 * LIVES)
 def test_each_write_is_answered_once(guest: Guest) -> None:
     driver = Driver(guest, seed=11)
     for _ in range(LIVES):
@@ -220,6 +221,7 @@ def step_through(guest: Guest, survivors: Survivors, committed: Callable[[], Non
 
 
 @pytest.mark.needs_ptrace
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("chains", [1, 2])
 def test_killed_at_every_store_of_the_publication(
     guest: Guest, chains: int, tmp_path: Path
