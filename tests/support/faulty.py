@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The daemon, with points at which it dies: ``python -m tests.support.faulty FILE OPTIONS...``.
+
+FILE has the name of a point, written by `Faults`. A process that reaches that point empties the
+file and kills itself, so that the next one passes it; with a ``!`` before the name the file stays.
+The product has no such points: they are put around its methods here.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vhost_rpmb import cli
+from vhost_rpmb.daemon import handover
+from vhost_rpmb.vhost_user import intake, session
+
+# In the order of the steps of a message.
+POINTS = ("peeked", "stored", "saving", "saved", "consumed", "handled", "replied", "removed")
+_SIZE = 32
+
+
+class Faults:
+    """The test's side: a file that names the point at which the daemon dies next."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "fault"
+        self.path.write_bytes(bytes(_SIZE))
+
+    def command(self, *options: str) -> list[str]:
+        """The command of a daemon that dies at the points."""
+        return [sys.executable, "-m", "tests.support.faulty", str(self.path), *options]
+
+    def arm(self, point: str) -> None:
+        """Let the daemon die at the next occurrence of a point."""
+        with self.path.open("r+b") as file:
+            file.write(point.encode().ljust(_SIZE, b"\0"))
+
+    @property
+    def armed(self) -> bool:
+        """Whether the daemon has not died since."""
+        return any(self.path.read_bytes())
+
+
+def main() -> int:
+    fd = os.open(sys.argv[1], os.O_RDWR | os.O_CLOEXEC)
+
+    def reach(point: str) -> None:
+        armed = os.pread(fd, _SIZE, 0).rstrip(b"\0").decode()
+        if armed == point:
+            os.pwrite(fd, bytes(_SIZE), 0)
+        if armed.lstrip("!") == point:
+            signal.raise_signal(signal.SIGKILL)  # which the sandbox allows, unlike os.kill()
+
+    def around(place: Any, name: str, before: str = "", after: str = "") -> None:
+        method: Callable[..., Any] = getattr(place, name)
+
+        @functools.wraps(method)
+        def reaching(*arguments: Any, **keywords: Any) -> Any:
+            if before:
+                reach(before)
+            result = method(*arguments, **keywords)
+            if after:
+                reach(after)
+            return result
+
+        setattr(place, name, reaching)
+
+    around(intake.KeptReader, "_store", before="peeked")
+    around(handover.Handover, "store", after="stored")
+    around(handover, "_checksum", before="saving")  # the body is written, its header is not
+    around(handover.Handover, "save", after="saved")
+    around(handover.Handover, "consume", after="consumed")
+    around(session.Session, "_conclude", before="handled")
+    around(handover.Handover, "reply", after="replied")
+    around(handover.Handover, "retain", after="removed")
+    around(session.Session, "restore", before="restoring", after="restored")
+    return cli.main(sys.argv[2:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
