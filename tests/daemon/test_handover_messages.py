@@ -18,7 +18,7 @@ from tests.support.supervised import Supervised
 from vhost_rpmb.driver.errors import BackendError
 from vhost_rpmb.vhost_user import wire
 from vhost_rpmb.vhost_user.session import PROTOCOL_FEATURES
-from vhost_rpmb.vhost_user.wire import MemoryRegion, Request, VringState
+from vhost_rpmb.vhost_user.wire import MemoryRegion, ProtocolFeature, Request, VringState
 from vhost_rpmb.virtio import spec as virtio
 
 PAGE = 4096
@@ -113,7 +113,8 @@ class Running:
         )
         self.manager = self.daemon.manager
         self.frontend = stack.enter_context(self.daemon.frontend())
-        features = wire.pack_u64(PROTOCOL_FEATURES)
+        # The vring has user addresses, unlike those of its memory.
+        features = wire.pack_u64(PROTOCOL_FEATURES & ~ProtocolFeature.GPA_ADDRESSES)
         self.frontend.send(Request.SET_PROTOCOL_FEATURES, features, flags=wire.FLAG_NEED_REPLY)
         self.takes(Request.SET_PROTOCOL_FEATURES, DONE)
 

@@ -128,12 +128,6 @@ class Handover:
             except StoreError as error:
                 self._fail(str(error))
 
-    def served(self) -> None:
-        """Note that a takeover was a success: something was served after it."""
-        if self._map is not None and self._tried:
-            self._tried = False
-            _TRIES.pack_into(self._map, _TRIES_AT, 0)
-
     def disconnect(self) -> None:
         """Keep the connection no longer."""
         if self.active:
@@ -202,6 +196,12 @@ class Handover:
         self._map[begin : begin + len(data)] = data
         checksum = _checksum(self._sequence, data)
         _SLOT.pack_into(self._map, place, self._sequence, len(data), checksum)
+
+    def served(self) -> None:
+        """Note that a takeover was a success: a message or a batch was served after it."""
+        if self._map is not None and self._tried:
+            self._tried = False
+            _TRIES.pack_into(self._map, _TRIES_AT, 0)
 
     def consume(self, sock: socket.socket, size: int) -> tuple[bytes, list[int]]:
         """Receive up to ``size`` bytes and their descriptors; `consumed` says how much it was."""

@@ -138,6 +138,9 @@ class Keeper(Protocol):
     def save(self, record: bytes) -> None:
         """Replace the record."""
 
+    def served(self) -> None:
+        """Note that this process has made progress with the connection."""
+
     def consume(self, sock: socket.socket, size: int) -> tuple[bytes, list[int]]:
         """Receive up to `size` bytes with their descriptors, once after each save()."""
 

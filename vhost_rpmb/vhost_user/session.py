@@ -254,6 +254,7 @@ class Session:
                 self._sending(lambda: wire.send_bytes(self._sock, data, fds))
             return
         keeper.save(saved.pack(self._packed, Intake(), owed))
+        keeper.served()
         if owed.data:
             self._reply(owed)
         keeper.retain(self._files)
