@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.peer import OFFERED, Peer, addresses, signalled
+from tests.support.peer import NEGOTIATED, OFFERED, Peer, addresses, signalled
 from vhost_rpmb.driver.memory import GuestMemory
 from vhost_rpmb.driver.ring import Ring, Segment
 from vhost_rpmb.engine import Engine
@@ -18,7 +18,6 @@ from vhost_rpmb.rpmb.frame import counter_request
 from vhost_rpmb.storage.local.opening import open_store
 from vhost_rpmb.storage.paths import Paths
 from vhost_rpmb.vhost_user import wire
-from vhost_rpmb.vhost_user.session import PROTOCOL_FEATURES
 from vhost_rpmb.vhost_user.wire import Request, VringState
 from vhost_rpmb.virtio import rules
 from vhost_rpmb.virtio import spec as virtio
@@ -30,7 +29,7 @@ def rpmb(engine: Engine, tmp_path: Path, _no_descriptor_leaks: None) -> Iterator
     image.write_bytes(bytes(spec.CAPACITY_UNIT))
     store = open_store(Paths.resolve(str(image)))
     peer = Peer(engine, engine.RpmbDevice(store))
-    peer.send(Request.SET_PROTOCOL_FEATURES, wire.pack_u64(PROTOCOL_FEATURES))
+    peer.send(Request.SET_PROTOCOL_FEATURES, wire.pack_u64(NEGOTIATED))
     features = 1 << virtio.VIRTIO_F_VERSION_1 | wire.F_PROTOCOL_FEATURES
     assert not peer.ack(Request.SET_FEATURES, wire.pack_u64(features))
     yield peer

@@ -11,12 +11,11 @@ import pytest
 
 from tests.support import blk
 from tests.support.blk import SECTOR_SIZE, BlkDevice
-from tests.support.peer import Peer, signalled
+from tests.support.peer import NEGOTIATED, Peer, signalled
 from vhost_rpmb.driver.memory import GuestMemory
 from vhost_rpmb.driver.ring import Ring, Segment
 from vhost_rpmb.engine import Engine
 from vhost_rpmb.vhost_user import wire
-from vhost_rpmb.vhost_user.session import PROTOCOL_FEATURES
 from vhost_rpmb.vhost_user.wire import Request
 from vhost_rpmb.virtio import spec as virtio
 
@@ -69,7 +68,7 @@ def disk(
     fd = os.open(path, os.O_RDWR)
     device = BlkDevice(fd, QUEUES)
     peer = Peer(engine, device)
-    peer.send(Request.SET_PROTOCOL_FEATURES, wire.pack_u64(PROTOCOL_FEATURES))
+    peer.send(Request.SET_PROTOCOL_FEATURES, wire.pack_u64(NEGOTIATED))
     features = 1 << virtio.VIRTIO_F_VERSION_1 | 1 << blk.VIRTIO_BLK_F_MQ | wire.F_PROTOCOL_FEATURES
     peer.send(Request.SET_FEATURES, wire.pack_u64(features))
     peer.share(memory)
