@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Suspend, removal and return of the device while requests are in flight, through both routes."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.kit import AMD64, Kit
+from tests.e2e.monitor import Monitor
+from tests.e2e.optee import Model, make_routing_kit, with_files
+from tests.e2e.vm import Guest, qemu_command_line
+from tests.support.daemon import Daemon
+
+pytestmark = [
+    pytest.mark.qemu,
+    pytest.mark.timeout(900),
+    pytest.mark.parametrize("kit", [AMD64], indirect=True, ids=["amd64"]),
+    pytest.mark.parametrize("daemon", ["fast"], indirect=True),
+]
+DRIVER = "/sys/bus/virtio/drivers/virtio_rpmb"
+DEVICE = "vhost-user-test-device-pci,"
+# What the kernel writes when a driver is wrong: Debian has none with KASAN or lockdep.
+COMPLAINTS = "WARNING: |BUG: |Oops: |general protection|refcount_t|list_(add|del) corruption"
+
+
+@contextmanager
+def machine(kit: Kit, daemon: Daemon, folder: Path) -> Iterator[tuple[Guest, Monitor]]:
+    """A guest whose device can be unplugged, and the monitor of its QEMU."""
+    model = Model()
+    start = model.program_key().pack() + model.write(3, 2).pack()
+    reads = b"".join(model.read(3, 2).pack() + model.read_counter().pack() for _ in range(20))
+    kit = with_files(kit, folder, start=start, reads=reads)
+    line = qemu_command_line(kit, daemon.socket_path)
+    number = next(number for number, word in enumerate(line) if word.startswith(DEVICE))
+    line[number] += ",id=rpmb,bus=behind-port"
+    line[number - 1 : number - 1] = ["-device", "pcie-root-port,id=behind-port,chassis=1"]
+    socket_path = folder / "monitor.sock"
+    with (
+        Guest([*line, "-qmp", f"unix:{socket_path},server=on,wait=off"]) as vm,
+        Monitor(socket_path) as monitor,
+    ):
+        succeed(vm, "insmod /rpmb_route.ko && rpmb-play route /start")
+        yield vm, monitor
+        complaints = re.search(COMPLAINTS + "|blocked for more", succeed(vm, "dmesg"))
+        assert not complaints, succeed(vm, "dmesg")
+
+
+@pytest.fixture(scope="session")
+def routing_kit(kit: Kit, pytestconfig: pytest.Config) -> Kit:
+    reporter = pytestconfig.pluginmanager.getplugin("terminalreporter")
+    return make_routing_kit(kit, reporter.write_line)
+
+
+def succeed(vm: Guest, command: str) -> str:
+    status, output = vm.run(command)
+    assert status == 0, f"{command}: {output}"
+    return output
+
+
+def start_load(vm: Guest) -> None:
+    """Both routes, again and again, until there is a file `stop`; errors of both are kept."""
+    succeed(
+        vm,
+        "rm -f stop routed.* called.*; "
+        "(while test ! -e stop; do rpmb-play route /reads >> routed.out 2>> routed.err ||"
+        " sleep 0.1; done) & "
+        "(while test ! -e stop; do mmc rpmb read-counter /dev/rpmb0 >> called.out"
+        " 2>> called.err || sleep 0.1; done) &",
+    )
+    running(vm)
+
+
+def running(vm: Guest) -> None:
+    """Wait until both routes have got further."""
+    for name in ("routed", "called"):
+        lines = f"cat {name}.out 2> /dev/null | grep -c -E 'requests,|Counter value'"
+        before = int(vm.run(lines)[1])
+        while int(vm.run(lines)[1]) < before + 2:
+            time.sleep(0.1)
+
+
+def end_load(vm: Guest) -> None:
+    """All loops end; each answer that there was is right."""
+    succeed(vm, "touch stop; wait")
+    assert succeed(vm, "sort -u called.out") == "Counter value: 0x00000001"
+    assert "expected" not in succeed(vm, "cat routed.err")
+
+
+def test_suspend_and_resume(routing_kit: Kit, daemon: Daemon, tmp_path: Path) -> None:
+    """No request fails: they are frozen before they are sent, or go on after the resume."""
+    daemon.start()
+    with machine(routing_kit, daemon, tmp_path) as (vm, monitor):
+        assert "deep" in succeed(vm, "cat /sys/power/mem_sleep; echo deep > /sys/power/mem_sleep")
+        start_load(vm)
+        for _ in range(3):
+            suspends(vm, monitor)
+            running(vm)
+        end_load(vm)
+        assert succeed(vm, "cat routed.err called.err") == ""
+        # A request given up on keeps its buffers: the suspend takes them back.
+        os.kill(daemon.pid, signal.SIGSTOP)
+        try:
+            assert vm.run("timeout 1 mmc rpmb read-counter /dev/rpmb0")[0] == 128 + signal.SIGTERM
+        finally:
+            os.kill(daemon.pid, signal.SIGCONT)
+        suspends(vm, monitor)
+        assert succeed(vm, "mmc rpmb read-counter /dev/rpmb0") == "Counter value: 0x00000001"
+        succeed(vm, "rpmb-play route /reads")
+    daemon.stop()
+
+
+def suspends(vm: Guest, monitor: Monitor) -> None:
+    """Suspend the guest and wake it up; its console takes nothing while it sleeps."""
+    slept = "dmesg | grep -c 'Waking up from system sleep state S3'"
+    before = int(vm.run(slept)[1])
+    resumed = threading.Event()
+
+    def wake() -> None:
+        while not resumed.wait(0.05):
+            if monitor.execute("query-status")["status"] == "suspended":
+                monitor.execute("system_wakeup")
+
+    with ThreadPoolExecutor(1) as other:
+        woken = other.submit(wake)
+        try:
+            succeed(vm, "echo mem > /sys/power/state")
+        finally:
+            resumed.set()
+        woken.result()
+    assert int(succeed(vm, slept)) == before + 1
+
+
+def test_unbind_and_bind_under_load(routing_kit: Kit, daemon: Daemon, tmp_path: Path) -> None:
+    daemon.start()
+    with machine(routing_kit, daemon, tmp_path) as (vm, _):
+        start_load(vm)
+        for _ in range(5):
+            succeed(vm, f"echo virtio0 > {DRIVER}/unbind; test ! -e /dev/rpmb0")
+            succeed(vm, f"echo virtio0 > {DRIVER}/bind; test -c /dev/rpmb0")
+            running(vm)
+        end_load(vm)
+        succeed(vm, "rpmb-play route /reads")
+    daemon.stop()
