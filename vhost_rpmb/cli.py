@@ -135,13 +135,30 @@ def build_parser() -> argparse.ArgumentParser:
         help="group, a name or a number, that may also connect to the socket of --socket-path: the "
         "socket gets mode 0660; default: only the daemon's user, mode 0600",
     )
-    add(
+    home = parser.add_mutually_exclusive_group(required=True)
+    home.add_argument(
         "--flash-path",
         metavar="PATH",
         type=path_argument,
-        required=True,
         help="raw backing image: a multiple of 128 KiB, up to 32 MiB, of which the first 16 MiB "
-        "are served; required",
+        "are served; not with --store",
+    )
+    home.add_argument(
+        "--store",
+        metavar="etcd:CONFIG",
+        type=path_argument,
+        help="serve a device whose state hosts share: in etcd, as the TOML file CONFIG says; not "
+        "with --flash-path and other options about files",
+    )
+    add("--device", metavar="NAME", help="the device in the store of --store; required with it")
+    add(
+        "--take-over",
+        metavar="expired|now|never",
+        choices=("expired", "now", "never"),
+        default="expired",
+        help="a device of --store that another daemon owns: expired: wait until that daemon has "
+        "not renewed its lease; never: do not start; now: take it over at once, only if that "
+        "daemon is known to be dead; default %(default)s",
     )
     add(
         "--key-path",
@@ -265,6 +282,7 @@ def parse_options(arguments: Sequence[str], environment: Mapping[str, str]) -> "
             "--socket-group needs --socket-path=PATH, the socket that the daemon creates: set the "
             f"group of an inherited socket where it is created (see {PROG} --help)"
         )
+    _check_home(namespace)
     values = vars(namespace) | {
         "engine": _engine(namespace.debug, environment),
         "sandbox": namespace.sandbox == "on",
@@ -274,6 +292,22 @@ def parse_options(arguments: Sequence[str], environment: Mapping[str, str]) -> "
     from vhost_rpmb.daemon.server import Options
 
     return Options(**{name: values[name] for name in Options._fields})
+
+
+def _check_home(namespace: argparse.Namespace) -> None:
+    """Check the options about the home of the state. Raises UsageError."""
+    if namespace.store is None:
+        if namespace.device is not None:
+            raise UsageError(f"--device needs --store=etcd:CONFIG (see {PROG} --help)")
+        return
+    if not namespace.device:
+        raise UsageError(f"--store needs --device=NAME, the device to serve (see {PROG} --help)")
+    for name in ("key_path", "state_path", "initial_counter"):
+        if getattr(namespace, name) is not None:
+            raise UsageError(
+                f"--{name.replace('_', '-')} is about files: leave it out, or name the image with"
+                f" --flash-path in place of --store (see {PROG} --help)"
+            )
 
 
 def _fail(message: str, status: int) -> int:
@@ -286,7 +320,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the daemon with the options in `argv` (default: the process's own).
 
     Returns the exit status: 0 after a clean end, 1 for an error of the device's state or of the
-    machine, 2 for a wrong option or an unsuitable file.
+    machine, 2 for a wrong option or an unsuitable file, 3 if another daemon owns the device now.
     """
     arguments = sys.argv[1:] if argv is None else argv
     if "--print-capabilities" in arguments:

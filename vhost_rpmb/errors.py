@@ -21,6 +21,19 @@ class StateError(OperatorError):
     """The durable state of the device is unusable: unreadable, inconsistent or in use."""
 
 
+class Fenced(OperatorError):
+    """Another daemon owns the device, or its state is another one: answer nothing and end.
+
+    A service manager must not start the daemon again: it would take the device back.
+    """
+
+    exit_status = 3
+
+
+class Stopped(Exception):
+    """A stop was requested while a request to a shared store waits for a definite answer."""
+
+
 class PeerError(Exception):
     """The peer violated the vhost-user protocol; its connection ends, the daemon continues."""
 

@@ -6,11 +6,13 @@ import errno
 import fcntl
 import os
 import socket
+import time
 from typing import NamedTuple
 
 __all__ = [
     "MessageHeader",
     "check",
+    "interval_timer",
     "library",
     "prctl",
     "receive_message",
@@ -32,6 +34,25 @@ def check(result: int) -> int:
 def prctl(option: int, value: int) -> None:
     """Set an attribute of the process by the system call of this name."""
     check(library.prctl(option, value, 0, 0, 0))
+
+
+class _IntervalTimer(ctypes.Structure):
+    """struct itimerspec, of two struct timespec."""
+
+    _fields_ = (("interval", ctypes.c_long * 2), ("first", ctypes.c_long * 2))
+
+
+def interval_timer(seconds: float) -> int:
+    """Return a timer descriptor, readable after each interval, also one of the host's sleep.
+
+    os.timerfd_create() comes with Python 3.13.
+    """
+    clock = time.CLOCK_BOOTTIME
+    fd = check(library.timerfd_create(clock, os.O_NONBLOCK | os.O_CLOEXEC))
+    whole = int(seconds)
+    time_ = (ctypes.c_long * 2)(whole, int((seconds - whole) * 1_000_000_000))
+    check(library.timerfd_settime(fd, 0, ctypes.byref(_IntervalTimer(time_, time_)), None))
+    return fd
 
 
 # Calls of which a C library has no wrapper, or one that does more: musl's sendmmsg() is a loop of

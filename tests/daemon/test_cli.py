@@ -44,6 +44,9 @@ OPTIONS = [
     "--fd",
     "--socket-group",
     "--flash-path",
+    "--store",
+    "--device",
+    "--take-over",
     "--key-path",
     "--key-set",
     "--initial-counter",
@@ -224,6 +227,9 @@ def parse(*arguments: str, engine: str | None = None) -> Options:
 def test_defaults() -> None:
     assert parse()._asdict() == {
         "flash_path": "image",
+        "store": None,
+        "device": None,
+        "take_over": "expired",
         "socket_path": "sock",
         "socket_group": None,
         "fd": None,
@@ -265,6 +271,14 @@ def test_defaults() -> None:
 def test_option_with_a_value(option: str, value: str, field: str, expected: object) -> None:
     assert getattr(parse(f"{option}={value}"), field) == expected
     assert getattr(parse(option, value), field) == expected
+
+
+def test_store() -> None:
+    options = parse_options(
+        ["--socket-path=sock", "--store=etcd:file", "--device=vm-1", "--take-over=never"], {}
+    )
+    assert options.flash_path is None
+    assert (options.store, options.device, options.take_over) == ("etcd:file", "vm-1", "never")
 
 
 def test_fd() -> None:
@@ -334,7 +348,7 @@ SOCKET = "--socket-path=no-such-socket"
 @pytest.mark.parametrize(
     ("arguments", "fragments"),
     [
-        ([], ["--flash-path"]),
+        ([], ["--socket-path", "--fd"]),
         ([SOCKET], ["--flash-path"]),
         ([FLASH], ["--socket-path", "--fd"]),
         ([FLASH, SOCKET, "--fd=3"], ["--socket-path", "--fd", "not allowed"]),
@@ -350,6 +364,13 @@ SOCKET = "--socket-path=no-such-socket"
         ([FLASH, SOCKET, "--key-path="], ["--key-path", "expected a path"]),
         ([FLASH, SOCKET, "--state-path="], ["--state-path", "expected a path"]),
         ([FLASH, SOCKET, "two\nlines"], ["two lines"]),
+        ([FLASH, SOCKET, "--store=etcd:f"], ["--store", "--flash-path", "not allowed"]),
+        ([SOCKET, "--store=etcd:f"], ["--store needs --device=NAME"]),
+        ([FLASH, SOCKET, "--device=vm"], ["--device needs --store=etcd:CONFIG"]),
+        ([SOCKET, "--store=etcd:f", "--device=vm", "--key-path=k"], ["--key-path is about files"]),
+        ([SOCKET, "--store=etcd:f", "--device=vm", "--initial-counter=0"], ["--initial-counter"]),
+        ([SOCKET, "--store=etcd:f", "--device=vm", "--state-path=s"], ["--state-path is about"]),
+        ([FLASH, SOCKET, "--take-over=soon"], ["--take-over", "soon"]),
     ],
     ids=lambda value: " ".join(value) or "nothing",
 )

@@ -154,6 +154,8 @@ class Disk:
     def replay(self) -> Replay:
         return self._store.replay
 
+    confirm = None
+
     def settle(self) -> None:
         self._store.settle()
 

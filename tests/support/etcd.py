@@ -182,6 +182,10 @@ class EtcdCluster(Closing):
     def endpoints(self) -> list[Endpoint]:
         return [member.endpoint for member in self.members]
 
+    @property
+    def urls(self) -> list[str]:
+        return [f"{self._scheme}://127.0.0.1:{member.client}" for member in self.members]
+
     def leader(self) -> Member:
         """The present leader, as soon as there is one."""
         end = time.monotonic() + START_TIMEOUT

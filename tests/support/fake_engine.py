@@ -178,6 +178,8 @@ class Cluster:
 class FakeEngine:
     """The connection of one client to a cluster; implements `Engine`."""
 
+    ports = frozenset({2379})
+
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
 

@@ -63,6 +63,7 @@ cdef class RpmbDevice:
     cdef Authenticator _authenticator
     cdef Register _register
     cdef object _store
+    cdef object _confirm
     cdef object _window
     cdef uint32_t _owed  # chains left in the window
     cdef unsigned char[::1] _journal
@@ -100,6 +101,7 @@ cdef class RpmbDevice:
         if store.key is not None:
             self._authenticator = Authenticator(store.key)
         self._store = store
+        self._confirm = store.confirm
         self._window = Window(store.replay)
         self._owed = self._window.left
         self._journal = None
@@ -183,6 +185,8 @@ cdef class RpmbDevice:
                 if not view.commit(replay):
                     replay = None
                     self._execute(False)
+            if self._confirm is not None:
+                self._confirm()  # after the commit, which may have waited
             self._counter = view.counter
             self._authenticator = view.authenticator
             self._register = view.register

@@ -63,6 +63,7 @@ class RpmbDevice:
         if not size or size % spec.CAPACITY_UNIT or size > spec.MAX_CAPACITY:
             raise ValueError(f"an image has 1 to 128 units of 128 KiB, not {size} bytes")
         self._store = store
+        self._confirm = store.confirm
         self._max_write_blocks = max_write_blocks
         self._max_read_blocks = max_read_blocks or limits.MAX_RESPONSE_FRAMES
         self._announced_read_blocks = max_read_blocks
@@ -122,15 +123,21 @@ class RpmbDevice:
         drained = batch.take(queue)
         if queue._memory_lost():
             batch.work.clear()  # the copied bytes may be invalid
-        view, answers = self._execute(writable=True)
         replay: Replay | None = None
-        if view.wrote:
-            replay = self._window.record(
-                len(batch.work), b"".join(view.accepted), view.key_accepted
-            )
-            if not view.commit(replay):
-                replay = None
-                view, answers = self._execute(writable=False)
+        try:
+            view, answers = self._execute(writable=True)
+            if view.wrote:
+                replay = self._window.record(
+                    len(batch.work), b"".join(view.accepted), view.key_accepted
+                )
+                if not view.commit(replay):
+                    replay = None
+                    view, answers = self._execute(writable=False)
+            if self._confirm is not None:
+                self._confirm()  # after the commit, which may have waited
+        except BaseException:
+            queue._abandon()  # the process ends
+            raise
         self._authenticator = view.authenticator
         self._register = view.register
         batch.answer(queue, answers)

@@ -236,6 +236,10 @@ class Virtqueue:
             flags = (flags & ~MORE) | BROKEN
         return flags
 
+    def _abandon(self) -> None:
+        """Leave a batch without publishing anything, so that guest memory can be unmapped."""
+        self._ring.unmap()
+
     def _break(self, rule: int) -> None:
         """Record a rule that the content of the ring breaks, or that its memory was lost."""
         if not self._memory_lost():

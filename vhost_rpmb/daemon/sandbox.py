@@ -13,8 +13,9 @@ import errno
 import fcntl
 import logging
 import os
+import socket
 import stat
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 
 from vhost_rpmb import libc
@@ -32,6 +33,8 @@ _LANDLOCK_ADD_RULE = 445
 _LANDLOCK_RESTRICT_SELF = 446
 _LANDLOCK_CREATE_RULESET_VERSION = 1
 _LANDLOCK_RULE_PATH_BENEATH = 1
+_LANDLOCK_RULE_NET_PORT = 2
+_CONNECT_TCP = 1 << 1
 # Rights in a folder and everything below it. None allows to open a file for reading or to truncate
 # it by its name: files that serving reads and truncates are open already.
 _RIGHTS = {
@@ -65,6 +68,7 @@ _FCNTL_COMMANDS = (
 # clone(2): what makes a thread of the process, and the namespaces that one could have.
 _CLONE_THREAD = 0x10000 | 0x800 | 0x400 | 0x200 | 0x100  # with signals, files, folders, memory
 _CLONE_NAMESPACES = 0x7E020000
+_SOCKET_TYPE = 0xF  # the part of socket(2)'s argument beside its flags
 _FIONCLEX, _FIOCLEX, _FIONBIO = 0x5450, 0x5451, 0x5421
 
 _ALLOWED = (
@@ -96,13 +100,19 @@ _DESCRIPTOR_STORE = ("recvmmsg", "sendmmsg")
 _KCMP_FILE = 0
 
 
-def enter(folders: Mapping[str, Access], *, descriptor_store: bool = False) -> None:
+def enter(
+    folders: Mapping[str, Access],
+    ports: Collection[int] = (),
+    *,
+    descriptor_store: bool = False,
+) -> None:
     """Give up all access that serving does not need, irrevocably.
 
-    ``folders``: the access that remains in each folder and in all folders below it. Every other
-    file, new sockets, other programs and new executable memory become inaccessible; open files stay
-    usable. ``descriptor_store``: descriptors will be sent to the service manager. If the kernel or
-    libseccomp lacks a part, a warning is logged and the rest is done.
+    ``folders``: the access that remains in each folder and in all folders below it. ``ports``: TCP
+    ports to which connections remain possible. Every other file, new sockets, other programs and
+    new executable memory become inaccessible; open files stay usable. ``descriptor_store``:
+    descriptors will be sent to the service manager. If the kernel or libseccomp lacks a part, a
+    warning is logged and the rest is done.
     """
     libc.prctl(_PR_SET_NO_NEW_PRIVS, 1)
     try:
@@ -114,14 +124,14 @@ def enter(folders: Mapping[str, Access], *, descriptor_store: bool = False) -> N
         # glibc loads it when a thread ends at process exit, and aborts if it cannot.
         ctypes.CDLL("libgcc_s.so.1")
     try:
-        _restrict_files(folders)
+        _restrict_files(folders, ports)
     except OSError as error:
         logger.warning(
             "sandbox: no Landlock ruleset, every file stays accessible: %s", error.strerror
         )
     if library is not None:
         try:
-            _filter_calls(library, descriptor_store)
+            _filter_calls(library, descriptor_store, connections=bool(ports))
         except OSError as error:
             logger.warning("sandbox: no seccomp filter: %s", error.strerror)
 
@@ -144,7 +154,13 @@ class _PathBeneath(ctypes.Structure):
     _fields_ = (("allowed", ctypes.c_uint64), ("parent", ctypes.c_int32))
 
 
-def _restrict_files(folders: Mapping[str, Access]) -> None:
+class _Port(ctypes.Structure):
+    """struct landlock_net_port_attr."""
+
+    _fields_ = (("allowed", ctypes.c_uint64), ("port", ctypes.c_uint64))
+
+
+def _restrict_files(folders: Mapping[str, Access], ports: Collection[int]) -> None:
     def call(number: int, *values: object) -> int:
         return libc.check(libc.library.syscall(ctypes.c_long(number), *values))
 
@@ -171,6 +187,12 @@ def _restrict_files(folders: Mapping[str, Access]) -> None:
                 )
             finally:
                 os.close(parent)
+        if ports and not attributes.network:
+            logger.warning("sandbox: this kernel has no rules for TCP, every port stays accessible")
+            ports = ()
+        for port in ports:
+            allowed = ctypes.byref(_Port(_CONNECT_TCP, port))
+            call(_LANDLOCK_ADD_RULE, ruleset, _LANDLOCK_RULE_NET_PORT, allowed, 0)
         call(_LANDLOCK_RESTRICT_SELF, ruleset, 0)
     finally:
         os.close(ruleset)
@@ -187,7 +209,7 @@ class _Comparison(ctypes.Structure):
     )
 
 
-def _filter_calls(library: ctypes.CDLL, descriptor_store: bool) -> None:
+def _filter_calls(library: ctypes.CDLL, descriptor_store: bool, *, connections: bool) -> None:
     library.seccomp_init.restype = ctypes.c_void_p
     context = ctypes.c_void_p(library.seccomp_init(ctypes.c_uint32(_FAIL)))
     if not context:
@@ -232,6 +254,15 @@ def _filter_calls(library: ctypes.CDLL, descriptor_store: bool) -> None:
             "clone",
             _Comparison(0, _MASKED_EQUAL, _CLONE_THREAD | _CLONE_NAMESPACES, _CLONE_THREAD),
         )
+        if connections:
+            # Of sockets that exist, only the service manager's could be connected elsewhere.
+            allow("connect")
+            for family in (socket.AF_INET, socket.AF_INET6):
+                allow(
+                    "socket",
+                    _Comparison(0, _EQUAL, family),
+                    _Comparison(1, _MASKED_EQUAL, _SOCKET_TYPE, socket.SOCK_STREAM),
+                )
         # Its flags are in memory, which a filter cannot read; without it the C library uses clone.
         rule("clone3", _FAIL & ~0xFFFF | errno.ENOSYS)
         allow("tgkill", _Comparison(0, _EQUAL, os.getpid()))  # a signal to itself, as abort() does

@@ -24,9 +24,9 @@ from vhost_rpmb.daemon.eventloop import EventLoop, StopSignals
 from vhost_rpmb.daemon.handover import Handover
 from vhost_rpmb.daemon.listener import open_socket
 from vhost_rpmb.daemon.notify import Notifier
-from vhost_rpmb.errors import PeerError, UsageError
+from vhost_rpmb.errors import Fenced, PeerError, Stopped, UsageError
 from vhost_rpmb.log import LimitedLog
-from vhost_rpmb.storage.interface import Access, Resources, Store
+from vhost_rpmb.storage.interface import Access, Resources, Store, TakeOver
 from vhost_rpmb.storage.local.opening import open_store
 from vhost_rpmb.storage.paths import Paths
 from vhost_rpmb.vhost_user.interfaces import Device
@@ -50,10 +50,14 @@ class Options(NamedTuple):
     """The daemon's options; validated by the command line, not checked again.
 
     The command line fills each field from the parser's value of the same name and has the defaults.
-    Exactly one of `socket_path` and `fd` is given; `socket_group` only with the former.
+    Exactly one of `socket_path` and `fd` is given; `socket_group` only with the former. Exactly one
+    of `flash_path` and `store` is given; options about files only with the former.
     """
 
-    flash_path: str
+    flash_path: str | None
+    store: str | None  # the home of the state in place of files: "etcd:" and a configuration
+    device: str | None  # with `store`
+    take_over: TakeOver
     socket_path: str | None
     socket_group: int | None  # a group that may also connect
     fd: int | None
@@ -90,12 +94,10 @@ def run(options: Options) -> None:
         stack.callback(loop.close)
         stop = StopSignals(loop)
         stack.callback(stop.close)
-        store = open_store(
-            Paths.resolve(options.flash_path, options.state_path, options.key_path),
-            key_set=options.key_set,
-            initial_counter=options.initial_counter,
-        )
-        stack.callback(store.close)
+        try:
+            store = _open_store(options, loop, stop, notifier, stack)
+        except Stopped:
+            return
         chosen = engine.load(options.engine)
         device = chosen.RpmbDevice(
             store,
@@ -116,22 +118,59 @@ def run(options: Options) -> None:
         stack.callback(server.close)
         if options.sandbox:
             sandbox.enter(
-                folders(store.resources(), options.socket_path), descriptor_store=handover.active
+                folders(store.resources(), options.socket_path),
+                store.resources().ports,
+                descriptor_store=handover.active,
             )
-        if handover.record:
-            server.resume()
-        elif listening:
-            server.listen()
-        else:
-            server.connect(sock)
         status = Status(notifier, server, store, device)
-        # The notifications of a takeover may have filled the service manager's queue.
-        with suppress(OSError):
-            notifier.send_reliably("READY=1", status.update())
-        serve(loop, stop, server, store, status)
+        fenced = ""
+        try:
+            if handover.record:
+                server.resume()
+            elif listening:
+                server.listen()
+            else:
+                server.connect(sock)
+            # The notifications of a takeover may have filled the service manager's queue.
+            with suppress(OSError):
+                notifier.send_reliably("READY=1", status.update())
+            serve(loop, stop, server, store, status)
+        except Stopped:
+            logger.warning("ending while the outcome of a write is unknown, without an answer")
+        except Fenced as error:
+            fenced = str(error)
+        if fenced:
+            server.disconnect()  # after the handler, whose traceback refers to the guest's memory
+            raise Fenced(fenced)
         handover.served()  # a stop is no failure, whatever it interrupted
         notifier.send("STOPPING=1")
         logger.info("ending")
+
+
+def _open_store(
+    options: Options, loop: EventLoop, stop: StopSignals, notifier: Notifier, stack: ExitStack
+) -> Store:
+    """Open the home of the state that the options name; ``stack`` closes it."""
+    if options.flash_path is not None:
+        local = open_store(
+            Paths.resolve(options.flash_path, options.state_path, options.key_path),
+            key_set=options.key_set,
+            initial_counter=options.initial_counter,
+        )
+        stack.callback(local.close)
+        return local
+    from vhost_rpmb.daemon.fleet import Renewal, open_fleet  # imported lazily: few devices use it
+
+    fleet, lease_seconds = open_fleet(
+        options.store or "",
+        options.device or "",
+        options.take_over,
+        stopping=lambda: stop.requested,
+        report=lambda reason: notifier.send(f"STATUS=waiting for the store: {reason}"),
+    )
+    stack.callback(fleet.close)
+    stack.callback(Renewal(loop, fleet, lease_seconds).close)
+    return fleet
 
 
 def _open_socket(
@@ -314,6 +353,11 @@ class Server:
         """Leave the front-end to the next process or, if that cannot be, disconnect it."""
         self._close(leave=self._handover.active)
 
+    def disconnect(self) -> None:
+        """Disconnect the front-end; no process continues the connection."""
+        self._close(leave=False)
+        self._handover.disconnect()
+
     def _close(self, *, leave: bool) -> None:
         if self._session is not None and self._connection is not None:
             self._loop.remove(self._connection.fileno())
@@ -386,8 +430,7 @@ class Server:
 
     def _end(self) -> None:
         """Disconnect the front-end and wait for the next one."""
-        self._close(leave=False)
-        self._handover.disconnect()
+        self.disconnect()
         if self._once:
             self.done = True
         else:

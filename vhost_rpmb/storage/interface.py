@@ -8,12 +8,15 @@ a folder of its own; the device and the daemon know nothing else of it.
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Mapping
+from typing import Literal, NamedTuple, Protocol
 
 from vhost_rpmb.rpmb.replay import NO_REPLAY, Replay
 
-__all__ = ["Access", "DeviceStore", "Resources", "Store"]
+__all__ = ["Access", "DeviceStore", "Resources", "Store", "TakeOver"]
+
+
+TakeOver = Literal["expired", "now", "never"]  # from the present owner, see docs/fleet.md
 
 
 class Access(enum.Flag):
@@ -29,10 +32,11 @@ class Resources(NamedTuple):
     """What a store uses that is not open yet, up to and including `Store.close`.
 
     ``folders``: paths without symbolic links, and the access needed in each. A kind of resource
-    that another store needs (network ports, for instance) becomes a field with an empty default.
+    that another store needs becomes a field with an empty default.
     """
 
     folders: Mapping[str, Access]
+    ports: frozenset[int] = frozenset()  # TCP ports to connect to
 
 
 class DeviceStore(Protocol):
@@ -80,7 +84,16 @@ class DeviceStore(Protocol):
 
         True: all of it is durable and visible in the attributes. False: nothing has changed, now
         and after any crash, and the reason is logged; a later commit may succeed. Never raises for
-        failures of the storage.
+        failures of the storage; a store that hosts share raises to end the process without an
+        answer: `Fenced` when another daemon owns the device, `Stopped` in the wait for an outcome.
+        """
+
+    @property
+    def confirm(self) -> Callable[[], None] | None:
+        """Called before the answers of each batch are published; None: there is no need to.
+
+        It returns as soon as no other daemon can have changed the device since the call, so that
+        what was read is the latest state. Raises to end the process without an answer.
         """
 
     def settle(self) -> None:

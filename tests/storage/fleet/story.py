@@ -10,15 +10,15 @@ from typing import Protocol
 
 from tests.support.fake_engine import Cluster, Crash
 from tests.support.oracle import KEY
-from vhost_rpmb.errors import StateError
+from vhost_rpmb.errors import Fenced, StateError
 from vhost_rpmb.storage.fleet.administration import create
 from vhost_rpmb.storage.fleet.engine import Engine
 from vhost_rpmb.storage.fleet.layout import Keys
 from vhost_rpmb.storage.fleet.opening import open_store
-from vhost_rpmb.storage.fleet.ownership import TakeOver
-from vhost_rpmb.storage.fleet.requests import Fenced, Requests
+from vhost_rpmb.storage.fleet.requests import Requests
 from vhost_rpmb.storage.fleet.seal import KeyEncryptionKey
 from vhost_rpmb.storage.fleet.store import FleetStore
+from vhost_rpmb.storage.interface import TakeOver
 
 KEYS = Keys(b"/test/", "vm-1")
 KEK = KeyEncryptionKey(bytes(range(32)))

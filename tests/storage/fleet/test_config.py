@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.authority import Authority
 from vhost_rpmb.errors import UsageError
 from vhost_rpmb.storage.fleet.config import load
 
@@ -52,7 +53,6 @@ def test_complete_file(file: Path) -> None:
         "witness": "/var/lib/witness",
         "lease_seconds": 60,
     }
-    assert config.ports == {2379, 2400}
 
 
 def test_defaults(file: Path) -> None:
@@ -81,6 +81,7 @@ def test_defaults(file: Path) -> None:
         ("certificate-key", "#", "certificate-key: expected a value beside certificate, found"),
         ("password-file", "#", "password-file: expected a value beside user, found none"),
         ("user =", "#", "user: expected a value beside password-file, found none"),
+        ("ca =", "#", "ca: expected a value with https endpoints, found none"),
         ("lease = 60", "lease = 4", "lease: expected 5 to 3600 seconds, found 4"),
         ("lease = 60", "lease = 3601", "lease: expected 5 to 3600 seconds, found 3601"),
         ("lease = 60", "lease = true", "lease: expected a number, found True"),
@@ -135,10 +136,11 @@ def test_wrong_certificate_is_named(file: Path, tmp_path: Path) -> None:
     password = tmp_path / "password"
     password.touch(0o600)
     text = COMPLETE.replace("etcd-1.example", "127.0.0.1")
-    text = text.replace("/etc/password", str(password)).replace('ca = "/etc/ca.pem"\n', "")
-    file.write_text(text)
+    text = text.replace("/etc/password", str(password))
+    authority = Authority(tmp_path)
+    file.write_text(text.replace("/etc/ca.pem", str(authority.path("ca"))))
     with pytest.raises(UsageError, match=r"certificate: .* /etc/host\.pem and /etc/host\.key"):
         load(str(file)).connect()
-    file.write_text(text + 'ca = "/etc/no-ca.pem"\n')
-    with pytest.raises(UsageError, match=r"ca: expected certificates in /etc/no-ca\.pem, found: N"):
+    file.write_text(text)
+    with pytest.raises(UsageError, match=r"ca: expected certificates in /etc/ca\.pem, found: No"):
         load(str(file)).connect()

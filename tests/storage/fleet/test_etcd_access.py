@@ -4,13 +4,10 @@
 from __future__ import annotations
 
 import base64
-import datetime
 import http.client
 import http.server
-import ipaddress
 import json
 import socket
-import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,75 +16,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
 from tests.storage.fleet.story import KEK, block
+from tests.support.authority import Authority
 from tests.support.etcd import EtcdCluster, Member
-from vhost_rpmb.errors import StateError
+from vhost_rpmb.errors import Fenced, StateError
 from vhost_rpmb.storage.fleet.administration import accept, create, quarantine
 from vhost_rpmb.storage.fleet.engine import Compare, Get, Put, Refused, Unknown
 from vhost_rpmb.storage.fleet.etcd import Endpoint, Etcd, resolve
 from vhost_rpmb.storage.fleet.layout import Keys
 from vhost_rpmb.storage.fleet.opening import open_store
-from vhost_rpmb.storage.fleet.requests import Fenced, Requests
+from vhost_rpmb.storage.fleet.requests import Requests
 from vhost_rpmb.storage.fleet.store import FleetStore
 
 PASSWORD = "p" * 32
-
-
-class Authority:
-    """A certificate authority in a folder: NAME.pem and NAME.key for each certificate."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._key = ec.generate_private_key(ec.SECP256R1())
-        self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test")])
-        self._save("ca", self._key, self._name, None)
-
-    def issue(self, name: str, common_name: str | None = None) -> None:
-        parts = (
-            [] if common_name is None else [x509.NameAttribute(NameOID.COMMON_NAME, common_name)]
-        )
-        self._save(name, ec.generate_private_key(ec.SECP256R1()), x509.Name(parts), "localhost")
-
-    def _save(
-        self, name: str, key: ec.EllipticCurvePrivateKey, subject: x509.Name, host: str | None
-    ) -> None:
-        now = datetime.datetime.now(datetime.UTC)
-        builder = (
-            x509.CertificateBuilder()
-            .subject_name(subject)
-            .issuer_name(self._name)
-            .public_key(key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - datetime.timedelta(days=1))
-            .not_valid_after(now + datetime.timedelta(days=1))
-            .add_extension(x509.BasicConstraints(ca=host is None, path_length=None), critical=True)
-        )
-        if host is not None:
-            names = [x509.DNSName(host), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
-            builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
-        certificate = builder.sign(self._key, hashes.SHA256())
-        self.path(name, "pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-        self.path(name, "key").write_bytes(
-            key.private_bytes(
-                serialization.Encoding.PEM,
-                serialization.PrivateFormat.PKCS8,
-                serialization.NoEncryption(),
-            )
-        )
-
-    def path(self, name: str, kind: str = "pem") -> Path:
-        return self._folder / f"{name}.{kind}"
-
-    def context(self, name: str | None) -> ssl.SSLContext:
-        context = ssl.create_default_context(cafile=self.path("ca"))
-        if name is not None:
-            context.load_cert_chain(self.path(name), self.path(name, "key"))
-        return context
 
 
 @pytest.fixture(scope="module")
@@ -260,7 +202,7 @@ def test_restored_backup_fences_daemons_and_refuses_starts(folder: Path, tmp_pat
         with pytest.raises(StateError, match="the store went back"):
             start(cluster, keys, folder)
         requests = Requests(cluster.connect(timeout=10))
-        quarantine(requests, keys)
+        quarantine(requests, keys.prefix)
         with pytest.raises(StateError, match="vm-1 is quarantined"):
             start(cluster, keys, folder)
         accept(requests, keys, KEK)

@@ -15,9 +15,8 @@ import pytest
 
 from tests.storage.fleet.story import KEYS, Story
 from tests.support.fake_engine import FOREVER, Cluster, FakeEngine, Fault, Kind
-from vhost_rpmb.errors import StateError
+from vhost_rpmb.errors import Fenced, StateError
 from vhost_rpmb.storage.fleet.engine import Answer, Compare, Operation, Put, Refused, Unknown
-from vhost_rpmb.storage.fleet.requests import Fenced
 
 RANDOM_PLANS = 100
 

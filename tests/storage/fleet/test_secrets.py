@@ -9,11 +9,10 @@ import pytest
 
 from tests.storage.fleet.story import KEK, KEYS, MemoryStory, block
 from tests.support.oracle import KEY
-from vhost_rpmb.errors import StateError
+from vhost_rpmb.errors import Fenced, StateError
 from vhost_rpmb.storage.fleet.administration import accept, quarantine, replace_kek
 from vhost_rpmb.storage.fleet.layout import Keys
 from vhost_rpmb.storage.fleet.opening import open_store
-from vhost_rpmb.storage.fleet.requests import Fenced
 from vhost_rpmb.storage.fleet.seal import KeyEncryptionKey
 
 UNSEALED = (KEYS.owner, KEYS.alive, KEYS.incarnation)
@@ -138,7 +137,7 @@ def test_start_after_a_restored_backup_is_refused_until_accepted(written: Memory
     written.cluster.data, written.cluster.revision = copy.copy(backup), revision
     with pytest.raises(StateError, match=f"went back: .* revision {revision + 1}, while"):
         written.open()
-    quarantine(written.requests(), KEYS)
+    quarantine(written.requests(), KEYS.prefix)
     with pytest.raises(StateError, match="vm-1 is quarantined"):
         written.open()
     accept(written.requests(), KEYS, KEK)
@@ -157,7 +156,7 @@ def test_accepted_device_fences_an_earlier_owner(written: MemoryStory) -> None:
     store = written.open()
     written.cluster.sleep(60)
     accept(written.requests(), KEYS, KEK)
-    with pytest.raises(Fenced, match="owned by no daemon now"):
+    with pytest.raises(Fenced, match="expected this daemon as its owner, found no daemon"):
         store.commit(99, [(0, block(9))], None)
     with pytest.raises(Fenced):
         store.renew()

@@ -11,12 +11,12 @@ import pytest
 from tests.storage.fleet.story import KEK, LEASE, SIZE, MemoryStory, Story, block
 from tests.support.fake_engine import Cluster, FakeEngine, Fault, Kind
 from tests.support.oracle import KEY
-from vhost_rpmb.errors import StateError, UsageError
+from vhost_rpmb.errors import StateError, Stopped, UsageError
 from vhost_rpmb.rpmb.replay import NO_REPLAY, Replay
 from vhost_rpmb.storage.fleet.administration import create
 from vhost_rpmb.storage.fleet.layout import CHUNK_BLOCKS, Keys
 from vhost_rpmb.storage.fleet.opening import open_store
-from vhost_rpmb.storage.fleet.requests import Requests, Stopped
+from vhost_rpmb.storage.fleet.requests import Requests
 from vhost_rpmb.storage.interface import Store
 
 

@@ -13,6 +13,7 @@ from vhost_rpmb.client.result import Result
 from vhost_rpmb.client.verbs import (
     create,
     dump,
+    fleet,
     info,
     load,
     read_block,
@@ -48,4 +49,5 @@ VERBS: tuple[Verb, ...] = (
     load,
     dump,
     verify,
+    fleet,
 )

@@ -8,17 +8,53 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Iterator
+from typing import NamedTuple
 
 from vhost_rpmb.errors import StateError, UsageError
 from vhost_rpmb.rpmb import spec
 from vhost_rpmb.storage.fleet.contents import Device, context, open_device
 from vhost_rpmb.storage.fleet.engine import Compare, Get, Put, Refused
-from vhost_rpmb.storage.fleet.layout import NO_CHAIN, Head, Info, Keys, Owner
+from vhost_rpmb.storage.fleet.layout import (
+    NO_CHAIN,
+    Head,
+    Info,
+    Keys,
+    Malformed,
+    Owner,
+    after,
+    head_prefix,
+    incarnation_key,
+)
 from vhost_rpmb.storage.fleet.ownership import ACTIVE, active_owner
 from vhost_rpmb.storage.fleet.requests import Requests
 from vhost_rpmb.storage.fleet.seal import KEY_SIZE, KeyEncryptionKey, Sealer
 
-__all__ = ["accept", "create", "quarantine", "replace_kek"]
+__all__ = [
+    "Description",
+    "accept",
+    "create",
+    "describe",
+    "list_devices",
+    "quarantine",
+    "replace_kek",
+]
+
+_PAGE = 1000  # heads
+
+
+class Description(NamedTuple):
+    """A device as it is now. Of a listed one nothing is authenticated."""
+
+    device: str
+    size: int
+    counter: int
+    programmed: bool
+    quarantined: bool
+    alive: bool  # an owner renews its lease
+    epoch: int  # how often the device was taken over or accepted
+    host: str
+    pid: int
 
 
 def create(requests: Requests, keys: Keys, kek: KeyEncryptionKey, size: int, origin: str) -> None:
@@ -82,23 +118,60 @@ def replace_kek(
         raise _changed(keys)
 
 
-def quarantine(requests: Requests, keys: Keys) -> None:
+def quarantine(requests: Requests, prefix: bytes) -> None:
     """Refuse all devices below the prefix until each is accepted; after a backup was restored.
 
     A daemon that serves a device goes on; the next start is refused. Raises StateError.
     """
-    chosen = os.urandom(16)
+    chosen, key = os.urandom(16), incarnation_key(prefix)
     try:
-        before = requests.read([], [keys.incarnation]).found.get(keys.incarnation)
-        answer = requests.change(
-            [Compare(keys.incarnation, before)],
-            [Put(keys.incarnation, chosen)],
-            [Get(keys.incarnation)],
-        )
+        before = requests.read([], [key]).found.get(key)
+        answer = requests.change([Compare(key, before)], [Put(key, chosen)], [Get(key)])
     except Refused as error:
         raise StateError(f"the store refused the quarantine: {error}") from error
-    if not answer.succeeded and answer.found.get(keys.incarnation) != chosen:
+    if not answer.succeeded and answer.found.get(key) != chosen:
         raise StateError("the quarantine of the store was changed by another command: repeat it")
+
+
+def describe(requests: Requests, keys: Keys, kek: KeyEncryptionKey) -> Description:
+    """Report a device, its head authenticated; a daemon may serve it. Raises StateError."""
+    try:
+        device = _open(requests, keys, kek)
+        return _describe(requests, keys, device.head)._replace(size=device.info.size)
+    except Refused as error:
+        raise StateError(f"the store refused to read {keys.device}: {error}") from error
+
+
+def list_devices(requests: Requests, prefix: bytes) -> Iterator[Description]:
+    """Report all devices in the order of their names. Raises StateError."""
+    heads = head_prefix(prefix)
+    try:
+        for key, record in requests.pages(heads, after(heads), _PAGE):
+            keys = Keys(prefix, key[len(heads) :].decode())
+            yield _describe(requests, keys, Head.unpack(record))
+    except (Refused, Malformed, ValueError) as error:
+        raise StateError(f"the devices below {prefix.decode()}: {error}") from error
+
+
+def _describe(requests: Requests, keys: Keys, head: Head) -> Description:
+    names = [keys.owner, keys.alive, keys.info, keys.incarnation]
+    found = requests.read([], names).found
+    try:
+        owner = Owner.unpack(found.get(keys.owner, b""))
+        info = Info.unpack(found.get(keys.info, b""))
+    except (Malformed, ValueError) as error:
+        raise StateError(f"the device {keys.device}: {error}: restore the store") from error
+    return Description(
+        keys.device,
+        info.size,
+        head.counter,
+        head.programmed,
+        head.incarnation != found.get(keys.incarnation),
+        keys.alive in found,
+        owner.epoch,
+        owner.host,
+        owner.pid,
+    )
 
 
 def accept(requests: Requests, keys: Keys, kek: KeyEncryptionKey) -> None:

@@ -44,11 +44,6 @@ class Config(NamedTuple):
     witness: str
     lease_seconds: int
 
-    @property
-    def ports(self) -> frozenset[int]:
-        """The TCP ports of all endpoints."""
-        return frozenset(port for _, port in self.endpoints)
-
     def connect(self) -> Etcd:
         """Read certificates and password, resolve names; nothing is sent yet.
 
@@ -165,6 +160,9 @@ class _Reader:
             if bool(first) != bool(second):
                 present, missing = (one, other) if first else (other, one)
                 raise self._error(missing, f"a value beside {present}", "none")
+        if config.tls and not config.ca:
+            # Those of the system may be files that a sandboxed process cannot read any more.
+            raise self._error("ca", "a value with https endpoints", "none")
         if not config.tls:
             for name, value in (
                 ("ca", config.ca),

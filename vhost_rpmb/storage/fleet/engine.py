@@ -84,6 +84,10 @@ class Page(NamedTuple):
 class Engine(Protocol):
     """Strictly serializable; each method raises `Refused` or `Unknown`."""
 
+    @property
+    def ports(self) -> frozenset[int]:
+        """The TCP ports that it connects to, also later."""
+
     def txn(
         self,
         compare: Sequence[Compare],

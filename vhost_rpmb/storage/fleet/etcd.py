@@ -55,6 +55,7 @@ class Endpoint(NamedTuple):
     host: str
     port: int
     address: str
+    family: int = socket.AF_INET
 
 
 def resolve(host: str, port: int) -> Endpoint:
@@ -66,7 +67,8 @@ def resolve(host: str, port: int) -> Endpoint:
             f"the endpoint {host}: expected a name that resolves, found: {error.strerror}: correct"
             " the name, or give an address"
         ) from error
-    return Endpoint(host, port, str(found[0][4][0]))
+    family, _, _, _, address = found[0]
+    return Endpoint(host, port, str(address[0]), family)
 
 
 class Etcd:
@@ -91,6 +93,11 @@ class Etcd:
 
     def __repr__(self) -> str:
         return f"Etcd({', '.join(f'{each.host}:{each.port}' for each in self._endpoints)})"
+
+    @property
+    def ports(self) -> frozenset[int]:
+        """The ports of all members; see `Engine`."""
+        return frozenset(each.port for each in self._endpoints)
 
     def txn(
         self,
@@ -231,12 +238,15 @@ class _Connection(http.client.HTTPConnection):
 
     def __init__(self, endpoint: Endpoint, tls: ssl.SSLContext | None, timeout: float) -> None:
         super().__init__(endpoint.host, endpoint.port, timeout=timeout)
-        self._address = (endpoint.address, endpoint.port)
+        self._endpoint = endpoint
         self._tls = tls
 
     def connect(self) -> None:
-        sock = socket.create_connection(self._address, self.timeout)
+        # Not create_connection(), which asks the resolver also for an address.
+        sock = socket.socket(self._endpoint.family, socket.SOCK_STREAM)
         try:
+            sock.settimeout(self.timeout)
+            sock.connect((self._endpoint.address, self._endpoint.port))
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if self._tls is not None:
                 sock = self._tls.wrap_socket(sock, server_hostname=self.host)

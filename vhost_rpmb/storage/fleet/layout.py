@@ -34,6 +34,8 @@ __all__ = [
     "Table",
     "after",
     "chain",
+    "head_prefix",
+    "incarnation_key",
 ]
 
 CHUNK_BLOCKS = 64
@@ -80,9 +82,9 @@ class Keys:
         name = device.encode()
         self.owner = prefix + b"o/" + name
         self.alive = prefix + b"a/" + name
-        self.head = prefix + b"h/" + name
+        self.head = head_prefix(prefix) + name
         self.info = prefix + b"i/" + name
-        self.incarnation = prefix + b"incarnation"
+        self.incarnation = incarnation_key(prefix)
 
     def context(self, life: str) -> bytes:
         """Return what sealed bytes are bound to: prefix, device and its life."""
@@ -114,6 +116,16 @@ class Keys:
     def entry(self, life: str, seq: int) -> bytes:
         """Return the key of a log entry."""
         return self.log(life) + b"%016x" % seq
+
+
+def head_prefix(prefix: bytes) -> bytes:
+    """Return the prefix of the heads of all devices."""
+    return prefix + b"h/"
+
+
+def incarnation_key(prefix: bytes) -> bytes:
+    """Return the key of the store's incarnation."""
+    return prefix + b"incarnation"
 
 
 def after(prefix: bytes) -> bytes:

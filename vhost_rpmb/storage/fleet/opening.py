@@ -11,11 +11,12 @@ from vhost_rpmb.errors import StateError
 from vhost_rpmb.storage.fleet.contents import Contents, Device, load, open_device
 from vhost_rpmb.storage.fleet.engine import Refused
 from vhost_rpmb.storage.fleet.layout import Keys, Owner
-from vhost_rpmb.storage.fleet.ownership import Ownership, TakeOver, boot_time, take_over
+from vhost_rpmb.storage.fleet.ownership import Ownership, boot_time, take_over
 from vhost_rpmb.storage.fleet.requests import Requests
 from vhost_rpmb.storage.fleet.seal import KeyEncryptionKey
 from vhost_rpmb.storage.fleet.store import FleetStore
 from vhost_rpmb.storage.fleet.witness import Witness
+from vhost_rpmb.storage.interface import TakeOver
 
 __all__ = ["open_store"]
 

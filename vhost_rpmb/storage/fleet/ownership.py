@@ -13,20 +13,18 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Literal
 
-from vhost_rpmb.errors import StateError
+from vhost_rpmb.errors import Fenced, StateError, Stopped
 from vhost_rpmb.storage.fleet.engine import Compare, Get, Put, Refused, Unknown
 from vhost_rpmb.storage.fleet.layout import Keys, Malformed, Owner
-from vhost_rpmb.storage.fleet.requests import Fenced, Requests, Stopped
+from vhost_rpmb.storage.fleet.requests import Requests
+from vhost_rpmb.storage.interface import TakeOver
 
-__all__ = ["ACTIVE", "Ownership", "TakeOver", "active_owner", "boot_time", "take_over"]
+__all__ = ["ACTIVE", "Ownership", "active_owner", "boot_time", "take_over"]
 
 ACTIVE = "active"
 _POLL = 0.2  # seconds between two looks at a device that another daemon owns
 _RELEASE_TRIES = 3
-
-TakeOver = Literal["expired", "now", "never"]
 
 
 def boot_time() -> float:
@@ -64,6 +62,11 @@ class Ownership:
         self._clock = clock
 
     @property
+    def certain(self) -> bool:
+        """Whether the state in memory is the latest one."""
+        return self._clock() < self.until
+
+    @property
     def compare(self) -> Compare:
         """The condition of every change."""
         return Compare(self._keys.owner, self.record)
@@ -71,7 +74,10 @@ class Ownership:
     def check(self, record: bytes | None) -> None:
         """Raise Fenced unless the record is this daemon's."""
         if record != self.record:
-            raise Fenced(f"device {self._keys.device} is owned by {_describe(record)} now")
+            raise Fenced(
+                f"device {self._keys.device}: expected this daemon as its owner, found"
+                f" {_describe(record)}: leave the device there, or take it over by a new start"
+            )
 
     def renew(self) -> bool:
         """Move ``until`` ahead: one try of each request, so that it never waits long.

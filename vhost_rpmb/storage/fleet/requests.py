@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
+from vhost_rpmb.errors import Stopped
 from vhost_rpmb.storage.fleet.engine import (
     Answer,
     Compare,
@@ -24,7 +25,7 @@ from vhost_rpmb.storage.fleet.engine import (
     Unknown,
 )
 
-__all__ = ["Fenced", "Requests", "Stopped"]
+__all__ = ["Requests"]
 
 logger = logging.getLogger(__name__)
 
@@ -34,28 +35,25 @@ _LONGEST_PAUSE = 0.5  # seconds
 T = TypeVar("T")
 
 
-class Fenced(Exception):
-    """Another daemon owns the device, or its state is another one: answer nothing and end."""
-
-
-class Stopped(Exception):
-    """A stop was requested while the outcome of a change is unknown: answer nothing and end."""
-
-
 class Requests:
-    """Sends the requests of one store; ``stopping`` is asked between two tries."""
+    """Sends the requests of one store; ``stopping`` is asked between two tries.
+
+    ``report`` gets the reason when requests begin to wait, for the status of a service.
+    """
 
     def __init__(
         self,
         engine: Engine,
         *,
         stopping: Callable[[], bool] = lambda: False,
+        report: Callable[[str], None] = lambda reason: None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.engine = engine
         self._stopping = stopping
+        self._report_wait = report
         self._sleep = sleep
-        self.trouble = ""  # why there is no answer now; for a status line
+        self._trouble = ""  # why there is no answer now
 
     def change(
         self,
@@ -120,8 +118,9 @@ class Requests:
 
     def _report(self, trouble: str) -> None:
         """Log once that there is no answer, and once that there is one again."""
-        if trouble and not self.trouble:
+        if trouble and not self._trouble:
             logger.warning("the store gives no definite answer, requests wait: %s", trouble)
-        elif self.trouble and not trouble:
+            self._report_wait(trouble)
+        elif self._trouble and not trouble:
             logger.warning("the store answers again")
-        self.trouble = trouble
+        self._trouble = trouble

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import suppress
 
+from vhost_rpmb.errors import Fenced, Stopped
 from vhost_rpmb.rpmb import spec
 from vhost_rpmb.rpmb.replay import NO_REPLAY, Replay
 from vhost_rpmb.storage.fleet.contents import Contents, Device
@@ -26,7 +27,7 @@ from vhost_rpmb.storage.fleet.layout import (
     pack_chunk,
 )
 from vhost_rpmb.storage.fleet.ownership import Ownership
-from vhost_rpmb.storage.fleet.requests import Fenced, Requests, Stopped
+from vhost_rpmb.storage.fleet.requests import Requests
 from vhost_rpmb.storage.fleet.witness import Witness
 from vhost_rpmb.storage.interface import Resources
 
@@ -35,15 +36,16 @@ __all__ = ["FleetStore"]
 logger = logging.getLogger(__name__)
 
 _CHUNKS_PER_CHANGE = 8  # 128 KiB: the engine keeps thousands of requests in memory
+_PAUSE = 0.1  # seconds between two tries to renew a lease that has ended
 _SHORTEST_LOG = 32 * 1024  # bytes
 
 
 class FleetStore:
     """The durable state of one device that this daemon owns in a replicated engine.
 
-    Implements `vhost_rpmb.storage.interface`, with two additions. `commit` and `checkpoint` raise
-    `Fenced` or `Stopped`, upon which the process ends without an answer. Reads may be answered
-    from ``image`` only before ``until``, which `renew` moves ahead.
+    Implements `vhost_rpmb.storage.interface`. `commit`, `checkpoint` and `confirm` raise `Fenced`
+    or `Stopped`, upon which the process ends without an answer. Reads may be answered from
+    ``image`` only before ``until``; to be called in intervals, `renew` moves it ahead.
     """
 
     def __init__(
@@ -85,6 +87,12 @@ class FleetStore:
     def until(self) -> float:
         """The end of the time, in seconds of CLOCK_BOOTTIME, in which reads may be answered."""
         return self._ownership.until
+
+    def confirm(self) -> None:
+        """Return as soon as reads may be answered. Raises `Fenced` and `Stopped`."""
+        while not self._ownership.certain:
+            if not self.renew():
+                self._requests.wait(_PAUSE)
 
     def renew(self) -> bool:
         """Move ``until`` ahead; False if the engine does not answer. Raises `Fenced`."""
@@ -222,8 +230,8 @@ class FleetStore:
         self._ownership.check(answer.found.get(self._keys.owner))
         if answer.found.get(self._keys.head) != expected:
             raise Fenced(
-                f"device {self._keys.device} is not in the state that this daemon wrote: the store"
-                " was restored from a backup, or changed"
+                f"device {self._keys.device}: expected the state that this daemon wrote, found"
+                " another: if the store was restored from a backup, quarantine it"
             )
 
     def _report(self, failure: str) -> None:
@@ -238,8 +246,8 @@ class FleetStore:
         self._witness.record(self._keys.device, self._head, self._revision)
 
     def resources(self) -> Resources:
-        """Return the folder of the witness; connections are a matter of the engine."""
-        return self._witness.resources()
+        """Return the folder of the witness and the ports of the engine."""
+        return self._witness.resources()._replace(ports=self._requests.engine.ports)
 
     def close(self) -> None:
         """Release the device, so that another daemon can take it over at once; idempotent."""

@@ -49,6 +49,8 @@ class Store:
     A commit is a transaction of the database. A checkpoint moves its blocks into the image.
     """
 
+    confirm = None  # the lock keeps every other daemon out
+
     def __init__(
         self,
         paths: Paths,

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hosts that share a store on etcd: a folder with configuration, key and witness each."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from tests.support.daemon import SANDBOX, Daemon
+from tests.support.etcd import EtcdCluster
+
+LEASE = 5  # seconds
+
+
+class Host:
+    """A host in a folder. All hosts of a test have the same key-encryption key."""
+
+    def __init__(self, folder: Path, cluster: EtcdCluster, prefix: str, *lines: str) -> None:
+        folder.mkdir()
+        self.folder = folder
+        self.config = folder / "fleet.toml"
+        (folder / "witness").mkdir()
+        key = folder / "kek"
+        key.touch(0o600)
+        key.write_bytes(bytes(range(32)))
+        self.config.write_text(
+            "\n".join(
+                (
+                    f"endpoints = [{', '.join(repr(url) for url in cluster.urls)}]",
+                    f'prefix = "{prefix}"',
+                    f'key-file = "{key}"',
+                    f'witness = "{folder / "witness"}"',
+                    f"lease = {LEASE}",
+                    *lines,
+                    "",
+                )
+            )
+        )
+
+    @property
+    def store(self) -> str:
+        return f"--store=etcd:{self.config}"
+
+    def daemon(self, device: str, *options: str, engine: str | None = None) -> Daemon:
+        """A daemon of this host, not yet started."""
+        sandbox = SANDBOX or ["--sandbox=on"]
+        daemon = Daemon(self.folder, *options, engine=engine, sandbox=sandbox)
+        flash = daemon.command_line.index(f"--flash-path={daemon.flash_path}")
+        daemon.command_line[flash : flash + 1] = [self.store, f"--device={device}"]
+        os.unlink(daemon.flash_path)
+        return daemon
