@@ -114,9 +114,10 @@ class Vmm(Frontend):
         self.tell(Request.SET_VRING_BASE, VringState(0, base).pack())
 
     def set_vring_addr(self, ring: Ring) -> None:
-        user = ring.memory.user_address
-        places = (ring.descriptor_table, ring.used_ring, ring.available_ring)
-        self.tell(Request.SET_VRING_ADDR, wire.VringAddress(0, 0, *map(user, places)).pack())
+        parts: tuple[int, ...] = (ring.descriptor_table, ring.used_ring, ring.available_ring)
+        if not self.protocol_features & ProtocolFeature.GPA_ADDRESSES:
+            parts = tuple(map(ring.memory.user_address, parts))
+        self.tell(Request.SET_VRING_ADDR, wire.VringAddress(0, 0, *parts).pack())
 
     def set_vring_call(self, ring: Ring) -> None:
         self.tell(Request.SET_VRING_CALL, wire.pack_u64(0), [ring.call_fd])
@@ -303,10 +304,11 @@ class Qemu(Vmm):
     """The generic device of QEMU 11.1, which never reconnects.
 
     The guest sees every bit that is offered. Acknowledgements are asked for where memory and event
-    descriptors are concerned. Memory regions are sent once, the features at each start.
+    descriptors are concerned. Memory regions are sent once, the features at each start. With
+    GPA_ADDRESSES, its own addresses are not sent.
     """
 
-    protocol_mask = ProtocolFeature((1 << 20) - 1)
+    protocol_mask = ProtocolFeature((1 << 22) - 1)
     _ACKNOWLEDGED = (
         Request.ADD_MEM_REG,
         Request.SET_VRING_ENABLE,
@@ -339,7 +341,10 @@ class Qemu(Vmm):
             assert self.memory is not None
             assert len(self.memory.regions) <= self._slots
             for region in self.memory.regions:
-                self.tell(Request.ADD_MEM_REG, wire.pack_single_region(region.place), [region.fd])
+                place = region.place
+                if self.protocol_features & ProtocolFeature.GPA_ADDRESSES:
+                    place = place._replace(user_address=place.guest_address)
+                self.tell(Request.ADD_MEM_REG, wire.pack_single_region(place), [region.fd])
             self._shared = True
         self.set_vring_num(ring)
         self.set_vring_base(base)
