@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The daemon, which may die at each step: ``python -m tests.support.mortal FILE OPTIONS...``.
+
+At each call of the functions below, and after it, the process kills itself with a probability of
+one in the number in FILE (0: never). The product has no such points: they are put around its
+functions here. A connection that three processes in a row fail to continue is given up, so that
+the third one in a row does not die before it serves.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import random
+import signal
+import struct
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vhost_rpmb import cli, libc
+from vhost_rpmb.daemon import handover, notify
+from vhost_rpmb.storage.local import database, store
+from vhost_rpmb.vhost_user import intake, session, vring
+
+_ODDS = struct.Struct("=II")  # and how many in a row died before they served anything
+
+STEPS: list[tuple[Any, str]] = [
+    (notify.Notifier, "send_reliably"),
+    (handover.Handover, "save"),
+    (handover, "_checksum"),  # between the body of a record and its header
+    (handover.Handover, "retain"),
+    (libc, "receive_message"),
+    (libc, "send_message"),
+    (intake.KeptReader, "_store"),
+    (session.Session, "_serve"),
+    (session.Session, "restore"),
+    (session.Session, "run"),
+    (vring.Vring, "_signal"),
+    (store.Store, "commit"),
+    (store.Store, "checkpoint"),
+    (database.Database, "clear_pending"),
+]
+
+
+def set_odds(path: Path, odds: int) -> None:
+    """Let the daemon die at one in so many steps from now on; 0: not at all."""
+    with path.open("wb") as file:
+        file.write(_ODDS.pack(odds, 0))
+
+
+def main() -> int:
+    fd = os.open(sys.argv[1], os.O_RDWR | os.O_CLOEXEC)
+    served = False
+
+    def reach() -> None:
+        odds, early = _ODDS.unpack(os.pread(fd, _ODDS.size, 0))
+        if odds and not random.randrange(odds) and (served or early < 2):
+            os.pwrite(fd, _ODDS.pack(odds, 0 if served else early + 1), 0)
+            signal.raise_signal(signal.SIGKILL)  # which the sandbox allows, unlike os.kill()
+
+    def serving(method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def noted(*arguments: Any) -> Any:
+            nonlocal served
+            method(*arguments)
+            served = True
+
+        return noted
+
+    def around(place: Any, name: str) -> None:
+        method: Callable[..., Any] = getattr(place, name)
+
+        @functools.wraps(method)
+        def mortal(*arguments: Any, **keywords: Any) -> Any:
+            reach()
+            result = method(*arguments, **keywords)
+            reach()
+            return result
+
+        setattr(place, name, mortal)
+
+    handover.Handover.served = serving(handover.Handover.served)  # type: ignore[method-assign]
+    for place, name in STEPS:
+        around(place, name)
+    return cli.main(sys.argv[2:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
