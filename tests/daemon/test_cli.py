@@ -415,6 +415,7 @@ def test_value_that_is_not_a_number(value: str) -> None:
         ("-event-idx, -in-order", ["found ' -in-order'", "did you mean in-order?"]),
         ("--event-idx", ["found '--event-idx'", "did you mean event-idx?"]),
         ("ring-reset", ["found 'ring-reset'"]),
+        ("-indirect-desc", ["in-order only together with indirect-desc", "-in-order"]),
         ("+in-order,-indirect-desc", ["in-order only together with indirect-desc", "-in-order"]),
     ],
 )

@@ -14,6 +14,7 @@ import os
 import struct
 import subprocess
 import sys
+import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -55,6 +56,8 @@ CONFIG = struct.Struct("<QII18xH")
 class BlkDevice:
     """A block device of any number of queues on an open file."""
 
+    pause = 0.0  # seconds before each batch, for requests to collect
+
     def __init__(self, fd: int, num_queues: int = 1) -> None:
         self._fd = fd
         self._sectors = os.fstat(fd).st_size // SECTOR_SIZE
@@ -74,6 +77,7 @@ class BlkDevice:
         return CONFIG.pack(self._sectors, SIZE_MAX, SEG_MAX, self.num_queues)
 
     def process(self, queue: Virtqueue) -> int:
+        time.sleep(self.pause)
         return queue.answer_chains(self._answer, MAX_BYTES, MAX_CHAINS)
 
     journal: memoryview | None = None
@@ -115,7 +119,9 @@ class BlkDevice:
 class BlkDaemon:
     """The device as a process, to be killed and started again on the same socket and image."""
 
-    def __init__(self, folder: Path, engine: str, sectors: int, queues: int = 1) -> None:
+    def __init__(
+        self, folder: Path, engine: str, sectors: int, queues: int = 1, *options: str
+    ) -> None:
         self.socket_path = folder / "blk.sock"
         self.image = folder / "disk.img"
         self.image.touch()
@@ -124,6 +130,7 @@ class BlkDaemon:
         self._command = [
             *(sys.executable, "-m", "tests.support.blk", f"--socket={self.socket_path}"),
             *(f"--image={self.image}", f"--engine={engine}", f"--queues={queues}"),
+            *options,
         ]
         self._folder = folder
         self._process: subprocess.Popen[bytes] | None = None
@@ -174,6 +181,9 @@ def main() -> None:
     parser.add_argument("--image", required=True)
     parser.add_argument("--engine", required=True)
     parser.add_argument("--queues", type=int, required=True)
+    parser.add_argument("--add-features", type=int, default=0, help="a mask")
+    parser.add_argument("--remove-features", type=int, default=0, help="a mask")
+    parser.add_argument("--pause", type=float, default=0.0, help="seconds before each batch")
     options = parser.parse_args()
     log.configure("blk", verbosity=2)
     with ExitStack() as stack:
@@ -183,6 +193,8 @@ def main() -> None:
         stack.callback(stop.close)
         image = stack.enter_context(open(options.image, "r+b"))
         device = BlkDevice(image.fileno(), options.queues)
+        device.features = (device.features | options.add_features) & ~options.remove_features
+        device.pause = options.pause
         sock, _ = open_socket(options.socket, None, None, stack)
         chosen = engine.load(options.engine)
         handover = Handover(DescriptorStore(Notifier({}), {}))

@@ -14,7 +14,7 @@ OPTIONAL = {
     "indirect-desc": 1 << spec.VIRTIO_F_INDIRECT_DESC,
 }
 REQUIRED = 1 << spec.VIRTIO_F_VERSION_1
-DEFAULT = REQUIRED | OPTIONAL["event-idx"] | OPTIONAL["indirect-desc"]
+DEFAULT = REQUIRED | OPTIONAL["event-idx"] | OPTIONAL["in-order"] | OPTIONAL["indirect-desc"]
 
 
 def check(features: int) -> None:
