@@ -83,11 +83,13 @@ options = st.fixed_dictionaries(
 @given(
     st.lists(st.tuples(st.lists(chains, min_size=1, max_size=5), st.booleans()), max_size=4),
     st.booleans(),
+    st.booleans(),
     options,
 )
 def test_batches_leave_the_same_bytes(
     batches: list[tuple[list[tuple[bytes, int, int, int, list[int]]], bool]],
     programmed: bool,
+    tracked: bool,
     settings: dict[str, object],
 ) -> None:
     """After some batches the device is replaced, and gets the chains a second time."""
@@ -100,13 +102,15 @@ def test_batches_leave_the_same_bytes(
                 rig.device.journal = memoryview(journal)
                 if programmed:
                     rig.program()
+                if tracked:
+                    rig.track()
                 trace: list[object] = []
                 for batch, again in batches:
                     trace.append(_run(rig, batch))
                     if again:
                         rig.replace_device()
                         trace.append(_run(rig, batch[::-1]))
-                    trace.append(bytes(journal))
+                    trace += [bytes(journal), rig.record]
                 trace += [bytes(rig.store.image), rig.store.counter, rig.store.key]
             trace.append(flash.read_bytes())
             traces.append(trace)
@@ -147,6 +151,7 @@ descriptors = st.tuples(
     st.sampled_from([0, ALL_FEATURES]),
     st.integers(0, 0xFFFF),
     st.integers(0, 1),
+    st.booleans(),
 )
 def test_raw_rings_leave_the_same_bytes(
     table: list[tuple[int, int, int, int]],
@@ -156,6 +161,7 @@ def test_raw_rings_leave_the_same_bytes(
     features: int,
     used_event: int,
     flags: int,
+    tracked: bool,
 ) -> None:
     traces = []
     with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
@@ -171,6 +177,8 @@ def test_raw_rings_leave_the_same_bytes(
                 rig.ring.set_available_flags(flags)
                 rig.ring.set_used_event(used_event)
                 rig.ring.set_available_index(ahead)
+                if tracked:
+                    rig.track()
                 returned = [rig.device.process(rig.queue) for _ in range(2)]
                 traces.append(
                     [
@@ -179,6 +187,7 @@ def test_raw_rings_leave_the_same_bytes(
                         rig.queue.base,
                         rig.queue.take_faults(),
                         rig.guest.read(START, END - START),
+                        rig.record,
                     ]
                 )
     assert traces[0] == traces[1]

@@ -16,6 +16,7 @@ from vhost_rpmb.rpmb import spec
 from vhost_rpmb.storage.local.opening import open_store
 from vhost_rpmb.storage.local.store import Store
 from vhost_rpmb.storage.paths import Paths
+from vhost_rpmb.vhost_user import inflight
 from vhost_rpmb.vhost_user.wire import MemoryRegion
 from vhost_rpmb.virtio import spec as virtio
 from vhost_rpmb.virtio.flags import MORE
@@ -76,6 +77,7 @@ class Rig(Closing):
         self.queue = engine.Virtqueue(self.memory)
         self.start(features)
         self.flags = 0
+        self._region: inflight.Region | None = None
 
     def start(self, features: int, base: int = 0) -> None:
         """Give the queue what a front-end would give it before the first kick."""
@@ -96,7 +98,30 @@ class Rig(Closing):
             self.device.journal = journal
             self.device.restore_register(self.ring.used_index)
 
+    def track(self) -> None:
+        """Record what is in flight from now on; nothing is at present."""
+        description, self._region_fd = inflight.create(1, self.ring.size)
+        memory = self.engine.GuestMemory()
+        self._region = inflight.Region(memory, description, self._region_fd)
+        record = self._region.record(0)
+        used = self.queue.used
+        assert record is not None
+        assert used is not None
+        found = record.recover(self.ring.size, used, self.queue.base)
+        self.queue.set_base(found.base)
+        self.queue.resume(used, memory, record.offset, found.last, found.heads)
+
+    @property
+    def record(self) -> bytes:
+        """The in-flight region; empty without one."""
+        if self._region is None:
+            return b""
+        return os.pread(self._region_fd, inflight.stride(self.ring.size), 0)
+
     def close(self) -> None:
+        if self._region is not None:
+            self._region.close()
+            os.close(self._region_fd)
         self.memory.clear()
         self.ring.close()
         self.guest.close()
