@@ -117,7 +117,8 @@ class BelievesARead(FakeEngine):
             return super().txn(compare, success, failure)
         except Unknown as error:
             heads = [put for put in success if isinstance(put, Put) and put.key == KEYS.head]
-            if any(self.cluster.data[KEYS.head] != put.value for put in heads):
+            present = self.cluster.data.get(KEYS.head)  # None before the creation
+            if present and any(present != put.value for put in heads):
                 raise Refused("not there") from error
             raise
 
