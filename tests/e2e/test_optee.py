@@ -17,6 +17,7 @@ from tests.e2e.optee import Exchange, Model, make_routing_kit, with_files, workl
 from tests.e2e.vm import VirtualMachine
 from tests.support.daemon import Daemon
 from tests.support.documents import blocks_that_begin
+from tests.support.supervised import Supervised
 
 # The first test may have to make the kit and the workshop.
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(900)]
@@ -24,6 +25,7 @@ pytestmark = [pytest.mark.qemu, pytest.mark.timeout(900)]
 DRIVER = "/sys/bus/virtio/drivers/virtio_rpmb"
 DEFAULT_ID = b"virtio-rpmb-000\0".hex()
 SIZES = r"type 0, capacity 1, reliable writes 16, id "
+PARTS = 6
 PLAYED = r"\d+ requests, p50 \d+ us, p99 \d+ us$"
 ONE_KIT = pytest.mark.parametrize("kit", [AMD64], indirect=True, ids=["amd64"])
 ONE_ENGINE = pytest.mark.parametrize("daemon", ["fast"], indirect=True)
@@ -104,6 +106,36 @@ def _killed_user_is_answered(vm: VirtualMachine, daemon: Daemon) -> None:
 def until_state(vm: VirtualMachine, state: str) -> None:
     while succeed(vm, "cut -d ' ' -f 3 /proc/$(cat user)/stat") != state:
         time.sleep(0.1)
+
+
+@ONE_KIT
+@pytest.mark.parametrize("engine_name", ["fast"])
+def test_daemon_killed_during_the_workload(
+    routing_kit: Kit, engine_name: str, tmp_path: Path
+) -> None:
+    """No request fails, and every answer is the one of a daemon that was never killed."""
+    model = Model()
+    exchanges = list(workload(model))
+    size = -(-len(exchanges) // PARTS)
+    parts = {f"part{number}": records(exchanges[number * size :][:size]) for number in range(PARTS)}
+    kit = with_files(routing_kit, tmp_path, **parts)
+    kills = 0
+    with Supervised(tmp_path, engine=engine_name) as device:
+        with VirtualMachine(kit, device.path) as vm:
+            succeed(vm, "insmod /rpmb_route.ko")
+            for part in parts:
+                succeed(vm, f"rm -f ended; (rpmb-play route /{part}; echo $? > ended) > out 2>&1 &")
+                # The part goes on while the daemon is started again.
+                while vm.run("test -s ended")[0] != 0:
+                    device.manager.kill()
+                    kills += 1
+                played = succeed(vm, "cat out")
+                assert succeed(vm, "cat ended") == "0", played
+            assert is_clean(vm)
+        device.manager.stop()
+        assert device.manager.statuses[:-1] == [-signal.SIGKILL] * kills
+    assert kills >= PARTS
+    assert device.flash.read_bytes() == model.content
 
 
 @ONE_KIT
