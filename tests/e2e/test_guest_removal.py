@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from tests.e2e.kit import AMD64, Kit
 from tests.e2e.monitor import Monitor
 from tests.e2e.optee import Model, make_routing_kit, with_files
 from tests.e2e.vm import Guest, qemu_command_line
-from tests.support.daemon import Daemon
+from tests.support.daemon import Daemon, until
 
 pytestmark = [
     pytest.mark.qemu,
@@ -29,6 +30,7 @@ pytestmark = [
 ]
 DRIVER = "/sys/bus/virtio/drivers/virtio_rpmb"
 DEVICE = "vhost-user-test-device-pci,"
+PROPERTIES = "virtio-id=28,num_vqs=1,vq_size=64,config_size=3"
 # What the kernel writes when a driver is wrong: Debian has none with KASAN or lockdep.
 COMPLAINTS = "WARNING: |BUG: |Oops: |general protection|refcount_t|list_(add|del) corruption"
 
@@ -151,3 +153,47 @@ def test_unbind_and_bind_under_load(routing_kit: Kit, daemon: Daemon, tmp_path: 
         end_load(vm)
         succeed(vm, "rpmb-play route /reads")
     daemon.stop()
+
+
+def test_unplugged_while_requests_are_in_flight(
+    routing_kit: Kit, daemon: Daemon, tmp_path: Path
+) -> None:
+    """Users of both routes get an error, also where the daemon never answers, and can go on."""
+    daemon.start()
+    with machine(routing_kit, daemon, tmp_path) as (vm, monitor):
+        chardevs = ["rpmb", "second", "third"]
+        for old, new in pairwise(chardevs):
+            start_load(vm)
+            monitor.execute("device_del", id="rpmb")
+            succeed(vm, "while test -e /dev/rpmb0; do sleep 0.1; done")
+            plug_in(monitor, daemon, old, new)
+            succeed(vm, "while test ! -c /dev/rpmb0; do sleep 0.1; done")
+            running(vm)
+            end_load(vm)
+
+        os.kill(daemon.pid, signal.SIGSTOP)
+        succeed(
+            vm,
+            "for user in 'rpmb-play route /reads' 'mmc rpmb read-counter /dev/rpmb0'; do"
+            " ($user > /dev/null 2>> ended; echo ended >> ended) & done; sleep 1; test ! -s ended",
+        )
+        daemon.kill()
+        monitor.execute("device_del", id="rpmb")
+        succeed(vm, "while test -e /dev/rpmb0; do sleep 0.1; done; wait")
+        ended = succeed(vm, "cat ended").splitlines()
+        assert ended.count("ended") == 2
+        assert sum("No such device" in line for line in ended) == 2, ended
+
+
+def plug_in(monitor: Monitor, daemon: Daemon, old: str, new: str) -> None:
+    """Plug the device in again, with a connection of its own: QEMU keeps that of a removed one."""
+
+    def run(command: str) -> str:
+        objection: str = monitor.execute("human-monitor-command", command_line=command)
+        return objection
+
+    # QEMU takes the device away after the guest has let it go.
+    until(lambda: not run(f"chardev-remove {old}"))
+    assert not run(f"chardev-add socket,id={new},path={daemon.socket_path}")
+    device = f"{DEVICE}chardev={new},{PROPERTIES},id=rpmb,bus=behind-port"
+    assert not run(f"device_add {device}")
