@@ -3,7 +3,7 @@
 
 The record is in a memfd that is stored beside the descriptors. It has two slots, of which the valid
 one with the higher number counts, so that a kill at any instant leaves the earlier or the later
-state. docs/decisions/0023-handover.md describes the order of all steps.
+state. docs/decisions/0028-handover.md describes the order of all steps.
 
 Whether a message was consumed or a reply sent cannot be seen on the socket. Therefore the structs
 that the kernel fills in during these calls are in the record as well, for each slot its own: a call
