@@ -62,15 +62,15 @@ demo: $(STAMP) ## Show a real guest that keeps its secrets across restarts (QEMU
 	.venv/bin/python -m tests.e2e.demo
 
 .PHONY: test
-test: $(STAMP) ## Run all tests, on both engines; QEMU=no excludes those that boot a guest or run etcd
+test: $(STAMP) ## Run the tests, on both engines; QEMU=no excludes those that boot a guest or run etcd
 	@tools/system-packages $(TEST_PACKAGES)
 ifeq ($(QEMU),no)
-	.venv/bin/pytest --cov --cov-report=term -m 'not qemu and not etcd' $(PYTEST_ARGS)
+	.venv/bin/pytest --cov --cov-report=term -m 'not (qemu or etcd or long)' $(PYTEST_ARGS)
 else
 	@tools/system-packages $(KIT_PACKAGES)
 	@.venv/bin/python -m tests.e2e.kit || \
 		{ echo 'make test QEMU=no excludes the tests that need it' >&2; exit 1; }
-	.venv/bin/pytest --cov --cov-report=term $(PYTEST_ARGS)
+	.venv/bin/pytest --cov --cov-report=term -m 'not long' $(PYTEST_ARGS)
 endif
 
 # Three consecutive runs, because most failures under load are rare.
@@ -146,6 +146,9 @@ endif
 	.venv/bin/pytest -o timeout=7200 tests/crash tests/hostile tests/vhost_user/test_frontends.py \
 	tests/e2e/test_blk.py tests/e2e/test_restarts.py tests/e2e/test_systemd_restarts.py \
 	$(if $(filter no,$(QEMU)),-m 'not qemu') $(PYTEST_ARGS)
+ifneq ($(QEMU),no)
+	.venv/bin/pytest -o timeout=7200 -m long tests $(PYTEST_ARGS)
+endif
 
 .PHONY: lint
 lint: $(STAMP) ## Check style, types, spelling, the compiled modules' stubs, workflows, systemd units

@@ -17,7 +17,7 @@ from tests.support.documents import ROOT, blocks_that_begin, commands
 from vhost_rpmb import __version__
 
 # The first test may have to make the workshop.
-pytestmark = [pytest.mark.qemu, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.qemu, pytest.mark.long, pytest.mark.timeout(900)]
 
 MODULE = "virtio_rpmb.ko"
 # What a package does to the system is undone: it sees a copy in memory.

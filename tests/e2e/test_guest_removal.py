@@ -24,6 +24,7 @@ from tests.support.daemon import Daemon, until
 
 pytestmark = [
     pytest.mark.qemu,
+    pytest.mark.long,
     pytest.mark.timeout(900),
     pytest.mark.parametrize("kit", [AMD64], indirect=True, ids=["amd64"]),
     pytest.mark.parametrize("daemon", ["fast"], indirect=True),

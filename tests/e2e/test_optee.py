@@ -20,7 +20,7 @@ from tests.support.documents import blocks_that_begin
 from tests.support.supervised import Supervised
 
 # The first test may have to make the kit and the workshop.
-pytestmark = [pytest.mark.qemu, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.qemu, pytest.mark.long, pytest.mark.timeout(900)]
 
 DRIVER = "/sys/bus/virtio/drivers/virtio_rpmb"
 DEFAULT_ID = b"virtio-rpmb-000\0".hex()
