@@ -96,7 +96,7 @@ def attempt(inside, outside, statement, programmed, landlock, store):
     other.bind("run/datagrams")
     datagrams, _ = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     if not landlock:
-        sandbox._restrict_files = lambda folders: None
+        sandbox._restrict_files = lambda *_: None
     process.hide_memory()
     folders = server.folders(resources(paths, programmed), inside + "/run/socket")
     sandbox.enter(folders, descriptor_store=store)
