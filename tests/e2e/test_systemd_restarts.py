@@ -15,7 +15,6 @@ from tests.e2e.machine import WHEELS, make_machine, make_old_wheel
 from tests.e2e.story import KEY, LETTER
 from tests.e2e.unit import INSTALL, TIMEOUT, UPDATE, Unit, succeed
 from tests.e2e.vm import Guest
-from tests.support.history import has_commit
 
 ROUNDS = int(os.environ.get("VHOST_RPMB_SYSTEMD_RESTARTS", "3"))  # of each kind
 # The first test may have to make the kit and the machine.
@@ -30,12 +29,16 @@ OLD = "python3 -m venv /opt/old && /opt/old/bin/pip install old/vhost_rpmb-*.whl
 
 
 @pytest.fixture(scope="module")
-def guest(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Iterator[Guest]:
-    """A machine that runs, with our package and, where there is history, an earlier one."""
+def guest(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    pytestconfig: pytest.Config,
+) -> Iterator[Guest]:
+    """A machine that runs, with our package and, for the test that needs it, an earlier one."""
     reporter = pytestconfig.pluginmanager.getplugin("terminalreporter")
     machine = make_machine(reporter.write_line)
     old, install = None, f"{INSTALL}\n{COPY}"
-    if has_commit(FORMAT_1):
+    if any("from_format_1" in item.name for item in request.session.items):
         old, install = make_old_wheel(machine, FORMAT_1, reporter.write_line), f"{install}\n{OLD}"
     disk = tmp_path_factory.mktemp("machine") / "disk"
     machine.make_disk(disk, install, old)
@@ -150,6 +153,7 @@ def test_kills(guest: Guest) -> None:
     check(unit, client)
 
 
+@pytest.mark.long
 def test_update(guest: Guest) -> None:
     """As the guide says, to the same version."""
     unit = started(guest, "updated")
@@ -161,6 +165,7 @@ def test_update(guest: Guest) -> None:
     check(unit, client)
 
 
+@pytest.mark.long
 @pytest.mark.needs_history(FORMAT_1)
 def test_update_from_format_1(guest: Guest) -> None:
     """That version does not keep the connection; the writes that it acknowledged are kept."""
@@ -185,6 +190,7 @@ def test_update_from_format_1(guest: Guest) -> None:
     assert unit.client("read-counter key")["write_counter"] == written
 
 
+@pytest.mark.long
 def test_stop_ends_the_connection(guest: Guest) -> None:
     unit = started(guest, "stops")
     client = Client(unit)
@@ -198,6 +204,7 @@ def test_stop_ends_the_connection(guest: Guest) -> None:
     assert counter >= acknowledged
 
 
+@pytest.mark.long
 def test_front_end_that_dies_with_the_daemon(guest: Guest) -> None:
     unit = started(guest, "both")
     client = Client(unit)
