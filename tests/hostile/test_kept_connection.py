@@ -103,7 +103,7 @@ def test_front_ends_leave_no_descriptor(supervised: Supervised, eventfds: list[i
     memory = os.memfd_create("memory")
     os.ftruncate(memory, 8192)
     fds_before: set[str] = set()
-    for round_ in range(1000 if DIVISOR == 1 else 50):
+    for round_ in range(1000 if DIVISOR == 1 else 20):
         frontend = connected(supervised)
         with closing(socket.socket(fileno=os.dup(frontend.fileno()))) as sock:
             frontend.tell(Request.ADD_MEM_REG, wire.pack_single_region(REGION), [memory])
