@@ -36,7 +36,7 @@ def device() -> EchoDevice:
     return EchoDevice()
 
 
-@pytest.fixture(params=["plain", "kept"])
+@pytest.fixture(params=["plain", pytest.param("kept", marks=pytest.mark.kept)])
 def keeper(request: pytest.FixtureRequest, _no_descriptor_leaks: None) -> Iterator[Keeper | None]:
     """None, and a keeper that stores each connection for another process."""
     if request.param == "plain":
