@@ -119,6 +119,7 @@ def tracked(make_rig: RigFactory) -> Iterator[Tracked]:
     tracked.close()
 
 
+@pytest.mark.needs_ptrace
 @pytest.mark.parametrize("batches", [(1,), (2,), (64,), (1, 2, 3), (5, 5)])
 def test_kill_at_each_store_loses_and_repeats_nothing(
     tracked: Tracked, engine: Engine, batches: Sequence[int]
