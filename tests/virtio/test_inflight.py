@@ -144,6 +144,7 @@ def test_kill_at_each_store_loses_and_repeats_nothing(
         tracked.check_recovery(state, (available, base, 12345)[number % 3])
 
 
+@pytest.mark.needs_ptrace
 def test_kill_during_a_recovery_loses_and_repeats_nothing(tracked: Tracked, engine: Engine) -> None:
     tracked.start(START)
     tracked.submit(3)
