@@ -4,12 +4,12 @@
 import argparse
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from vhost_rpmb.errors import UsageError
 
-__all__ = ["Parser", "parsers", "path_argument"]
+__all__ = ["Parser", "nearest", "parsers", "path_argument"]
 
 _WRONG_CHOICE = re.compile(r"invalid choice: '([^']*)'")
 
@@ -39,8 +39,6 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}{self._suggestion(message)} (see {self.prog} --help)")
 
     def _suggestion(self, message: str) -> str:
-        import difflib  # imported lazily: not needed on a normal start
-
         if choice := _WRONG_CHOICE.search(message):
             unknown = [choice[1]]
             choices = [action.choices for action in self._actions if action.choices]
@@ -49,8 +47,8 @@ class Parser(argparse.ArgumentParser):
             candidates = list(self._unknown_options())
         for unknown, valid in candidates:
             for word in unknown:
-                if found := difflib.get_close_matches(word, sorted(valid), 1):
-                    return f"; did you mean {found[0]} instead of {word}?"
+                if found := nearest(word, valid):
+                    return f"; did you mean {found} instead of {word}?"
         return ""
 
     def _unknown_options(self) -> Iterator[tuple[list[str], set[str]]]:
@@ -69,6 +67,13 @@ class Parser(argparse.ArgumentParser):
             own = [word.partition("=")[0] for word in arguments[: len(arguments) - after]]
             yield [word for word in own if word.startswith("--") and word not in valid], valid
             after = len(arguments)
+
+
+def nearest(word: str, valid: Iterable[str]) -> str | None:
+    """Return the valid word that a wrong one resembles most, if it resembles any."""
+    import difflib  # imported lazily: not needed on a normal start
+
+    return next(iter(difflib.get_close_matches(word, sorted(valid), 1)), None)
 
 
 def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:

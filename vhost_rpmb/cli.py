@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from vhost_rpmb import __version__
-from vhost_rpmb.arguments import Parser, path_argument
+from vhost_rpmb.arguments import Parser, nearest, path_argument
 from vhost_rpmb.errors import OperatorError, UsageError
 from vhost_rpmb.rpmb.spec import MAX_WRITE_COUNTER
 from vhost_rpmb.virtio import features
@@ -85,13 +85,11 @@ def _virtio_features(text: str) -> int:
         sign, name = (word[:1], word[1:]) if word[:1] in ("+", "-") else ("+", word)
         bit = features.OPTIONAL.get(name)
         if bit is None:
-            import difflib  # imported lazily: not needed on a normal start
-
-            near = difflib.get_close_matches(name, features.OPTIONAL, 1)
+            near = nearest(name, features.OPTIONAL)
             raise argparse.ArgumentTypeError(
                 f"expected +NAME or -NAME, separated by commas, with NAME one of "
                 f"{', '.join(features.OPTIONAL)}, found {word!r}"
-                + (f"; did you mean {near[0]}?" if near else "")
+                + (f"; did you mean {near}?" if near else "")
             )
         offered = offered | bit if sign == "+" else offered & ~bit
     try:

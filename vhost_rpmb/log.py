@@ -11,7 +11,7 @@ import logging
 import os
 import time
 
-__all__ = ["Formatter", "LimitedLog", "configure", "fatal", "warn"]
+__all__ = ["FailureLog", "Formatter", "LimitedLog", "configure", "fatal", "warn"]
 
 _LEVELS = (logging.WARNING, logging.INFO, logging.DEBUG, logging.NOTSET + 1)  # by verbosity
 _PRIORITIES = {logging.ERROR: 3, logging.WARNING: 4, logging.INFO: 6, logging.DEBUG: 7}  # syslog
@@ -63,6 +63,26 @@ class LimitedLog:
         self._next[rule] = now + self._interval
         omitted = self._omitted.pop(rule, 0)
         self._target.warning("%s%s", text, f" ({omitted} more before)" if omitted else "")
+
+
+class FailureLog:
+    """Failures that can last: a line when one begins or changes, and ``recovered`` after the last.
+
+    A guest can repeat the request that fails.
+    """
+
+    def __init__(self, target: logging.Logger, recovered: str = "") -> None:
+        self._target = target
+        self._recovered = recovered
+        self._last = ""
+
+    def report(self, failure: str) -> None:
+        """Log the present failure, unless it is known; empty: there is none."""
+        if failure and failure != self._last:
+            self._target.error("%s", failure)
+        elif self._last and not failure and self._recovered:
+            self._target.warning("%s", self._recovered)
+        self._last = failure
 
 
 def configure(program: str, verbosity: int) -> None:

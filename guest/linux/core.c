@@ -25,7 +25,7 @@
 #define VRPMB_UNIT_BLOCKS	512	/* in such a unit */
 #define VRPMB_MAX_DEVICES	1000
 
-/* What an eMMC node reads with one command, where the device sets no limit. */
+/* The largest read with one command of an eMMC node, where the device sets no limit. */
 #define VRPMB_MAX_READ		(MMC_IOC_MAX_BYTES / sizeof(struct vrpmb_frame))
 
 /* A wait this long is logged, and ends before the kernel's detector of hung tasks reports it. */

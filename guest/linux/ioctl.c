@@ -3,7 +3,7 @@
  * The character device /dev/rpmbN with the two ioctls of an eMMC RPMB node, MMC_IOC_CMD and
  * MMC_IOC_MULTI_CMD, so that tools written for eMMC work as they are.
  *
- * What an eMMC sees as a row of commands becomes one virtio descriptor chain:
+ * A row of commands to an eMMC becomes one virtio descriptor chain:
  *
  *   CMD25 (write multiple block): its frames join the device-readable part,
  *   CMD18 (read multiple block):  sets the room of the device-writable part and ends the chain.

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import array
 import ctypes
-import fcntl
 import logging
 import mmap
 import os
@@ -24,7 +23,7 @@ import zlib
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 
-from vhost_rpmb import libc
+from vhost_rpmb import libc, memfd
 from vhost_rpmb.daemon.descriptors import PREFIX, DescriptorStore, StoreError
 from vhost_rpmb.vhost_user import foreign
 from vhost_rpmb.vhost_user.interfaces import Consumed
@@ -52,9 +51,6 @@ _FILE = f"{PREFIX}f"  # and a number
 _INT = array.array("i").itemsize
 _CONTROL_SIZE = socket.CMSG_SPACE(253 * _INT)  # SCM_MAX_FD
 _CONTROL = struct.Struct("@Nii")  # struct cmsghdr: length, level, type
-# <linux/fcntl.h>; fcntl has them from Python 3.12 on.
-_F_ADD_SEALS, _F_GET_SEALS = 1033, 1034
-_SEALS = 0x1 | 0x2 | 0x4  # SEAL, SHRINK, GROW
 # Ancillary data that precede descriptors: a socket unit can have them enabled (PassCredentials=).
 _ANCILLARY = (socket.SO_PASSCRED, 34, 76)  # SO_PASSSEC and SO_PASSPIDFD, which socket lacks
 
@@ -251,10 +247,8 @@ class Handover:
 
     def _begin(self) -> None:
         """Begin a new record."""
-        fd = os.memfd_create(_SESSION, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        fd = memfd.create(_SESSION, _SIZE)
         try:
-            os.ftruncate(fd, _SIZE)
-            fcntl.fcntl(fd, _F_ADD_SEALS, _SEALS)
             self._map = mmap.mmap(fd, _SIZE)
             self._map[: len(_MAGIC)] = _MAGIC
             self.active = True
@@ -339,11 +333,11 @@ class Handover:
 def _map_record(fd: int) -> mmap.mmap:
     """Map the record of an earlier process; _UnfitError unless it is one."""
     try:
-        seals = fcntl.fcntl(fd, _F_GET_SEALS)
+        sealed = memfd.is_sealed(fd)
         size = os.fstat(fd).st_size
     except OSError:
         raise _UnfitError("its record is another kind of file") from None
-    if seals & _SEALS != _SEALS or size != _SIZE:
+    if not sealed or size != _SIZE:
         raise _UnfitError("its record has another size, or can be truncated")
     record = mmap.mmap(fd, _SIZE)
     if record[: len(_MAGIC)] != _MAGIC:

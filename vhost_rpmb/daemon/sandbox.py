@@ -57,12 +57,11 @@ _PROT_EXEC = 4
 _INT = 0xFFFF_FFFF  # the part of a register that is an int
 _SPECIAL_BITS = stat.S_ISUID | stat.S_ISGID | stat.S_ISVTX
 _PRIVATE_FILE = 0o600  # mknod: without a type a regular file
-_F_ADD_SEALS, _F_GET_SEALS = 1033, 1034  # fcntl has them from Python 3.12 on
 _F_DUPFD_QUERY = 1027  # since Linux 6.10
 # All else can make the kernel send signals (F_SETOWN, F_SETSIG, F_NOTIFY, O_ASYNC by F_SETFL).
 _FCNTL_COMMANDS = (
     fcntl.F_DUPFD_CLOEXEC, fcntl.F_GETFD, fcntl.F_SETFD, fcntl.F_GETFL,
-    fcntl.F_GETLK, fcntl.F_SETLK, _F_GET_SEALS, _F_ADD_SEALS,
+    fcntl.F_GETLK, fcntl.F_SETLK, fcntl.F_GET_SEALS, fcntl.F_ADD_SEALS,
     _F_DUPFD_QUERY,
 )  # fmt: skip
 # clone(2): what makes a thread of the process, and the namespaces that one could have.

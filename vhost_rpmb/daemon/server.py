@@ -117,9 +117,10 @@ def run(options: Options) -> None:
         )
         stack.callback(server.close)
         if options.sandbox:
+            resources = store.resources()
             sandbox.enter(
-                folders(store.resources(), options.socket_path),
-                store.resources().ports,
+                folders(resources, options.socket_path),
+                resources.ports,
                 descriptor_store=handover.active,
             )
         status = Status(notifier, server, store, device)

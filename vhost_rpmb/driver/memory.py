@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Guest memory as a VMM provides it: memfds, mapped in this process and in the back-end."""
 
-import fcntl
 import mmap
 import os
 import sys
 from collections.abc import Sequence
 
+from vhost_rpmb import memfd
 from vhost_rpmb.closing import Closing
 from vhost_rpmb.vhost_user.wire import MemoryRegion
 
@@ -14,21 +14,15 @@ from vhost_rpmb.vhost_user.wire import MemoryRegion
 #: address differ so that mixing them up is noticed.
 DEFAULT_REGIONS = (MemoryRegion(0x4000_0000, 4 << 20, 0x7F00_0000_0000, 0),)
 
-# The back-end has the descriptor too. If it shortened the file, an access behind the end would
-# raise SIGBUS here; if it extended the file, memory use would have no bound.
-_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-
 
 class Region:
     """One mapped memory region; ``view`` is its memory, ``fd`` its memfd."""
 
     def __init__(self, place: MemoryRegion, *, sealed: bool = True) -> None:
         self.place = place
-        self.fd = os.memfd_create("guest-memory", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        # The back-end, which has it too, could otherwise raise SIGBUS here, or use up memory.
+        self.fd = memfd.create("guest-memory", place.mmap_offset + place.size, sealed=sealed)
         try:
-            os.ftruncate(self.fd, place.mmap_offset + place.size)
-            if sealed:
-                fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
             self._map = mmap.mmap(self.fd, place.size, offset=place.mmap_offset)
         except BaseException:
             os.close(self.fd)

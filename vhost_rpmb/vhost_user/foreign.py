@@ -53,7 +53,6 @@ _REMOTE = {
     0x00C36400: "Ceph",
     0x794C7630: "overlayfs",
 }
-_F_GET_SEALS = 1034  # fcntl has it from Python 3.12 on
 _EVENTFD = "anon_inode:[eventfd]"
 _NO_LINGER = struct.pack("=ii", 0, 0)
 
@@ -156,7 +155,7 @@ def _name(fd: int) -> str:
 def _is_shared_memory(fd: int) -> bool:
     """Whether it is a memfd or a file on tmpfs or hugetlbfs: no other file has seals."""
     try:
-        fcntl.fcntl(fd, _F_GET_SEALS)
+        fcntl.fcntl(fd, fcntl.F_GET_SEALS)
     except OSError:
         return False
     return True

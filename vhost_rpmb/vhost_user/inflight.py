@@ -27,12 +27,11 @@ later changes nothing before the next start.
 
 from __future__ import annotations
 
-import fcntl
 import mmap
-import os
 import struct
 from typing import NamedTuple
 
+from vhost_rpmb import memfd
 from vhost_rpmb.vhost_user import wire
 from vhost_rpmb.vhost_user.interfaces import Memory
 from vhost_rpmb.virtio import spec as virtio
@@ -46,9 +45,6 @@ _COUNTER = 8  # offset in an entry
 _VERSION = 1
 _U16 = struct.Struct("=H")
 _U64 = struct.Struct("=Q")
-# <linux/fcntl.h>; fcntl has them from Python 3.12 on.
-_F_ADD_SEALS = 1033
-_SEALS = 0x1 | 0x2 | 0x4  # SEAL, SHRINK, GROW
 
 
 def stride(queue_size: int) -> int:
@@ -59,14 +55,7 @@ def stride(queue_size: int) -> int:
 def create(num_queues: int, queue_size: int) -> tuple[wire.InflightDescription, int]:
     """Create a region; return its description and its descriptor, which the caller closes."""
     size = num_queues * stride(queue_size)
-    fd = os.memfd_create("inflight", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
-        os.ftruncate(fd, size)
-        fcntl.fcntl(fd, _F_ADD_SEALS, _SEALS)
-    except BaseException:
-        os.close(fd)
-        raise
-    return wire.InflightDescription(size, 0, num_queues, queue_size), fd
+    return wire.InflightDescription(size, 0, num_queues, queue_size), memfd.create("inflight", size)
 
 
 class InvalidRecordError(Exception):

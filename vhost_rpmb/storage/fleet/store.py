@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from vhost_rpmb.errors import Fenced, Stopped
+from vhost_rpmb.log import FailureLog
 from vhost_rpmb.rpmb import spec
 from vhost_rpmb.rpmb.replay import NO_REPLAY, Replay
 from vhost_rpmb.storage.fleet.contents import Contents, Device
@@ -73,7 +74,7 @@ class FleetStore:
         self._last_chain = contents.last_chain
         self._limit = max(_SHORTEST_LOG, device.info.size // 4)
         self._checkpoint_at = 2 * self._limit
-        self._last_logged = ""
+        self._failures = FailureLog(logger, "writes are made durable again")
         self._closed = False
         self.name = device.info.life[:16]
         self.image = memoryview(contents.memory)
@@ -127,9 +128,9 @@ class FleetStore:
         try:
             self._replace_head(head, puts)
         except Refused as error:
-            self._report(f"a write could not be made durable: {error}")
+            self._failures.report(f"a write could not be made durable: {error}")
             return False
-        self._report("")
+        self._failures.report("")
         self._last_chain = before.chain
         self.counter = counter
         self.replay = replay
@@ -233,14 +234,6 @@ class FleetStore:
                 f"device {self._keys.device}: expected the state that this daemon wrote, found"
                 " another: if the store was restored from a backup, quarantine it"
             )
-
-    def _report(self, failure: str) -> None:
-        """Log a failure once while it lasts (a guest can repeat the request); empty: none."""
-        if failure and failure != self._last_logged:
-            logger.error("%s", failure)
-        elif self._last_logged and not failure:
-            logger.warning("writes are made durable again")
-        self._last_logged = failure
 
     def _remember(self) -> None:
         self._witness.record(self._keys.device, self._head, self._revision)

@@ -17,6 +17,7 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from vhost_rpmb.errors import StateError
+from vhost_rpmb.log import FailureLog
 from vhost_rpmb.storage.fleet.layout import Head
 from vhost_rpmb.storage.interface import Access, Resources
 
@@ -38,7 +39,7 @@ class Witness:
     def __init__(self, folder: str, incarnation: bytes) -> None:
         self._folder = os.path.realpath(folder)
         self._incarnation = incarnation.hex()
-        self._last = ""
+        self._failures = FailureLog(logger)
 
     def _path(self, device: str) -> str:
         return os.path.join(self._folder, f"{self._incarnation}-{device}.json")
@@ -100,9 +101,7 @@ class Witness:
             failure = f"the witness file {path} could not be written: {error.strerror}"
             with suppress(OSError):
                 os.unlink(new)
-        if failure and failure != self._last:
-            logger.error("%s", failure)
-        self._last = failure
+        self._failures.report(failure)
 
     def resources(self) -> Resources:
         """Return the access that `record` needs."""

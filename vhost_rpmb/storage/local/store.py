@@ -11,6 +11,7 @@ import os
 import sqlite3
 from contextlib import suppress
 
+from vhost_rpmb.log import FailureLog
 from vhost_rpmb.rpmb import spec
 from vhost_rpmb.rpmb.replay import NO_REPLAY, Replay
 from vhost_rpmb.storage.interface import Access, Resources
@@ -67,7 +68,7 @@ class Store:
         self._image_file = image_file
         self._closed = False
         self._commit_uncertain = False  # a commit reported as failed may be durable
-        self._last_logged = ""  # the present failure, empty while commits succeed
+        self._failures = FailureLog(logger, "writes are made durable again")
         self.name = name
         self.counter = counter
         self.key = key
@@ -116,10 +117,10 @@ class Store:
                     self._database.add_pending(counter, blocks, replay)
             self._commit_uncertain = False
         except FAILURES as error:
-            self._report(f"a write could not be made durable: {_why(error)}")
+            self._failures.report(f"a write could not be made durable: {_why(error)}")
             self._undo(key)
             return False
-        self._report("")
+        self._failures.report("")
         self.counter = counter
         self.replay = replay
         self._owed = True
@@ -138,14 +139,6 @@ class Store:
     def settle(self) -> None:
         """Note that no answer is owed, so that `close` empties the replay record."""
         self._owed = False
-
-    def _report(self, failure: str) -> None:
-        """Log a failure once while it lasts (a guest can repeat the request); empty: none."""
-        if failure and failure != self._last_logged:
-            logger.error("%s", failure)
-        elif self._last_logged and not failure:
-            logger.warning("writes are made durable again")
-        self._last_logged = failure
 
     def _columns(self, key: bytes) -> tuple[bytes | None, bytes | None]:
         """Return the columns of a key: itself, or its fingerprint if a file has the key."""
