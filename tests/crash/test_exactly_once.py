@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import os
 import random
@@ -30,6 +29,7 @@ from tests.support.oracle import (
     split,
     write_data,
 )
+from tests.support.stores import step, trace_me
 from vhost_rpmb.engine import Engine
 from vhost_rpmb.rpmb import spec
 from vhost_rpmb.storage.local.opening import open_store
@@ -38,9 +38,6 @@ from vhost_rpmb.storage.paths import Paths
 LIVES = 600 // DIVISOR  # on each engine
 MOST_BLOCKS = 32
 TOO_FAR = 100_000  # ahead of every write counter
-
-PTRACE_TRACEME, PTRACE_SINGLESTEP = 0, 9
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 @pytest.fixture
@@ -154,11 +151,6 @@ def test_each_write_is_answered_once(guest: Guest) -> None:
 # Every store into memory that survives
 
 
-def ptrace(request: int, pid: int) -> None:
-    result = _libc.ptrace(ctypes.c_long(request), ctypes.c_long(pid), None, None)
-    assert result == 0, os.strerror(ctypes.get_errno())
-
-
 class Survivors:
     """The memory that survives a process: used ring, answers, and the journal."""
 
@@ -196,7 +188,7 @@ def step_through(guest: Guest, survivors: Survivors, committed: Callable[[], Non
     if not child:
         try:
             life = Life(guest)
-            _libc.ptrace(ctypes.c_long(PTRACE_TRACEME), ctypes.c_long(0), None, None)
+            trace_me()
             life.before_publication(lambda: signal.raise_signal(signal.SIGSTOP))
             life.serve()
             signal.raise_signal(signal.SIGSTOP)
@@ -208,8 +200,7 @@ def step_through(guest: Guest, survivors: Survivors, committed: Callable[[], Non
         committed()
         steps = 0
         while True:
-            ptrace(PTRACE_SINGLESTEP, child)
-            _, status = os.waitpid(child, 0)
+            status = step(child)
             assert os.WIFSTOPPED(status), "the process failed"
             if os.WSTOPSIG(status) == signal.SIGSTOP:
                 return steps

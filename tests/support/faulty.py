@@ -47,6 +47,27 @@ class Faults:
         return any(self.path.read_bytes())
 
 
+def around(
+    place: Any,
+    name: str,
+    before: Callable[[], None] | None = None,
+    after: Callable[[], None] | None = None,
+) -> None:
+    """Replace a function of a module or class by itself, with something before and after it."""
+    function: Callable[..., Any] = getattr(place, name)
+
+    @functools.wraps(function)
+    def surrounded(*arguments: Any, **keywords: Any) -> Any:
+        if before is not None:
+            before()
+        result = function(*arguments, **keywords)
+        if after is not None:
+            after()
+        return result
+
+    setattr(place, name, surrounded)
+
+
 def main() -> int:
     fd = os.open(sys.argv[1], os.O_RDWR | os.O_CLOEXEC)
 
@@ -57,29 +78,18 @@ def main() -> int:
         if armed.lstrip("!") == point:
             signal.raise_signal(signal.SIGKILL)  # which the sandbox allows, unlike os.kill()
 
-    def around(place: Any, name: str, before: str = "", after: str = "") -> None:
-        method: Callable[..., Any] = getattr(place, name)
+    def at(point: str) -> Callable[[], None]:
+        return functools.partial(reach, point)
 
-        @functools.wraps(method)
-        def reaching(*arguments: Any, **keywords: Any) -> Any:
-            if before:
-                reach(before)
-            result = method(*arguments, **keywords)
-            if after:
-                reach(after)
-            return result
-
-        setattr(place, name, reaching)
-
-    around(intake.KeptReader, "_store", before="peeked")
-    around(handover.Handover, "store", after="stored")
-    around(handover, "_checksum", before="saving")  # the body is written, its header is not
-    around(handover.Handover, "save", after="saved")
-    around(handover.Handover, "consume", after="consumed")
-    around(session.Session, "_conclude", before="handled")
-    around(handover.Handover, "reply", after="replied")
-    around(handover.Handover, "retain", after="removed")
-    around(session.Session, "restore", before="restoring", after="restored")
+    around(intake.KeptReader, "_store", before=at("peeked"))
+    around(handover.Handover, "store", after=at("stored"))
+    around(handover, "_checksum", before=at("saving"))  # the body is written, its header is not
+    around(handover.Handover, "save", after=at("saved"))
+    around(handover.Handover, "consume", after=at("consumed"))
+    around(session.Session, "_conclude", before=at("handled"))
+    around(handover.Handover, "reply", after=at("replied"))
+    around(handover.Handover, "retain", after=at("removed"))
+    around(session.Session, "restore", before=at("restoring"), after=at("restored"))
     return cli.main(sys.argv[2:])
 
 

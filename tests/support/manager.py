@@ -9,15 +9,14 @@ from __future__ import annotations
 import os
 import socket
 import threading
-from typing import Self
 
+from vhost_rpmb.closing import Closing
 from vhost_rpmb.daemon.descriptors import DescriptorStore
 from vhost_rpmb.daemon.handover import Handover
 from vhost_rpmb.daemon.notify import Notifier
-from vhost_rpmb.vhost_user import foreign
 
 
-class Manager:
+class Manager(Closing):
     """Receives notifications in a thread; ``handover`` is the daemon's side."""
 
     def __init__(self, limit: int = 1024) -> None:
@@ -34,8 +33,7 @@ class Manager:
 
     def _run(self) -> None:
         while True:
-            data, fds, _, _ = socket.recv_fds(self._socket, 4096, 253)
-            foreign.close(fds)
+            data = self._socket.recv(4096)  # without room for descriptors: this process has none
             if data == b"END=1":
                 return
             lines = dict(line.split("=", 1) for line in data.decode().split("\n"))
@@ -50,9 +48,3 @@ class Manager:
         self._notifier.close()
         self.handover.close()
         self._socket.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

@@ -9,16 +9,15 @@ the third one in a row does not die before it serves.
 
 from __future__ import annotations
 
-import functools
 import os
 import random
 import signal
 import struct
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests.support.faulty import around
 from vhost_rpmb import cli, libc
 from vhost_rpmb.daemon import handover, notify
 from vhost_rpmb.storage.local import database, store
@@ -60,30 +59,13 @@ def main() -> int:
             os.pwrite(fd, _ODDS.pack(odds, 0 if served else early + 1), 0)
             signal.raise_signal(signal.SIGKILL)  # which the sandbox allows, unlike os.kill()
 
-    def serving(method: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(method)
-        def noted(*arguments: Any) -> Any:
-            nonlocal served
-            method(*arguments)
-            served = True
+    def serve() -> None:
+        nonlocal served
+        served = True
 
-        return noted
-
-    def around(place: Any, name: str) -> None:
-        method: Callable[..., Any] = getattr(place, name)
-
-        @functools.wraps(method)
-        def mortal(*arguments: Any, **keywords: Any) -> Any:
-            reach()
-            result = method(*arguments, **keywords)
-            reach()
-            return result
-
-        setattr(place, name, mortal)
-
-    handover.Handover.served = serving(handover.Handover.served)  # type: ignore[method-assign]
+    around(handover.Handover, "served", after=serve)
     for place, name in STEPS:
-        around(place, name)
+        around(place, name, before=reach, after=reach)
     return cli.main(sys.argv[2:])
 
 

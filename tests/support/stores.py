@@ -12,10 +12,21 @@ from types import FrameType
 from typing import Any
 
 _PTRACE_TRACEME, _PTRACE_SINGLESTEP = 0, 9
-_libc = ctypes.CDLL(None, use_errno=True)
-_ptrace = _libc.ptrace
+_ptrace = ctypes.CDLL(None, use_errno=True).ptrace
 _ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
 _ptrace.restype = ctypes.c_long
+
+
+def trace_me() -> None:
+    """Let the parent process step this one."""
+    _ptrace(_PTRACE_TRACEME, 0, None, None)
+
+
+def step(child: int) -> int:
+    """Let a stopped child execute one instruction; return its status. Raises OSError."""
+    if _ptrace(_PTRACE_SINGLESTEP, child, None, None):
+        raise OSError(ctypes.get_errno(), "PTRACE_SINGLESTEP failed")
+    return os.waitpid(child, 0)[1]
 
 
 def states_of(engine: str, action: Callable[[], object], look: Callable[[], bytes]) -> list[bytes]:
@@ -31,18 +42,15 @@ def _of_instructions(action: Callable[[], object], look: Callable[[], bytes]) ->
     child = os.fork()
     if not child:
         try:
-            _ptrace(_PTRACE_TRACEME, 0, None, None)
+            trace_me()
             os.kill(os.getpid(), signal.SIGSTOP)
             action()
         finally:
             os._exit(0)
     states = [look()]
     os.waitpid(child, 0)
-    step, wait = _ptrace, os.waitpid
     while True:
-        if step(_PTRACE_SINGLESTEP, child, None, None):
-            raise OSError(ctypes.get_errno(), "PTRACE_SINGLESTEP failed")
-        _, status = wait(child, 0)
+        status = step(child)
         if not os.WIFSTOPPED(status):
             assert os.waitstatus_to_exitcode(status) == 0
             return states
