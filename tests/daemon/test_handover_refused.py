@@ -126,7 +126,7 @@ def test_front_end_that_has_gone_meanwhile(tmp_path: Path) -> None:
     with Supervised(tmp_path, engine="fast") as supervised:
         client = supervised.client()
         with supervised.manager.down():
-            client.close()
+            client.__exit__(EOFError)  # as if it died: it does not stop the queue
         supervised.becomes_empty()
         assert not supervised.warnings
         with supervised.client() as successor:
