@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.kit import AMD64, ARM64, Kit, make_kit
+from tests.e2e.optee import make_routing_kit
 from tests.support.daemon import Daemon, installed_daemon
 
 
@@ -17,6 +18,13 @@ def kit(request: pytest.FixtureRequest, pytestconfig: pytest.Config) -> Kit:
     """The guest kit of each architecture; where it cannot be made, tests fail with the reason."""
     reporter = pytestconfig.pluginmanager.getplugin("terminalreporter")
     return make_kit(request.param, reporter.write_line)
+
+
+@pytest.fixture(scope="session")
+def routing_kit(kit: Kit, pytestconfig: pytest.Config) -> Kit:
+    """The kit with a kernel that has the RPMB subsystem."""
+    reporter = pytestconfig.pluginmanager.getplugin("terminalreporter")
+    return make_routing_kit(kit, reporter.write_line)
 
 
 @pytest.fixture(params=["fast", "pure"])

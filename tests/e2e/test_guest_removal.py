@@ -18,8 +18,8 @@ import pytest
 
 from tests.e2e.kit import AMD64, Kit
 from tests.e2e.monitor import Monitor
-from tests.e2e.optee import Model, make_routing_kit, with_files
-from tests.e2e.vm import Guest, qemu_command_line
+from tests.e2e.optee import Model, with_files
+from tests.e2e.vm import Guest, qemu_command_line, succeed
 from tests.support.daemon import Daemon, until
 
 pytestmark = [
@@ -56,18 +56,6 @@ def machine(kit: Kit, daemon: Daemon, folder: Path) -> Iterator[tuple[Guest, Mon
         yield vm, monitor
         complaints = re.search(COMPLAINTS + "|blocked for more", succeed(vm, "dmesg"))
         assert not complaints, succeed(vm, "dmesg")
-
-
-@pytest.fixture(scope="session")
-def routing_kit(kit: Kit, pytestconfig: pytest.Config) -> Kit:
-    reporter = pytestconfig.pluginmanager.getplugin("terminalreporter")
-    return make_routing_kit(kit, reporter.write_line)
-
-
-def succeed(vm: Guest, command: str) -> str:
-    status, output = vm.run(command)
-    assert status == 0, f"{command}: {output}"
-    return output
 
 
 def start_load(vm: Guest) -> None:

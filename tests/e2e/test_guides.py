@@ -16,7 +16,7 @@ import pytest
 
 from tests.e2e.cache import Steps
 from tests.e2e.kit import AMD64, DRIVER_FOLDER, DRIVER_SOURCES, Kit
-from tests.e2e.vm import BOOT_TIMEOUT, READY, Guest, VirtualMachine
+from tests.e2e.vm import BOOT_TIMEOUT, READY, Guest, VirtualMachine, succeed
 from tests.support.daemon import Daemon
 from tests.support.documents import ROOT, blocks_of_guide, blocks_that_begin, commands
 
@@ -40,12 +40,6 @@ def command_line(kit: Kit, block: str) -> list[str]:
         *("-kernel", str(kit.kernel), "-initrd", str(kit.initramfs)),
         *("-append", f"console={kit.architecture.console} quiet"),
     ]
-
-
-def succeed(guest: Guest, command: str) -> str:
-    status, output = guest.run(command)
-    assert status == 0, f"{command}: {output}"
-    return output
 
 
 def test_qemu_by_hand(kit: Kit, daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.kit import AMD64, Kit
-from tests.e2e.optee import Exchange, Model, make_routing_kit, with_files, workload
-from tests.e2e.vm import VirtualMachine
+from tests.e2e.optee import Exchange, Model, with_files, workload
+from tests.e2e.vm import VirtualMachine, succeed
 from tests.support.daemon import Daemon
 from tests.support.documents import blocks_that_begin
 from tests.support.supervised import Supervised
@@ -31,20 +31,8 @@ ONE_KIT = pytest.mark.parametrize("kit", [AMD64], indirect=True, ids=["amd64"])
 ONE_ENGINE = pytest.mark.parametrize("daemon", ["fast"], indirect=True)
 
 
-@pytest.fixture(scope="session")
-def routing_kit(kit: Kit, pytestconfig: pytest.Config) -> Kit:
-    reporter = pytestconfig.pluginmanager.getplugin("terminalreporter")
-    return make_routing_kit(kit, reporter.write_line)
-
-
 def records(exchanges: Iterable[Exchange]) -> bytes:
     return b"".join(exchange.pack() for exchange in exchanges)
-
-
-def succeed(vm: VirtualMachine, command: str) -> str:
-    status, output = vm.run(command)
-    assert status == 0, f"{command}: {output}"
-    return output
 
 
 def is_clean(vm: VirtualMachine) -> bool:

@@ -20,7 +20,7 @@ import pytest
 from tests.e2e.kit import AMD64, Kit
 from tests.e2e.monitor import Monitor
 from tests.e2e.story import KEY
-from tests.e2e.vm import Guest, VirtualMachine, qemu_command_line
+from tests.e2e.vm import Guest, VirtualMachine, qemu_command_line, succeed
 from tests.support.daemon import environment, installed_program
 from tests.support.rig import UNIT_BLOCKS, make_image
 from tests.support.supervisor import Supervisor
@@ -108,12 +108,6 @@ class Killer:
             finally:
                 stop.set()
         worker.result()
-
-
-def succeed(vm: Guest, command: str) -> str:
-    status, output = vm.run(command, TIMEOUT)
-    assert status == 0, f"{command}: {output}"
-    return output
 
 
 class Workload:

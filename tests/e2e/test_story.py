@@ -22,19 +22,13 @@ from tests.e2e.story import (
     tell,
     write_frames,
 )
-from tests.e2e.vm import VirtualMachine
+from tests.e2e.vm import VirtualMachine, succeed
 from tests.support.daemon import Daemon
 from tests.support.documents import demo_of_readme
 from tests.support.oracle import BLOCK_SIZE, read_result
 
 # The first test may have to make the kit.
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(900)]
-
-
-def succeed(vm: VirtualMachine, command: str) -> str:
-    status, output = vm.run(command)
-    assert status == 0, f"{command}: {output}"
-    return output
 
 
 def counter(vm: VirtualMachine) -> int:

@@ -11,8 +11,8 @@ import pytest
 
 from tests.e2e.machine import make_machine
 from tests.e2e.story import KEY, LETTER
-from tests.e2e.unit import DROP_IN, GIVE, INSTALL, OPTIONS, USER, WAITING, Unit, succeed
-from tests.e2e.vm import Guest
+from tests.e2e.unit import DROP_IN, GIVE, INSTALL, OPTIONS, USER, WAITING, Unit
+from tests.e2e.vm import Guest, succeed
 
 # The first test may have to make the kit and the machine.
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(900)]

@@ -13,8 +13,8 @@ import pytest
 
 from tests.e2e.machine import WHEELS, make_machine, make_old_wheel
 from tests.e2e.story import KEY, LETTER
-from tests.e2e.unit import INSTALL, TIMEOUT, UPDATE, Unit, succeed
-from tests.e2e.vm import Guest
+from tests.e2e.unit import INSTALL, TIMEOUT, UPDATE, Unit
+from tests.e2e.vm import Guest, succeed
 
 ROUNDS = int(os.environ.get("VHOST_RPMB_SYSTEMD_RESTARTS", "3"))  # of each kind
 # The first test may have to make the kit and the machine.

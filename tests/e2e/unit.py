@@ -8,7 +8,7 @@ import re
 import shlex
 import time
 
-from tests.e2e.vm import Guest
+from tests.e2e.vm import Guest, succeed
 from tests.support.documents import blocks_of_guide
 
 TIMEOUT = 300.0  # seconds
@@ -18,12 +18,6 @@ WAITING = "waiting for a front-end; write counter {}; {} requests served"
 INSTALL, ENABLE, UPDATE, DROP_IN, USER, OPTIONS, GIVE, _CAPABILITIES = (
     block.text for block in blocks_of_guide("systemd")
 )
-
-
-def succeed(guest: Guest, command: str) -> str:
-    status, output = guest.run(command, TIMEOUT)
-    assert status == 0, f"{command}: {output}"
-    return output
 
 
 class Unit:

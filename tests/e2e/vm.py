@@ -89,14 +89,14 @@ class Guest(Closing):
 
     def put_file(self, path: str, content: bytes) -> None:
         """Make a file in the guest."""
-        self._checked(f": > {shlex.quote(path)}")
+        succeed(self, f": > {shlex.quote(path)}")
         for start in range(0, len(content), FILE_CHUNK):
             text = base64.b64encode(content[start : start + FILE_CHUNK]).decode()
-            self._checked(f"echo {text} | base64 -d >> {shlex.quote(path)}")
+            succeed(self, f"echo {text} | base64 -d >> {shlex.quote(path)}")
 
     def get_file(self, path: str) -> bytes:
         """The content of a file in the guest."""
-        return base64.b64decode(self._checked(f"base64 {shlex.quote(path)}"))
+        return base64.b64decode(succeed(self, f"base64 {shlex.quote(path)}"))
 
     def reboot(self, command: str = "reboot -f") -> None:
         """Reboot the guest; QEMU and its connection to the daemon go on."""
@@ -117,12 +117,6 @@ class Guest(Closing):
         for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
             if pipe is not None:
                 pipe.close()
-
-    def _checked(self, command: str) -> str:
-        status, output = self.run(command)
-        if status != 0:
-            raise GuestError(f"exit status {status} from {command!r}: {output}")
-        return output
 
     def _enter(self, start: int) -> None:
         """Wait for the guest's shell and turn it into one without line editing, prompt and echo."""
@@ -170,6 +164,14 @@ class Guest(Closing):
         tail = "\n".join(self._console.decode(errors="replace").splitlines()[-30:])
         messages = self._messages.decode(errors="replace").strip() or "none"
         return f"{what}\nQEMU's messages: {messages}\nThe console's last lines:\n{tail}"
+
+
+def succeed(guest: Guest, command: str) -> str:
+    """Run a shell command in a guest; return its output. Raises GuestError if it fails."""
+    status, output = guest.run(command)
+    if status != 0:
+        raise GuestError(f"exit status {status} from {command!r}: {output}")
+    return output
 
 
 class VirtualMachine(Guest):
