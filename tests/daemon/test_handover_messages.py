@@ -18,7 +18,7 @@ from tests.support.faulty import POINTS, Faults
 from tests.support.supervised import Supervised
 from vhost_rpmb.driver.errors import BackendError
 from vhost_rpmb.vhost_user import wire
-from vhost_rpmb.vhost_user.session import PROTOCOL_FEATURES
+from vhost_rpmb.vhost_user.backend import PROTOCOL_FEATURES
 from vhost_rpmb.vhost_user.wire import MemoryRegion, ProtocolFeature, Request, VringState
 from vhost_rpmb.virtio import spec as virtio
 

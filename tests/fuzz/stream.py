@@ -21,7 +21,8 @@ from vhost_rpmb.errors import PeerError
 from vhost_rpmb.log import LimitedLog
 from vhost_rpmb.rpmb import spec
 from vhost_rpmb.vhost_user import wire
-from vhost_rpmb.vhost_user.session import PROTOCOL_FEATURES, Session
+from vhost_rpmb.vhost_user.backend import PROTOCOL_FEATURES
+from vhost_rpmb.vhost_user.session import Session
 from vhost_rpmb.vhost_user.wire import MemoryRegion, Request, VringState
 from vhost_rpmb.virtio import spec as virtio
 

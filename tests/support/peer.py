@@ -17,8 +17,10 @@ from vhost_rpmb.engine import Engine
 from vhost_rpmb.errors import PeerError
 from vhost_rpmb.log import LimitedLog
 from vhost_rpmb.vhost_user import wire
+from vhost_rpmb.vhost_user.backend import PROTOCOL_FEATURES
 from vhost_rpmb.vhost_user.interfaces import Device, Keeper
-from vhost_rpmb.vhost_user.session import PROTOCOL_FEATURES, Session
+from vhost_rpmb.vhost_user.session import Session
+from vhost_rpmb.vhost_user.vring import Vring
 from vhost_rpmb.vhost_user.wire import MemoryRegion, Request, VringState
 from vhost_rpmb.virtio import spec as virtio
 
@@ -78,9 +80,13 @@ class Peer:
         self.loop.add(self._far, self._receive)
 
     @property
+    def vrings(self) -> list[Vring]:
+        return self.backend._backend.vrings
+
+    @property
     def regions(self) -> tuple[tuple[int, int, int], ...]:
         """The memory regions that the back-end has mapped."""
-        regions: tuple[tuple[int, int, int], ...] = self.backend._memory.regions  # type: ignore[attr-defined]
+        regions: tuple[tuple[int, int, int], ...] = self.backend._backend._memory.regions  # type: ignore[attr-defined]
         return regions
 
     def _receive(self) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from tests.support.peer import OFFERED, Peer, open_fds
 from vhost_rpmb.vhost_user import wire
-from vhost_rpmb.vhost_user.session import PROTOCOL_FEATURES
+from vhost_rpmb.vhost_user.backend import PROTOCOL_FEATURES
 from vhost_rpmb.vhost_user.wire import Request
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.support.peer import FEATURES, PAGE, REGION, Peer
 from vhost_rpmb.vhost_user import wire
-from vhost_rpmb.vhost_user.session import PROTOCOL_FEATURES
+from vhost_rpmb.vhost_user.backend import PROTOCOL_FEATURES
 from vhost_rpmb.vhost_user.wire import ProtocolFeature, Request, VringState
 
 # What each message looks like when it is right: payload, descriptors, needed protocol feature,

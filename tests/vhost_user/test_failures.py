@@ -10,7 +10,7 @@ import pytest
 from tests.support.peer import Peer
 from vhost_rpmb.errors import PeerError
 from vhost_rpmb.vhost_user import wire
-from vhost_rpmb.vhost_user.session import PROTOCOL_FEATURES
+from vhost_rpmb.vhost_user.backend import PROTOCOL_FEATURES
 from vhost_rpmb.vhost_user.wire import ProtocolFeature, Request, VringState
 
 

@@ -9,7 +9,7 @@ from tests.support.peer import PAGE, EchoDevice, Peer
 from vhost_rpmb.driver.memory import GuestMemory
 from vhost_rpmb.driver.ring import Ring
 from vhost_rpmb.vhost_user import wire
-from vhost_rpmb.vhost_user.session import PROTOCOL_FEATURES
+from vhost_rpmb.vhost_user.backend import PROTOCOL_FEATURES
 from vhost_rpmb.vhost_user.wire import ProtocolFeature, Request, VringState
 
 
@@ -45,7 +45,7 @@ def test_vring_is_found_by_guest_address(
         assert not peer.ack(Request.ADD_MEM_REG, packed, (region.fd,))
     assert not peer.ack(Request.SET_VRING_NUM, VringState(0, ring.size).pack())
     assert not peer.ack(Request.SET_VRING_ADDR, addresses(ring))
-    queue = peer.backend._vrings[0].queue
+    queue = peer.vrings[0].queue
     ring.memory.store16(ring.used_ring + 2, 77)
     assert queue.used == 77
     removed = wire.pack_single_region(place._replace(user_address=1234))  # not read
@@ -61,4 +61,4 @@ def test_without_the_feature_the_user_address_counts(
     fresh.share(memory)
     assert not fresh.ack(Request.SET_VRING_NUM, VringState(0, ring.size).pack())
     assert not fresh.ack(Request.SET_VRING_ADDR, addresses(ring))
-    assert fresh.backend._vrings[0].queue.used is None
+    assert fresh.vrings[0].queue.used is None

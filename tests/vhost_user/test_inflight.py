@@ -167,7 +167,7 @@ def base(peer: Peer) -> int:
 def recovered_base(peer: Peer, ring: Ring, base: int) -> int:
     """Where a vring continues, read without serving it: this device answers nothing."""
     peer.configure(ring, base=base)
-    vring = peer.backend._vrings[0]
+    vring = peer.vrings[0]
     vring.recover()
     return vring.queue.base
 

@@ -8,7 +8,7 @@ import pytest
 from tests.support.peer import OFFERED, EchoDevice, Peer
 from vhost_rpmb.driver.memory import GuestMemory
 from vhost_rpmb.vhost_user import wire
-from vhost_rpmb.vhost_user.session import PROTOCOL_FEATURES
+from vhost_rpmb.vhost_user.backend import PROTOCOL_FEATURES
 from vhost_rpmb.vhost_user.wire import Request
 from vhost_rpmb.virtio import spec as virtio
 

@@ -261,7 +261,7 @@ def two(running: Peer, memory: GuestMemory, device: EchoDevice) -> Iterator[Ring
 
 
 def queues(peer: Peer) -> list[object]:
-    return [vring.queue for vring in peer.backend._vrings]
+    return [vring.queue for vring in peer.vrings]
 
 
 def test_kick_is_seen_while_the_loop_waits_for_another_vring(

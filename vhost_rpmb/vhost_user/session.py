@@ -1,56 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The back-end side of one vhost-user connection: one table row for each message.
+"""One vhost-user connection: messages, replies, serving of vrings, and its record.
 
-Source: QEMU's ``docs/interop/vhost-user.rst``. A row's handler raises ValueError if the message
-breaks a rule and OSError if the kernel refuses an operation, and changes nothing then.
-
-Behaviour that the protocol leaves open:
-
-- A failed message is answered by a non-zero REPLY_ACK if one was requested (NEED_REPLY set and
-  REPLY_ACK negotiated), GET_CONFIG by an empty payload. Otherwise the connection ends (PeerError),
-  also if a message with a reply of its own fails: the front-end could not distinguish an error from
-  an answer.
-- GET_VRING_BASE stops a vring by closing its kick descriptor. A broken vring works again after a
-  new SET_VRING_BASE or SET_VRING_KICK, and is set up again after a reset of the device
-  (RESET_DEVICE, or status 0). Call and error descriptors, memory regions and acknowledged features
-  stay through all of these: front-ends send them once.
-- A front-end enables dirty logging although it was not offered: QEMU does on the monitor command
-  calc-dirty-rate, and aborts with the whole VM if that is refused. SET_LOG_BASE, VHOST_F_LOG_ALL
-  and the log flag of SET_VRING_ADDR are accepted without effect.
-- GET_CONFIG beyond the config space reads zeros: some front-ends let the guest choose offset and
-  size, and abort if they are refused.
+Behaviour that the protocol leaves open: a failed message is answered by a non-zero REPLY_ACK if one
+was requested (NEED_REPLY set and REPLY_ACK negotiated), GET_CONFIG by an empty payload. Otherwise
+the connection ends (PeerError), also if a message with a reply of its own fails: the front-end
+could not distinguish an error from an answer.
 """
 
 from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Callable, Collection, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from vhost_rpmb.errors import PeerError
-from vhost_rpmb.vhost_user import foreign, inflight, saved, wire
+from vhost_rpmb.vhost_user import foreign, saved, wire
+from vhost_rpmb.vhost_user.backend import MESSAGES, UNKNOWN, Backend, Reply, Row
 from vhost_rpmb.vhost_user.intake import KeptReader
 from vhost_rpmb.vhost_user.interfaces import Device, Engine, Keeper, Log, Watcher
-from vhost_rpmb.vhost_user.saved import Intake, Owed, SavedRegion
+from vhost_rpmb.vhost_user.saved import Intake, Owed, State
 from vhost_rpmb.vhost_user.vring import Vring
-from vhost_rpmb.vhost_user.wire import Message, ProtocolFeature, Request
+from vhost_rpmb.vhost_user.wire import Message, ProtocolFeature
 from vhost_rpmb.virtio import flags
-from vhost_rpmb.virtio import spec as virtio
 
-__all__ = ["MAX_MEM_SLOTS", "PROTOCOL_FEATURES", "Session"]
-
-MAX_MEM_SLOTS = 509  # the limit of the kernel's vhost
-PROTOCOL_FEATURES = (
-    ProtocolFeature.MQ
-    | ProtocolFeature.REPLY_ACK
-    | ProtocolFeature.CONFIG
-    | ProtocolFeature.INFLIGHT_SHMFD
-    | ProtocolFeature.RESET_DEVICE
-    | ProtocolFeature.CONFIGURE_MEM_SLOTS
-    | ProtocolFeature.STATUS
-    | ProtocolFeature.GPA_ADDRESSES
-)
+__all__ = ["Session"]
 
 _ACK_SUCCESS = 0
 _ACK_FAILURE = 1
@@ -83,27 +57,15 @@ class Session:
     ) -> None:
         self._sock = sock
         self._keeper = keeper
-        self._device = device
-        self._engine = engine
         self._watcher = watcher
         self._log = log
         self._reader = (
             KeptReader(sock, keeper, self._save_intake) if keeper else wire.MessageReader(sock)
         )
-        self._regions: dict[tuple[int, int, int], SavedRegion] = {}
-        self._memory = engine.GuestMemory(MAX_MEM_SLOTS)
-        self._vrings = [
-            Vring(index, engine.Virtqueue(self._memory), watcher, log)
-            for index in range(device.num_queues)
-        ]
+        self._store = partial(_store, keeper)
+        self._backend = Backend(device, engine, watcher, log, self._store)
         self._loop = engine.Loop(device, watcher.epoll, poll_us)
-        self._inflight: inflight.Region | None = None
-        self._saved_inflight: saved.Inflight | None = None
-        self._features = 0
-        self._protocol_features = ProtocolFeature(0)
-        self._owned = False
-        self._status = 0
-        self._set_state(self._state())
+        self._set_state(self._backend.save())
         sock.setblocking(False)
         # Otherwise a byte out of band is skipped, and descriptors sent with it are closed by the
         # kernel in this thread.
@@ -112,7 +74,7 @@ class Session:
     @property
     def pending(self) -> bool:
         """Whether a vring waits for `run`."""
-        return any(vring.pending for vring in self._vrings)
+        return any(vring.pending for vring in self._backend.vrings)
 
     def receive(self) -> None:
         """Serve the messages that have arrived, up to a bound.
@@ -137,7 +99,7 @@ class Session:
         True if that was a second without any event. Raises PeerError if the front-end blocked a
         write to an eventfd.
         """
-        vrings = [vring for vring in self._vrings if vring.pending]
+        vrings = [vring for vring in self._backend.vrings if vring.pending]
         for vring in vrings:
             vring.pending = False
         idle = False
@@ -157,11 +119,7 @@ class Session:
         foreign.close([self._sock.detach()])
 
     def _close_own(self) -> None:
-        for vring in self._vrings:
-            vring.close()
-        self._memory.clear()
-        if self._inflight is not None:
-            self._inflight.close()
+        self._backend.close()
         self._reader.close()
 
     # Another process
@@ -180,25 +138,8 @@ class Session:
         assert self._keeper is not None
         assert isinstance(self._reader, KeptReader)
         record = saved.Record.unpack(self._keeper.record)
-        state = record.state
-        self._check_device(state)
-        self._features = state.features
-        self._protocol_features = ProtocolFeature(state.protocol_features)
-        self._owned = state.owned
-        self._status = state.status
-        for region in state.regions:
-            fd = self._keeper.descriptor(region.file)
-            foreign.check_memory(fd)
-            self._memory.add_region(*region.place, fd)
-            self._regions[region.place[:3]] = region
-        if state.inflight is not None:
-            fd = self._keeper.descriptor(state.inflight.file)
-            foreign.check_memory(fd)
-            self._use_inflight(state.inflight, fd)
-        for vring, found in zip(self._vrings, state.vrings, strict=True):
-            vring.restore(found, self._vring_features, self._keeper.descriptor)
-        self._device.restore_register(self._vrings[0].used)
-        self._set_state(state)
+        self._backend.restore(record.state, self._keeper.descriptor)
+        self._set_state(record.state)
         if record.owed.data and not self._keeper.replied:
             self._reply(record.owed)
         elif self._keeper.replied < len(record.owed.data):
@@ -206,38 +147,8 @@ class Session:
         self._reader.restore(record.intake, self._keeper.consumed)
         self._keeper.retain(self._files.union(self._reader.files))
 
-    def _check_device(self, state: saved.State) -> None:
-        """ValueError if the front-end was told of a device that this one is not."""
-        if state.config != self._device.config:
-            raise ValueError(
-                f"expected the config space {state.config.hex()}, found {self._device.config.hex()}"
-            )
-        missing = state.offered & ~self._device.features
-        if missing or state.protocol_features & ~int(PROTOCOL_FEATURES):
-            raise ValueError("expected all features that were offered, found some missing")
-        if len(state.vrings) != len(self._vrings):
-            raise ValueError(f"expected {len(state.vrings)} vrings, found {len(self._vrings)}")
-
-    def _state(self) -> saved.State:
-        return saved.State(
-            offered=self._device.features,
-            config=self._device.config,
-            features=self._features,
-            protocol_features=int(self._protocol_features),
-            owned=self._owned,
-            status=self._status,
-            regions=list(self._regions.values()),
-            vrings=[vring.save(self._store) for vring in self._vrings],
-            inflight=self._saved_inflight,
-        )
-
-    def _set_state(self, state: saved.State) -> None:
+    def _set_state(self, state: State) -> None:
         self._packed, self._files = saved.pack_state(state), state.files
-
-    def _store(self, fd: int) -> int:
-        """Store a descriptor in case another process needs it; 0 without a keeper."""
-        keeper = self._keeper
-        return keeper.store(fd) if keeper is not None and keeper.active else 0
 
     def _save_intake(self, intake: Intake) -> None:
         assert self._keeper is not None
@@ -248,7 +159,7 @@ class Session:
         owed = Owed(data, [self._store(fd) for fd in fds])
         keeper = self._keeper
         if keeper is not None and keeper.active:
-            self._set_state(self._state())
+            self._set_state(self._backend.save())
         if keeper is None or not keeper.active:
             if data:
                 self._sending(lambda: wire.send_bytes(self._sock, data, fds))
@@ -270,10 +181,10 @@ class Session:
             len(message.payload),
             len(message.fds),
         )
-        row = _MESSAGES.get(message.request, _UNKNOWN)
+        row = MESSAGES.get(message.request, UNKNOWN)
         try:
             self._check(row, message)
-            reply: bytes | _WithDescriptor | None = row.handler(self, message)
+            reply: bytes | Reply | None = row.handler(self._backend, message)
         except (ValueError, OSError) as error:
             reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
             reply = self._refuse(row, message, f"{name}: {reason}")
@@ -281,7 +192,7 @@ class Session:
             if reply is None and self._wants_ack(message):
                 reply = wire.pack_u64(_ACK_SUCCESS)
         fds: Sequence[int] = ()
-        if isinstance(reply, _WithDescriptor):
+        if isinstance(reply, Reply):
             fds = [reply.fd]
             reply = reply.payload
         data = b"" if reply is None else wire.pack_message(message.request, wire.FLAG_REPLY, reply)
@@ -290,10 +201,10 @@ class Session:
         finally:
             wire.close_fds(fds)
 
-    def _check(self, row: _Row, message: Message) -> None:
+    def _check(self, row: Row, message: Message) -> None:
         if message.flags & (wire.FLAG_REPLY | ~wire.FLAGS_MASK):
             raise ValueError(f"expected no flag but NEED_REPLY, found flags 0x{message.flags:x}")
-        if row.needs & ~self._protocol_features:
+        if row.needs & ~self._backend.protocol_features:
             raise ValueError(f"protocol feature {row.needs.name} was not negotiated")
         if row.size is not None and len(message.payload) != row.size:
             raise ValueError(
@@ -305,7 +216,7 @@ class Session:
             expected = " or ".join(str(count) for count in row.fds)
             raise ValueError(f"expected {expected} file descriptors, found {len(message.fds)}")
 
-    def _refuse(self, row: _Row, message: Message, reason: str) -> bytes:
+    def _refuse(self, row: Row, message: Message, reason: str) -> bytes:
         """Return the reply to a failed message; PeerError if none can report the failure."""
         if row.failure is not None:
             reply = row.failure
@@ -319,7 +230,7 @@ class Session:
     def _wants_ack(self, message: Message) -> bool:
         return bool(
             message.flags & wire.FLAG_NEED_REPLY
-            and self._protocol_features & ProtocolFeature.REPLY_ACK
+            and self._backend.protocol_features & ProtocolFeature.REPLY_ACK
         )
 
     def _reply(self, owed: Owed) -> None:
@@ -337,264 +248,6 @@ class Session:
         except OSError as error:
             raise EOFError(f"the connection broke: {error.strerror}") from error
 
-    # Handlers return the reply; without one, the message may be acknowledged.
-
-    def _unknown(self, _message: Message) -> None:
-        raise ValueError("this back-end does not have this message")
-
-    def _get_features(self, _message: Message) -> bytes:
-        return wire.pack_u64(self._device.features | wire.F_PROTOCOL_FEATURES)
-
-    def _set_features(self, message: Message) -> None:
-        features = wire.unpack_u64(message.payload)
-        accepted = self._device.features | wire.F_PROTOCOL_FEATURES | wire.F_LOG_ALL
-        excess = features & ~accepted
-        if excess:
-            raise ValueError(f"feature bits 0x{excess:x} were not offered")
-        self._features = features
-        for vring in self._vrings:
-            vring.set_features(self._vring_features)
-            if not features & wire.F_PROTOCOL_FEATURES:
-                vring.enable(True)
-
-    def _get_protocol_features(self, _message: Message) -> bytes:
-        return wire.pack_u64(PROTOCOL_FEATURES)
-
-    def _set_protocol_features(self, message: Message) -> None:
-        features = wire.unpack_u64(message.payload)
-        excess = features & ~int(PROTOCOL_FEATURES)  # the inverse of an IntFlag has its bits only
-        if excess:
-            raise ValueError(f"protocol feature bits 0x{excess:x} were not offered")
-        self._protocol_features = ProtocolFeature(features)
-
-    def _set_owner(self, _message: Message) -> None:
-        if self._owned:
-            raise ValueError("the session has an owner already")
-        self._owned = True
-
-    def _reset_owner(self, _message: Message) -> None:
-        """Disable all vrings; the message is deprecated because some back-ends reset more."""
-        self._owned = False
-        for vring in self._vrings:
-            vring.enable(False)
-
-    def _get_queue_num(self, _message: Message) -> bytes:
-        return wire.pack_u64(self._device.num_queues)
-
-    def _set_mem_table(self, message: Message) -> None:
-        """Replace the memory table.
-
-        The new table is first mapped beside the old one, so that a table that breaks a rule or
-        cannot be mapped changes nothing. If the second mapping still fails, the old table is lost
-        and the connection ends.
-        """
-        regions = [self._place(each) for each in wire.unpack_memory_table(message.payload)]
-        if len(regions) != len(message.fds):
-            raise ValueError(
-                f"expected a file descriptor for each of {len(regions)} memory regions, "
-                f"found {len(message.fds)}"
-            )
-        for fd in message.fds:
-            foreign.check_memory(fd)
-        trial = self._engine.GuestMemory(MAX_MEM_SLOTS)
-        try:
-            for region, fd in zip(regions, message.fds, strict=True):
-                trial.add_region(*region, fd)
-        finally:
-            trial.clear()
-        self._memory.clear()
-        self._regions.clear()
-        try:
-            for region, fd in zip(regions, message.fds, strict=True):
-                self._add_region(region, fd)
-        except (ValueError, OSError) as error:
-            raise PeerError(f"SET_MEM_TABLE: a memory region was lost: {error}") from error
-
-    def _place(self, region: wire.MemoryRegion) -> wire.MemoryRegion:
-        """The region as the engine is to know it: vrings are looked up by its user address."""
-        if self._protocol_features & ProtocolFeature.GPA_ADDRESSES:
-            return region._replace(user_address=region.guest_address)
-        return region
-
-    def _get_max_mem_slots(self, _message: Message) -> bytes:
-        return wire.pack_u64(MAX_MEM_SLOTS)
-
-    def _add_mem_reg(self, message: Message) -> None:
-        region = self._place(wire.unpack_single_region(message.payload))
-        foreign.check_memory(message.fds[0])
-        self._add_region(region, message.fds[0])
-
-    def _add_region(self, region: wire.MemoryRegion, fd: int) -> None:
-        self._memory.add_region(*region, fd)
-        self._regions[region[:3]] = SavedRegion(region, self._store(fd))
-
-    def _rem_mem_reg(self, message: Message) -> None:
-        region = self._place(wire.unpack_single_region(message.payload))
-        self._memory.remove_region(region.guest_address, region.size, region.user_address)
-        del self._regions[region[:3]]
-
-    def _set_log_base(self, message: Message) -> None:
-        """Ignore it: without LOG_SHMFD there is no log. The descriptor is closed unused."""
-        # The specification has a u64 here, QEMU sends the log's description all the same.
-        if len(message.payload) not in (wire.U64_SIZE, wire.LOG_SIZE):
-            raise ValueError(
-                f"expected a payload of {wire.U64_SIZE} or {wire.LOG_SIZE} bytes, "
-                f"found {len(message.payload)}"
-            )
-
-    def _get_inflight_fd(self, message: Message) -> _WithDescriptor:
-        asked = wire.InflightDescription.unpack(message.payload)
-        self._check_queues(asked.num_queues)
-        if not 0 < asked.queue_size <= virtio.VIRTQ_MAX_SIZE:
-            raise ValueError(f"expected a queue size of 1 to 32768, found {asked.queue_size}")
-        description, fd = inflight.create(asked.num_queues, asked.queue_size)
-        return _WithDescriptor(description.pack(), fd)
-
-    def _set_inflight_fd(self, message: Message) -> None:
-        description = wire.InflightDescription.unpack(message.payload)
-        self._check_queues(description.num_queues)
-        if any(vring.running for vring in self._vrings):
-            raise ValueError("a vring is running: GET_VRING_BASE stops it")
-        fd = message.fds[0]
-        foreign.check_memory(fd)  # before it is stored: another file could block
-        self._use_inflight(saved.Inflight(self._store(fd), *description), fd)
-
-    def _use_inflight(self, found: saved.Inflight, fd: int) -> None:
-        """Map an in-flight region and let the vrings use it."""
-        description = wire.InflightDescription(*found[1:])
-        region = inflight.Region(self._engine.GuestMemory(1), description, fd)
-        for vring in self._vrings:
-            vring.set_record(region.record(vring.index))
-        if self._inflight is not None:
-            self._inflight.close()
-        self._inflight, self._saved_inflight = region, found
-
-    def _set_vring_num(self, message: Message) -> None:
-        vring, size = self._vring_state(message)
-        vring.set_size(size)
-
-    def _set_vring_addr(self, message: Message) -> None:
-        address = wire.VringAddress.unpack(message.payload)
-        vring = self._vring(address.vring)
-        if address.flags & ~wire.VRING_ADDRESS_LOG:
-            raise ValueError(f"expected no flag but the log's, found 0x{address.flags:x}")
-        vring.set_addresses(address.descriptor_table, address.available_ring, address.used_ring)
-
-    def _set_vring_base(self, message: Message) -> None:
-        vring, base = self._vring_state(message)
-        vring.set_base(base)
-
-    def _get_vring_base(self, message: Message) -> bytes:
-        vring, _ = self._vring_state(message)
-        vring.stop()
-        return wire.VringState(vring.index, vring.queue.base).pack()
-
-    def _set_vring_kick(self, message: Message) -> None:
-        vring, fd = self._vring_fd(message)
-        if fd is None:
-            raise ValueError("expected a kick descriptor: polling a vring is not served")
-        vring.watch(fd)
-        message.take_fds()
-        vring.set_kick(fd)
-
-    def _set_vring_call(self, message: Message) -> None:
-        vring, fd = self._vring_fd(message)
-        message.take_fds()
-        vring.set_call(-1 if fd is None else fd)
-
-    def _set_vring_err(self, message: Message) -> None:
-        vring, fd = self._vring_fd(message)
-        message.take_fds()
-        vring.set_error(-1 if fd is None else fd)
-
-    def _set_vring_enable(self, message: Message) -> None:
-        if not self._features & wire.F_PROTOCOL_FEATURES:
-            raise ValueError("VHOST_USER_F_PROTOCOL_FEATURES was not negotiated")
-        vring, enable = self._vring_state(message)
-        if enable not in (0, 1):
-            raise ValueError(f"expected 0 or 1, found {enable}")
-        vring.enable(bool(enable))
-
-    def _get_config(self, message: Message) -> bytes:
-        asked = wire.Config.unpack(message.payload)
-        if asked.offset + asked.size > wire.MAX_CONFIG:
-            raise ValueError(
-                f"expected a range within {wire.MAX_CONFIG} bytes, found {asked.size} bytes from "
-                f"{asked.offset} on"
-            )
-        config = self._device.config.ljust(wire.MAX_CONFIG, b"\0")
-        data = config[asked.offset : asked.offset + asked.size]
-        return wire.Config(asked.offset, asked.size, asked.flags, data).pack()
-
-    def _set_config(self, _message: Message) -> None:
-        raise ValueError("the config space is read-only")
-
-    def _get_status(self, _message: Message) -> bytes:
-        return wire.pack_u64(self._status)
-
-    def _set_status(self, message: Message) -> None:
-        status = wire.unpack_u64(message.payload)
-        if status > 0xFF:
-            raise ValueError(f"expected a device status of 8 bits, found 0x{status:x}")
-        self._status = status
-        if status == 0:
-            self._reset_vrings()
-
-    def _reset_device(self, _message: Message) -> None:
-        self._status = 0
-        self._reset_vrings()
-        if self._inflight is not None:
-            self._inflight.clear()
-        self._device.reset()
-
-    def _set_backend_req_fd(self, message: Message) -> None:
-        """Accept the channel for back-end requests, and close it: this device sends none.
-
-        It may hold the other end of this connection, whose disconnect would never be detected.
-        """
-        foreign.check_unix_stream(message.fds[0])
-
-    # Vrings
-
-    @property
-    def _vring_features(self) -> int:
-        return self._features & ~wire.F_PROTOCOL_FEATURES
-
-    def _check_queues(self, count: int) -> None:
-        if not 0 < count <= len(self._vrings):
-            raise ValueError(f"expected 1 to {len(self._vrings)} vrings, found {count}")
-
-    def _vring(self, index: int) -> Vring:
-        if index >= len(self._vrings):
-            raise ValueError(f"expected a vring index below {len(self._vrings)}, found {index}")
-        return self._vrings[index]
-
-    def _vring_state(self, message: Message) -> tuple[Vring, int]:
-        state = wire.VringState.unpack(message.payload)
-        return self._vring(state.vring), state.num
-
-    def _vring_fd(self, message: Message) -> tuple[Vring, int | None]:
-        """Return the vring and the event descriptor, which the message still owns."""
-        value = wire.unpack_u64(message.payload)
-        if value & ~(wire.VRING_INDEX_MASK | wire.VRING_NO_FD):
-            raise ValueError(f"expected an index and the invalid FD flag, found 0x{value:x}")
-        vring = self._vring(value & wire.VRING_INDEX_MASK)
-        expected = 0 if value & wire.VRING_NO_FD else 1
-        if len(message.fds) != expected:
-            raise ValueError(f"expected {expected} file descriptors, found {len(message.fds)}")
-        if not message.fds:
-            return vring, None
-        fd = message.fds[0]
-        foreign.check_event(fd)
-        return vring, fd
-
-    def _reset_vrings(self) -> None:
-        for vring in self._vrings:
-            vring.reset(
-                self._vring_features,
-                enabled=not self._features & wire.F_PROTOCOL_FEATURES,
-            )
-
     def _process(self, vring: Vring, *, once: bool) -> bool:
         """Serve a vring, with `once` one batch of it; True after a second without any event."""
         vring.recover()
@@ -602,75 +255,13 @@ class Session:
             return False
         result = self._loop.serve(vring.queue, vring.kick_fd, vring.call_fd, once)
         taken = self._loop.take_events()
-        for other in self._vrings if taken else ():
+        for other in self._backend.vrings if taken else ():
             if other.kick_fd in taken:
                 other.kicked()
         vring.handle(result)
         return bool(result & flags.IDLE)
 
 
-class _WithDescriptor(NamedTuple):
-    """A reply with a descriptor, which is closed when it was sent."""
-
-    payload: bytes
-    fd: int
-
-
-class _Row(NamedTuple):
-    """The required form of a message, and its handler."""
-
-    handler: Callable[[Session, Message], bytes | _WithDescriptor | None]
-    size: int | None = 0  # bytes of payload; None: the handler checks it
-    fds: Collection[int] = (0,)  # allowed numbers of file descriptors
-    needs: ProtocolFeature = ProtocolFeature(0)  # must be negotiated
-    replies: bool = False  # has a reply of its own
-    failure: bytes | None = None  # the reply that reports a failure, if there is one
-
-
-_U64 = wire.U64_SIZE
-_STATE = wire.VRING_STATE_SIZE
-_ONE = (1,)
-_OPTIONAL = (0, 1)
-_SLOTS = ProtocolFeature.CONFIGURE_MEM_SLOTS
-_INFLIGHT = ProtocolFeature.INFLIGHT_SHMFD
-
-_UNKNOWN = _Row(Session._unknown, size=None, fds=range(wire.MAX_FDS + 1))
-_MESSAGES: dict[int, _Row] = {
-    Request.GET_FEATURES: _Row(Session._get_features, replies=True),
-    Request.SET_FEATURES: _Row(Session._set_features, _U64),
-    Request.SET_OWNER: _Row(Session._set_owner),
-    Request.RESET_OWNER: _Row(Session._reset_owner),
-    Request.SET_MEM_TABLE: _Row(Session._set_mem_table, size=None, fds=range(wire.MAX_FDS + 1)),
-    Request.SET_LOG_BASE: _Row(Session._set_log_base, size=None, fds=_OPTIONAL),
-    Request.SET_VRING_NUM: _Row(Session._set_vring_num, _STATE),
-    Request.SET_VRING_ADDR: _Row(Session._set_vring_addr, wire.VRING_ADDRESS_SIZE),
-    Request.SET_VRING_BASE: _Row(Session._set_vring_base, _STATE),
-    Request.GET_VRING_BASE: _Row(Session._get_vring_base, _STATE, replies=True),
-    Request.SET_VRING_KICK: _Row(Session._set_vring_kick, _U64, _OPTIONAL),
-    Request.SET_VRING_CALL: _Row(Session._set_vring_call, _U64, _OPTIONAL),
-    Request.SET_VRING_ERR: _Row(Session._set_vring_err, _U64, _OPTIONAL),
-    Request.GET_PROTOCOL_FEATURES: _Row(Session._get_protocol_features, replies=True),
-    Request.SET_PROTOCOL_FEATURES: _Row(Session._set_protocol_features, _U64),
-    # Allowed as soon as MQ was offered, which it always is.
-    Request.GET_QUEUE_NUM: _Row(Session._get_queue_num, replies=True),
-    Request.SET_VRING_ENABLE: _Row(Session._set_vring_enable, _STATE),
-    # From a front-end that does not wait for BACKEND_REQ, which is not offered.
-    Request.SET_BACKEND_REQ_FD: _Row(Session._set_backend_req_fd, fds=_ONE),
-    Request.GET_CONFIG: _Row(
-        Session._get_config, None, needs=ProtocolFeature.CONFIG, replies=True, failure=b""
-    ),
-    Request.SET_CONFIG: _Row(Session._set_config, None, needs=ProtocolFeature.CONFIG),
-    Request.GET_INFLIGHT_FD: _Row(
-        Session._get_inflight_fd, wire.INFLIGHT_SIZE, needs=_INFLIGHT, replies=True
-    ),
-    Request.SET_INFLIGHT_FD: _Row(
-        Session._set_inflight_fd, wire.INFLIGHT_SIZE, _ONE, needs=_INFLIGHT
-    ),
-    Request.RESET_DEVICE: _Row(Session._reset_device, needs=ProtocolFeature.RESET_DEVICE),
-    Request.GET_MAX_MEM_SLOTS: _Row(Session._get_max_mem_slots, needs=_SLOTS, replies=True),
-    Request.ADD_MEM_REG: _Row(Session._add_mem_reg, wire.SINGLE_REGION_SIZE, _ONE, _SLOTS),
-    # With a descriptor too: there are front-ends that send one. It is closed unused.
-    Request.REM_MEM_REG: _Row(Session._rem_mem_reg, wire.SINGLE_REGION_SIZE, _OPTIONAL, _SLOTS),
-    Request.SET_STATUS: _Row(Session._set_status, _U64, needs=ProtocolFeature.STATUS),
-    Request.GET_STATUS: _Row(Session._get_status, needs=ProtocolFeature.STATUS, replies=True),
-}
+def _store(keeper: Keeper | None, fd: int) -> int:
+    """Store a descriptor in case another process needs it; 0 without a keeper."""
+    return keeper.store(fd) if keeper is not None and keeper.active else 0
