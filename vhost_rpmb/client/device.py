@@ -95,15 +95,15 @@ def read_into_file(arguments: argparse.Namespace) -> Result:
 
 
 @contextmanager
-def progress(blocks: int) -> Iterator[Callable[[int], object]]:
+def progress(total: int, unit: str = "blocks") -> Iterator[Callable[[int], object]]:
     """Show the progress of a transfer on a terminal, if tqdm is installed."""
     if sys.stderr is None or not sys.stderr.isatty():
-        yield lambda _blocks: None
+        yield lambda _count: None
         return
     try:
         from tqdm import tqdm
     except ImportError:
-        yield lambda _blocks: None
+        yield lambda _count: None
         return
-    with tqdm(total=blocks, unit="blocks", desc=PROG, leave=False) as bar:
+    with tqdm(total=total, unit=unit, desc=PROG, leave=False) as bar:
         yield bar.update

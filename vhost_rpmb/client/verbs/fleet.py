@@ -4,17 +4,21 @@
 import argparse
 from collections.abc import Callable
 from contextlib import closing
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from vhost_rpmb.arguments import path_argument
-from vhost_rpmb.client.arguments import size
+from vhost_rpmb.client.arguments import add_device_files, size
+from vhost_rpmb.client.device import progress
+from vhost_rpmb.client.files import warn
 from vhost_rpmb.client.result import Result
+from vhost_rpmb.errors import StateError
 
 if TYPE_CHECKING:
     from vhost_rpmb.storage.fleet.config import Config
+    from vhost_rpmb.storage.fleet.layout import Owner
     from vhost_rpmb.storage.fleet.requests import Requests
 
-HELP = "create, list and release devices in a store that hosts share"
+HELP = "create, list, verify and move devices in a store that hosts share"
 
 _Action = Callable[["Config", "Requests", argparse.Namespace], Result]
 
@@ -22,22 +26,66 @@ _Action = Callable[["Config", "Requests", argparse.Namespace], Result]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the actions of the verb, each with its arguments."""
     actions = parser.add_subparsers(metavar="ACTION", required=True, title="actions")
-    for name, (action, text, with_device) in _ACTIONS.items():
+    for name, (action, text, add_more) in _ACTIONS.items():
         command = actions.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
         command.add_argument(
             "config", metavar="CONFIG", type=path_argument, help="the configuration of the store"
         )
-        if with_device:
-            command.add_argument("device", metavar="DEVICE", help="the name of the device")
-        if action is _create:
-            command.add_argument(
-                "--size",
-                metavar="SIZE",
-                type=size,
-                default="128K",
-                help="a multiple of 128K, up to 16M; default %(default)s",
-            )
+        for add in add_more:
+            add(command)
         command.set_defaults(action=action)
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("device", metavar="DEVICE", help="the name of the device")
+
+
+def _add_optional_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "device", metavar="DEVICE", nargs="?", help="the name of a device; default: all devices"
+    )
+
+
+def _add_size(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--size",
+        metavar="SIZE",
+        type=size,
+        default="128K",
+        help="a multiple of 128K, up to 16M; default %(default)s",
+    )
+
+
+def _add_files(parser: argparse.ArgumentParser) -> None:
+    add_device_files(parser, required=True)
+
+
+def _add_new_files(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--flash-path",
+        metavar="PATH",
+        type=path_argument,
+        required=True,
+        help="the image, a new file; required",
+    )
+    parser.add_argument(
+        "--state-path",
+        metavar="PATH",
+        type=path_argument,
+        help="the state, a new file; default: the flash path with .state behind it",
+    )
+
+
+def _add_take_over(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--take-over",
+        choices=("expired", "now", "never"),
+        default="expired",
+        help=(
+            "with a daemon that owns the device: wait for the end of its lease, take the device at"
+            " once (only if that daemon is dead), or refuse; default %(default)s"
+        ),
+    )
 
 
 def run(arguments: argparse.Namespace) -> Result:
@@ -89,9 +137,105 @@ def _info(config: "Config", requests: "Requests", arguments: argparse.Namespace)
 
 
 def _owner(fields: dict[str, object]) -> str:
+    if fields["state"] != "active":
+        return str(fields["state"])
     if not fields["alive"]:
         return "no running daemon"
     return f"process {fields['pid']} on host {fields['host']}"
+
+
+def _verify(config: "Config", requests: "Requests", arguments: argparse.Namespace) -> Result:
+    from vhost_rpmb.storage.fleet.administration import list_devices
+    from vhost_rpmb.storage.fleet.layout import Keys
+    from vhost_rpmb.storage.fleet.verification import verify
+
+    kek = config.key_encryption_key()
+    if arguments.device is not None:
+        names = [arguments.device]
+    else:
+        listed = list_devices(requests, config.prefix)
+        names = [each.device for each in listed if each.state == "active"]
+    reports: list[dict[str, object]] = []
+    lines: list[str] = []
+    problems: list[StateError] = []
+    with progress(len(names), "devices") as advance:
+        for name in names:
+            try:
+                found = verify(requests, Keys(config.prefix, name), kek)
+            except StateError as problem:
+                problems.append(problem)
+                reports.append({"device": name, "problem": str(problem)})
+            else:
+                reports.append(found._asdict() | {"problem": None})
+                lines.append(f"{name}: write counter {found.counter}, {found.chunks} chunks")
+            advance(1)
+    error = None
+    if len(names) == 1 and problems:
+        error = problems[0]
+    elif problems:
+        lines += map(str, problems)
+        error = StateError(f"{len(problems)} of {len(names)} devices cannot be verified")
+    return Result({"devices": reports}, lines, error)
+
+
+def _import(config: "Config", requests: "Requests", arguments: argparse.Namespace) -> Result:
+    from vhost_rpmb.storage.fleet.layout import Keys
+    from vhost_rpmb.storage.paths import Paths
+    from vhost_rpmb.storage.transfer import import_device
+
+    paths = Paths.resolve(arguments.flash_path, arguments.state_path, arguments.key_path)
+    keys, kek = Keys(config.prefix, arguments.device), config.key_encryption_key()
+    found = import_device(requests, keys, kek, paths, warn=warn, progress=progress)
+    return Result({"device": arguments.device, "size": found})
+
+
+def _export(config: "Config", requests: "Requests", arguments: argparse.Namespace) -> Result:
+    from vhost_rpmb.storage.fleet.layout import Keys
+    from vhost_rpmb.storage.fleet.opening import open_store
+    from vhost_rpmb.storage.fleet.store import FleetStore
+    from vhost_rpmb.storage.paths import Paths
+    from vhost_rpmb.storage.transfer import export_device
+
+    paths = Paths.resolve(arguments.flash_path, arguments.state_path)
+    keys, kek = Keys(config.prefix, arguments.device), config.key_encryption_key()
+
+    def take() -> FleetStore:
+        return open_store(
+            requests,
+            keys,
+            kek,
+            witness_folder=config.witness,
+            mode=arguments.take_over,
+            lease_seconds=config.lease_seconds,
+        )
+
+    found = export_device(requests, keys, paths, take, progress=progress)
+    return Result({"device": arguments.device, "image": paths.flash, "size": found})
+
+
+def _take_over(config: "Config", requests: "Requests", arguments: argparse.Namespace) -> Result:
+    from vhost_rpmb.storage.fleet.engine import Refused
+    from vhost_rpmb.storage.fleet.layout import Keys
+    from vhost_rpmb.storage.fleet.ownership import take_over
+
+    def say(owner: "Owner") -> None:
+        warn(
+            f"device {arguments.device} is owned by {owner}: waiting up to {config.lease_seconds}"
+            " seconds for the end of its lease"
+        )
+
+    try:
+        owned = take_over(
+            requests,
+            Keys(config.prefix, arguments.device),
+            arguments.take_over,
+            lease_seconds=config.lease_seconds,
+            waiting=say,
+        )
+    except Refused as error:
+        raise StateError(f"the store refused to give out {arguments.device}: {error}") from error
+    owned.release()
+    return Result({"device": arguments.device, "epoch": owned.owner.epoch})
 
 
 def _quarantine(config: "Config", requests: "Requests", arguments: argparse.Namespace) -> Result:
@@ -109,15 +253,36 @@ def _accept(config: "Config", requests: "Requests", arguments: argparse.Namespac
     return Result({"device": arguments.device})
 
 
-# Of each action: its function, a line of --help, whether it is about one device.
-_ACTIONS: dict[str, tuple[_Action, str, bool]] = {
-    "create": (_create, "create a blank device", True),
-    "list": (_list, "print write counter and owner of each device", False),
-    "info": (_info, "print and authenticate the state of a device", True),
-    "quarantine": (
-        _quarantine,
-        "refuse all devices until each is accepted, after a backup was restored",
-        False,
+class _Row(NamedTuple):
+    action: _Action
+    help: str
+    arguments: tuple[Callable[[argparse.ArgumentParser], None], ...] = ()
+
+
+_ACTIONS = {
+    "create": _Row(_create, "create a blank device", (_add_device, _add_size)),
+    "list": _Row(_list, "print write counter and owner of each device"),
+    "info": _Row(_info, "print and authenticate the state of a device", (_add_device,)),
+    "verify": _Row(
+        _verify, "read and authenticate all that is stored of devices", (_add_optional_device,)
     ),
-    "accept": (_accept, "declare the present state of a quarantined device the right one", True),
+    "import": _Row(
+        _import, "move a stopped device from files into the store", (_add_device, _add_files)
+    ),
+    "export": _Row(
+        _export,
+        "move a device from the store into new files",
+        (_add_device, _add_new_files, _add_take_over),
+    ),
+    "take-over": _Row(
+        _take_over,
+        "fence the daemon that owns a device, and free it",
+        (_add_device, _add_take_over),
+    ),
+    "quarantine": _Row(
+        _quarantine, "refuse all devices until each is accepted, after a backup was restored"
+    ),
+    "accept": _Row(
+        _accept, "declare the present state of a quarantined device the right one", (_add_device,)
+    ),
 }

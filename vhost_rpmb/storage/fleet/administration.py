@@ -33,6 +33,7 @@ from vhost_rpmb.storage.fleet.seal import KEY_SIZE, KeyEncryptionKey, Sealer
 __all__ = [
     "Description",
     "accept",
+    "choose_incarnation",
     "create",
     "describe",
     "list_devices",
@@ -52,6 +53,7 @@ class Description(NamedTuple):
     programmed: bool
     quarantined: bool
     alive: bool  # an owner renews its lease
+    state: str  # "active", or where the device went
     epoch: int  # how often the device was taken over or accepted
     host: str
     pid: int
@@ -65,7 +67,7 @@ def create(requests: Requests, keys: Keys, kek: KeyEncryptionKey, size: int, ori
     if size % spec.CAPACITY_UNIT or not 0 < size <= spec.MAX_CAPACITY:
         raise UsageError(f"the size: expected 1 to 128 times 128 KiB, found {size} bytes")
     try:
-        incarnation = _incarnation(requests, keys)
+        incarnation = choose_incarnation(requests, keys)
         secret = os.urandom(KEY_SIZE)
         info = Info(size, secrets.token_hex(8), kek.name, b"", origin)
         place = context(keys, info)
@@ -83,7 +85,7 @@ def create(requests: Requests, keys: Keys, kek: KeyEncryptionKey, size: int, ori
         raise StateError(f"the device {keys.device} exists already: choose another name")
 
 
-def _incarnation(requests: Requests, keys: Keys) -> bytes:
+def choose_incarnation(requests: Requests, keys: Keys) -> bytes:
     """Return the random name of the store's present life; the first device chooses it."""
     chosen = os.urandom(16)
     answer = requests.change(
@@ -168,6 +170,7 @@ def _describe(requests: Requests, keys: Keys, head: Head) -> Description:
         head.programmed,
         head.incarnation != found.get(keys.incarnation),
         keys.alive in found,
+        owner.state,
         owner.epoch,
         owner.host,
         owner.pid,

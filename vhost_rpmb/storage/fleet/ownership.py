@@ -20,9 +20,10 @@ from vhost_rpmb.storage.fleet.layout import Keys, Malformed, Owner
 from vhost_rpmb.storage.fleet.requests import Requests
 from vhost_rpmb.storage.interface import TakeOver
 
-__all__ = ["ACTIVE", "Ownership", "active_owner", "boot_time", "take_over"]
+__all__ = ["ACTIVE", "EXPORTED", "Ownership", "active_owner", "boot_time", "take_over"]
 
 ACTIVE = "active"
+EXPORTED = "exported"  # the device is in files
 _POLL = 0.2  # seconds between two looks at a device that another daemon owns
 _RELEASE_TRIES = 3
 

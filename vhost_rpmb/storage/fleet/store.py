@@ -27,7 +27,7 @@ from vhost_rpmb.storage.fleet.layout import (
     chain,
     pack_chunk,
 )
-from vhost_rpmb.storage.fleet.ownership import Ownership
+from vhost_rpmb.storage.fleet.ownership import EXPORTED, Ownership
 from vhost_rpmb.storage.fleet.requests import Requests
 from vhost_rpmb.storage.fleet.witness import Witness
 from vhost_rpmb.storage.interface import Resources
@@ -234,6 +234,14 @@ class FleetStore:
                 f"device {self._keys.device}: expected the state that this daemon wrote, found"
                 " another: if the store was restored from a backup, quarantine it"
             )
+
+    def hand_out(self, token: str) -> None:
+        """Give the device up for ever, to the files that have the token. Raises `Fenced`."""
+        owner = self._ownership.owner
+        gone = owner._replace(epoch=owner.epoch + 1, token=token, state=EXPORTED).pack()
+        answer = self._change([Put(self._keys.owner, gone)])
+        if not answer.succeeded and answer.found.get(self._keys.owner) != gone:
+            self._check(answer, self._head_record)
 
     def _remember(self) -> None:
         self._witness.record(self._keys.device, self._head, self._revision)

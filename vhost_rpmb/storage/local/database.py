@@ -12,34 +12,48 @@ from typing import NamedTuple
 from vhost_rpmb.errors import StateError
 from vhost_rpmb.rpmb import spec
 from vhost_rpmb.rpmb.replay import NO_REPLAY, Replay
-from vhost_rpmb.storage.local.files import published_file, sync_folder, write_all
-from vhost_rpmb.storage.local.image import ImageFile, digest
+from vhost_rpmb.storage.local.files import sync_folder, write_all
+from vhost_rpmb.storage.local.image import digest
 from vhost_rpmb.storage.local.statefile import (
     APPLICATION_ID,
+    AWAY,
     FORMAT,
     STARTS_MASK,
     check_format,
     check_header,
     damage,
     has_log,
+    is_away,
     read_with_log,
     user_version,
 )
 from vhost_rpmb.storage.local.wal import apply_log
-from vhost_rpmb.storage.paths import journal_of, log_of, new_of
+from vhost_rpmb.storage.paths import log_of
 
-__all__ = ["NO_DIGESTS", "Database", "DeviceRow", "Snapshot", "StateReader", "create_database"]
+__all__ = [
+    "MARK_TABLE",
+    "NO_DIGESTS",
+    "SCHEMA",
+    "SET_DIGEST",
+    "STOPPED",
+    "Database",
+    "DeviceRow",
+    "Mark",
+    "Snapshot",
+    "StateReader",
+    "uri",
+]
 
 _PAGE_SIZE = 4096  # bytes
 _ADDRESS_SIZE = 2  # bytes
 _LOG_SIZE = 1 << 20  # bytes of the write-ahead log before SQLite moves them into the database file
-_STOPPED, _RUNNING, _STARTING = 0, 1, 2
+STOPPED, _RUNNING, _STARTING = 0, 1, 2
 _MARK_SIZE = 8  # bytes of a digest that recognise an earlier version of a block
 _MARKS = 8  # earlier versions of a block that are recognised
 # Since format 2; the default is the record of what format 1 wrote.
 _REPLAY = "replay BLOB NOT NULL DEFAULT x''"
 # One transaction, which the caller commits; the file is synced as a whole before it is published.
-_SCHEMA = f"""
+SCHEMA = f"""
 PRAGMA page_size = {_PAGE_SIZE};
 PRAGMA journal_mode = OFF;
 PRAGMA synchronous = OFF;
@@ -70,7 +84,7 @@ CREATE TABLE digest (           -- blocks of the image; without a row: all zeros
     earlier BLOB NOT NULL       -- first {_MARK_SIZE} bytes each of earlier SHA-256, newest first
 ) STRICT;
 """
-_SET_DIGEST = f"""
+SET_DIGEST = f"""
 INSERT INTO digest VALUES (?, ?, x'') ON CONFLICT (address) DO UPDATE SET
     earlier = CASE sha256 WHEN x'' THEN earlier ELSE
         substr(CAST(substr(sha256, 1, {_MARK_SIZE}) || earlier AS BLOB), 1, {_MARK_SIZE * _MARKS})
@@ -92,6 +106,25 @@ class DeviceRow(NamedTuple):
     stamped: int
     running: int
     replay: Replay
+
+
+class Mark(NamedTuple):
+    """Why a device is not here: the row of a table that exists in the format `AWAY` only."""
+
+    state: str
+    place: str
+    device: str
+    record: bytes
+
+
+MARK_TABLE = """
+CREATE TABLE mark (
+    state TEXT NOT NULL,        -- of the move
+    place TEXT NOT NULL,        -- the store
+    device TEXT NOT NULL,       -- the name of the device there
+    record BLOB NOT NULL        -- what a repetition of the move needs
+) STRICT;
+"""
 
 
 class Digests(NamedTuple):
@@ -116,9 +149,10 @@ class StateReader:
     Raises sqlite3.Error, and StateError for content that this version does not write.
     """
 
-    def __init__(self, connection: sqlite3.Connection, name: str) -> None:
+    def __init__(self, connection: sqlite3.Connection, name: str, *, away: bool) -> None:
         self._connection = connection
         self._name = name
+        self._away = away  # a device that has moved is accepted
 
     def _execute(self, statement: str, values: tuple[object, ...] = ()) -> sqlite3.Cursor:
         return self._connection.execute(statement, values)
@@ -135,9 +169,9 @@ class StateReader:
         if verdict != "ok":
             raise self._damaged(verdict)
         (version,) = self._execute("PRAGMA user_version").fetchone()  # the log may have a newer one
-        check_format(self._name, version)
+        check_format(self._name, version, away=self._away)
         row = self.device()
-        if row.running != _STOPPED and not log:
+        if row.running != STOPPED and not log:
             raise StateError(
                 f"{self._name} was not closed, and its log {log_of(self._name)} is missing, with"
                 " the writes in it: restore the two together"
@@ -174,6 +208,16 @@ class StateReader:
         except ValueError as error:
             raise self._damaged(str(error)) from error
 
+    def mark(self) -> Mark | None:
+        """Why the device is not here; None for one that is."""
+        (version,) = self._execute("PRAGMA user_version").fetchone()
+        if not is_away(version):
+            return None
+        found = self._execute(f"SELECT {', '.join(Mark._fields)} FROM mark").fetchone()
+        if found is None:
+            raise self._damaged("its device moved to an unknown place")
+        return Mark._make(found)
+
     def pending(self, blocks: int) -> Iterator[tuple[int, bytes]]:
         """Blocks (address, data) that may not be in the image, which has ``blocks``, yet.
 
@@ -203,10 +247,10 @@ class StateReader:
 class Snapshot(StateReader):
     """A copy of a state database and its log in private memory; the files are not changed."""
 
-    def __init__(self, path: str) -> None:
-        starts = check_header(path)
+    def __init__(self, path: str, *, away: bool = False) -> None:
+        starts = check_header(path, away=away)
         content, log = read_with_log(path)
-        super().__init__(sqlite3.connect(":memory:", isolation_level=None), path)
+        super().__init__(sqlite3.connect(":memory:", isolation_level=None), path, away=away)
         try:
             try:
                 self._connection.deserialize(apply_log(content, log or b""))
@@ -225,16 +269,18 @@ class Snapshot(StateReader):
 class Database(StateReader):
     """The state database, locked for this process while open."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, *, away: bool = False) -> None:
         self._log = log_of(path)
-        starts = check_header(path)
+        starts = check_header(path, away=away)
         self._owns_log = log = has_log(path)
         super().__init__(
-            sqlite3.connect(_uri(path), uri=True, isolation_level=None, timeout=0), path
+            sqlite3.connect(uri(path), uri=True, isolation_level=None, timeout=0),
+            path,
+            away=away,
         )
         try:
             self._lock()
-            self._owns_log = self._check(starts, log).running != _STOPPED
+            self._owns_log = self._check(starts, log).running != STOPPED
         except BaseException:
             self._close_connection()
             raise
@@ -290,7 +336,7 @@ class Database(StateReader):
 
     def set_digests(self, blocks: Iterable[tuple[int, bytes]]) -> None:
         """Store the digests of blocks (address, data) of the image, and mark earlier versions."""
-        self._connection.executemany(_SET_DIGEST, ((a, digest(data)) for a, data in blocks))
+        self._connection.executemany(SET_DIGEST, ((a, digest(data)) for a, data in blocks))
 
     def set_stamped(self, stamped: bool) -> None:
         """Store whether the image could be stamped."""
@@ -328,6 +374,21 @@ class Database(StateReader):
         self._empty_log()
         self._execute("UPDATE device SET running = ?", (_RUNNING,))
 
+    def set_mark(self, mark: Mark | None) -> None:
+        """Record durably, also in the database file itself, where a stopped device is; None: here.
+
+        Until then the log has the mark, or the file is as before.
+        """
+        starts = self.device().starts
+        with self.transaction():
+            self._execute("DROP TABLE IF EXISTS mark")
+            if mark is not None:
+                self._execute(MARK_TABLE)
+                self._execute("INSERT INTO mark VALUES (?, ?, ?, ?)", mark)
+            self._execute(f"PRAGMA user_version = {user_version(starts, AWAY if mark else FORMAT)}")
+        sync_folder(self._log)
+        self._empty_log()
+
     def _empty_log(self) -> None:
         """Move the content of the log into the database file, and restart the log."""
         self._execute("PRAGMA wal_checkpoint(RESTART)").fetchone()
@@ -350,7 +411,7 @@ class Database(StateReader):
 
     def _mark_stopped(self) -> None:
         self._empty_log()  # gives a full disk room, and the file records this start
-        self._execute("UPDATE device SET running = ?", (_STOPPED,))
+        self._execute("UPDATE device SET running = ?", (STOPPED,))
         self._owns_log = False
 
     def _close_connection(self) -> None:
@@ -381,47 +442,7 @@ class _Transaction:
                     self._connection.execute("ROLLBACK")
 
 
-def _uri(path: str) -> str:
+def uri(path: str) -> str:
     """Return the URI by which SQLite opens a file, without creating it."""
     escaped = os.path.abspath(path).replace("%", "%25").replace("?", "%3f").replace("#", "%23")
     return f"file:{escaped}?mode=rw"
-
-
-def create_database(path: str, image: ImageFile, counter: int) -> None:
-    """Create the state file of a new device atomically; never replaces a file."""
-    if os.path.lexists(log_of(path)):
-        raise StateError(
-            f"{log_of(path)}: expected its state file {path}, found none: restore the state file"
-            " from a backup; a start without it would set the write counter back"
-        )
-    leftovers = (journal_of(new_of(path)), log_of(new_of(path)))
-    _remove(leftovers)
-    try:
-        with published_file(path, os.link):
-            _fill(new_of(path), image, counter)
-    finally:
-        with suppress(OSError):
-            _remove(leftovers)
-    sync_folder(image.path)
-
-
-def _remove(paths: Iterable[str]) -> None:
-    for path in paths:
-        with suppress(FileNotFoundError):
-            os.unlink(path)
-
-
-def _fill(path: str, image: ImageFile, counter: int) -> None:
-    """Write the state of a new device into an empty file, without syncing it."""
-    connection = sqlite3.connect(_uri(path), uri=True)
-    try:
-        connection.executescript(_SCHEMA)
-        with connection:
-            connection.execute(
-                "INSERT INTO device VALUES (1, ?, ?, ?, NULL, NULL, 0, 0, ?, x'')",
-                (os.urandom(8).hex(), image.file_size, counter, _STOPPED),
-            )
-            digests = ((address, digest(data)) for address, data in image.blocks())
-            connection.executemany(_SET_DIGEST, ((a, sha256) for a, sha256 in digests if sha256))
-    finally:
-        connection.close()

@@ -18,14 +18,15 @@ from typing import NamedTuple
 from vhost_rpmb.errors import StateError, UsageError
 from vhost_rpmb.rpmb import spec
 from vhost_rpmb.storage.local.contents import Contents, load
-from vhost_rpmb.storage.local.database import Database, DeviceRow, Snapshot, create_database
+from vhost_rpmb.storage.local.creation import create_database
+from vhost_rpmb.storage.local.database import Database, DeviceRow, Snapshot
 from vhost_rpmb.storage.local.image import ImageFile, Stamp, ranges
 from vhost_rpmb.storage.local.keyfile import fingerprint, read_key_file, require_key
 from vhost_rpmb.storage.local.statefile import check_neighbours, has_log, trouble
 from vhost_rpmb.storage.local.store import FAILURES, Store
 from vhost_rpmb.storage.paths import Paths
 
-__all__ = ["Report", "open_store", "verify"]
+__all__ = ["Report", "choose_key", "mismatch", "named_errors", "open_store", "verify"]
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ def open_store(
         image = ImageFile(paths.flash, warn)
         undo.callback(image.close)
         _check_folders(paths)
-        with _named_errors(paths.state):
+        with named_errors(paths.state):
             check_neighbours(paths.state)
             key_file = read_key_file(paths.key, warn)
             if os.path.lexists(paths.state):
@@ -66,10 +67,10 @@ def open_store(
             undo.callback(_close_quietly, database)
             row = database.device()
             _check_size(image, row, paths.state)
-            key, new = _choose_key(row, paths, key_file, key_set, warn)
+            key, new = choose_key(row, paths, key_file, key_set, warn)
             contents = load(image, database)
-            if mismatch := _mismatch(image, row, paths.state, contents):
-                raise StateError(mismatch)
+            if disagreement := mismatch(image, row, paths.state, contents):
+                raise StateError(disagreement)
             if initial_counter is not None and initial_counter != row.counter:
                 warn(
                     f"--initial-counter={initial_counter} was not applied: the write counter in"
@@ -118,15 +119,15 @@ def verify(paths: Paths, *, warn: Callable[[str], None] = logger.warning) -> Rep
                 f"the state file {paths.state} does not exist: name the one that belongs to"
                 f" {paths.flash} with --state-path"
             )
-        with _named_errors(paths.state):
+        with named_errors(paths.state):
             check_neighbours(paths.state)
             with closing(Snapshot(paths.state)) as database:
                 row = database.device()
                 _check_size(image, row, paths.state)
                 if paths.key is not None:
-                    _choose_key(row, paths, read_key_file(paths.key, warn), False, warn)
+                    choose_key(row, paths, read_key_file(paths.key, warn), False, warn)
                 contents = load(image, database)
-                disagreement = _mismatch(image, row, paths.state, contents)
+                disagreement = mismatch(image, row, paths.state, contents)
     return Report(
         state_path=paths.state,
         blocks=len(contents.damaged),
@@ -141,7 +142,7 @@ def verify(paths: Paths, *, warn: Callable[[str], None] = logger.warning) -> Rep
 
 
 @contextmanager
-def _named_errors(state_path: str) -> Iterator[None]:
+def named_errors(state_path: str) -> Iterator[None]:
     """Turn failures of SQLite, files and memory into errors for the operator."""
     try:
         yield
@@ -201,7 +202,7 @@ def _check_size(image: ImageFile, row: DeviceRow, state_path: str) -> None:
         )
 
 
-def _mismatch(image: ImageFile, row: DeviceRow, state_path: str, contents: Contents) -> str:
+def mismatch(image: ImageFile, row: DeviceRow, state_path: str, contents: Contents) -> str:
     """Return why the image is not the one of the state, and what to do; empty if it is.
 
     Only an image with damaged blocks can be another one. The rules are those of decision 0009.
@@ -236,7 +237,7 @@ def _mismatch(image: ImageFile, row: DeviceRow, state_path: str, contents: Conte
     return why + ": restore image, state file and key file that were saved together"
 
 
-def _choose_key(
+def choose_key(
     row: DeviceRow,
     paths: Paths,
     key_file: bytes | None,

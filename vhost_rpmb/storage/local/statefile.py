@@ -20,6 +20,7 @@ from vhost_rpmb.storage.paths import journal_of, log_of
 
 __all__ = [
     "APPLICATION_ID",
+    "AWAY",
     "FORMAT",
     "STARTS_MASK",
     "check_format",
@@ -27,6 +28,8 @@ __all__ = [
     "check_neighbours",
     "damage",
     "has_log",
+    "is_away",
+    "is_marked",
     "read_with_log",
     "trouble",
     "user_version",
@@ -35,6 +38,8 @@ __all__ = [
 APPLICATION_ID = 0x52504D42  # "RPMB"
 FORMAT = 2
 _FORMATS = (1, FORMAT)  # that this version can load
+# In place of a format: the device is not here, so that no version serves it. `moving` has the rest.
+AWAY = 255
 # The header of an SQLite database: its magic, and the offsets of user_version and application_id.
 _HEADER_MAGIC = b"SQLite format 3\0"
 _HEADER_NUMBERS = (60, 68)
@@ -47,16 +52,32 @@ STARTS_MASK = (1 << 23) - 1
 _LOCK_FIRST, _LOCK_SIZE = 0x40000002, 510
 
 
-def user_version(starts: int) -> int:
+def user_version(starts: int, number: int = FORMAT) -> int:
     """Return the header field of a state file: its format and the number of starts."""
-    return (starts & STARTS_MASK) << _FORMAT_BITS | FORMAT
+    return (starts & STARTS_MASK) << _FORMAT_BITS | number
 
 
-def check_header(path: str) -> int:
+def is_away(version: int) -> bool:
+    """Tell whether a user_version says that the device is not here."""
+    return version & ((1 << _FORMAT_BITS) - 1) == AWAY
+
+
+def check_header(path: str, *, away: bool = False) -> int:
     """Refuse a file that vhost-rpmb did not write, before SQLite opens and changes it.
 
     Return the low bits of the number of starts that the file records without its log.
     """
+    version = _read_version(path)
+    check_format(path, version, away=away)
+    return version >> _FORMAT_BITS
+
+
+def is_marked(path: str) -> bool:
+    """Tell whether a state file says, without its log, that the device is not here."""
+    return is_away(_read_version(path))
+
+
+def _read_version(path: str) -> int:
     try:
         with open(path, "rb", opener=open_regular) as file:
             header = file.read(_HEADER_SIZE)
@@ -77,12 +98,22 @@ def check_header(path: str) -> int:
             f"{path} is not a vhost-rpmb state file: restore the right one, or name another with"
             " --state-path"
         )
-    check_format(path, version)
-    return version >> _FORMAT_BITS
+    return version
 
 
-def check_format(path: str, version: int) -> None:
-    """Refuse the format in a user_version that this version cannot load."""
+def check_format(path: str, version: int, *, away: bool = False) -> None:
+    """Refuse the format in a user_version that this version cannot load.
+
+    ``away``: the device may have moved.
+    """
+    if is_away(version):
+        if away:
+            return
+        raise StateError(
+            f"the device of {path}: expected one that is here, found one that moved to or from a"
+            " store that hosts share: use it there; if the import or export was interrupted,"
+            " repeat it"
+        )
     number = version & ((1 << _FORMAT_BITS) - 1)
     if number not in _FORMATS:
         raise StateError(
