@@ -15,6 +15,11 @@ FUZZ_PACKAGES := clang libclang-rt-dev
 # QEMU=no excludes the tests that boot a guest or run etcd: both need Debian packages unpacked by root.
 QEMU ?= yes
 PYTEST_ARGS ?=
+# Processes that run tests side by side in make test; 0 runs all in one, which --pdb needs.
+WORKERS ?= 2
+# A file's tests run in one worker, which makes what they share once; files in their order, long ones
+# first (docs/decisions/0030-workers.md).
+PARALLEL = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # Duration of each fuzz target.
 SECONDS ?= 60
 FUZZ_TARGETS ?= rings frames stream
@@ -64,15 +69,15 @@ demo: $(STAMP) ## Show a real guest that keeps its secrets across restarts (QEMU
 	.venv/bin/python -m tests.e2e.demo
 
 .PHONY: test
-test: $(STAMP) ## Run the tests, on both engines; QEMU=no excludes those that boot a guest or run etcd
+test: $(STAMP) ## Run the tests on both engines, in WORKERS=2 processes; QEMU=no: without guests and etcd
 	@tools/system-packages $(TEST_PACKAGES)
 ifeq ($(QEMU),no)
-	.venv/bin/pytest --cov --cov-report=term -m 'not (qemu or etcd or long)' $(PYTEST_ARGS)
+	.venv/bin/pytest --cov --cov-report=term $(PARALLEL) -m 'not (qemu or etcd or long)' $(PYTEST_ARGS)
 else
 	@tools/system-packages $(KIT_PACKAGES)
 	@.venv/bin/python -m tests.e2e.kit || \
 		{ echo 'make test QEMU=no excludes the tests that need it' >&2; exit 1; }
-	.venv/bin/pytest --cov --cov-report=term -m 'not long' $(PYTEST_ARGS)
+	.venv/bin/pytest --cov --cov-report=term $(PARALLEL) -m 'not long' $(PYTEST_ARGS)
 endif
 
 # Three consecutive runs, because most failures under load are rare.

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,6 +33,15 @@ def _can_run(item: pytest.Item) -> bool:
         return False
     history = item.get_closest_marker("needs_history")
     return history is None or has_commit(history.args[0])
+
+
+@pytest.fixture
+def untraced() -> Iterator[None]:
+    """Do without coverage, which multiplies the time of what repeats the same lines."""
+    tracer = sys.gettrace()
+    sys.settrace(None)
+    yield
+    sys.settrace(tracer)
 
 
 @pytest.fixture(params=engines.ENGINES)

@@ -13,6 +13,7 @@ import sys
 import termios
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
@@ -441,12 +442,15 @@ class TestUsage:
 
     def test_fifos_without_another_end(self, device: Device) -> None:
         """They end with one line, after a while."""
-        fifo = str(device.folder / "fifo")
-        os.mkfifo(fifo)
-        fails(device("write-key", fifo), 2, "that writes into this FIFO, found none within 10 s")
         device.succeeds("write-key", device.key_file)
-        done = device("read-block", "0", "1", fifo, device.key_file)
-        fails(done, 1, "that reads from this FIFO, found none within 10 s")
+        fifos = [str(device.folder / name) for name in ("written", "read")]
+        for fifo in fifos:
+            os.mkfifo(fifo)
+        with ThreadPoolExecutor() as pool:  # waits for both at once
+            write = pool.submit(device, "write-key", fifos[0])
+            read = pool.submit(device, "read-block", "0", "1", fifos[1], device.key_file)
+        fails(write.result(), 2, "that writes into this FIFO, found none within 10 s")
+        fails(read.result(), 1, "that reads from this FIFO, found none within 10 s")
 
     def test_fifos_whose_other_end_comes_later(self, device: Device) -> None:
         fifo = device.folder / "fifo"

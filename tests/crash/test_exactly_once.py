@@ -212,6 +212,7 @@ def step_through(guest: Guest, survivors: Survivors, committed: Callable[[], Non
 
 
 @pytest.mark.needs_ptrace
+@pytest.mark.usefixtures("untraced")
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("chains", [1, 2])
 def test_killed_at_every_store_of_the_publication(

@@ -143,13 +143,14 @@ def test_requests_in_flight_are_answered_after_a_reconnect(
     running = daemon()
     program(running.socket_path)
     chosen = random.Random(7)
-    interrupted = 0
+    rounds = interrupted = 0
     with Ring(memory, SIZE, features=features.DEFAULT) as ring:
         requests = Requests(memory, ring)
         front_end = FrontEnd(running.socket_path)
         region = front_end.get_region()
         front_end.activate(memory, ring, region)
-        for _ in range(ROUNDS):
+        while rounds < ROUNDS or not interrupted:
+            rounds += 1
             requests.submit(chosen.choice((1, 2, SIZE)))
             time.sleep(chosen.choice((0, 0, 0.0001, 0.0005, 0.002)))
             running.kill()
@@ -161,7 +162,6 @@ def test_requests_in_flight_are_answered_after_a_reconnect(
             requests.wait()
         front_end.close()
         os.close(region[1])
-    assert interrupted, "no kill hit a request in flight"
     running.stop()
     assert "in-flight" not in running.log
 

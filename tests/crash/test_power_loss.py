@@ -22,8 +22,9 @@ from vhost_rpmb.rpmb.replay import NO_REPLAY, Replay
 from vhost_rpmb.storage.local.opening import open_store
 from vhost_rpmb.storage.paths import Paths
 
-pytestmark = pytest.mark.needs_ptrace
-STATES = int(os.environ.get("VHOST_RPMB_CRASH_STATES", "6000"))
+pytestmark = [pytest.mark.needs_ptrace, pytest.mark.usefixtures("untraced")]
+STATES = int(os.environ.get("VHOST_RPMB_CRASH_STATES", "3000"))
+MISSED = 3000  # states within which a missing sync shows
 # Whether every sync of the workload fails in turn, and the states after each that does.
 EVERY_SYNC = "VHOST_RPMB_EVERY_SYNC" in os.environ
 SYNC_STATES = 100
@@ -160,7 +161,7 @@ def test_missing_sync_is_detected(
     if ignored == "key.new" and not recording[1]:
         return
     with pytest.raises(_Loss):
-        for _ in play(recording, STATES // 2, ignored):
+        for _ in play(recording, MISSED, ignored):
             pass
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.cache import Say
 from tests.e2e.kit import AMD64, Kit, make_kit
 from tests.e2e.vm import Guest
 from tests.support.blk import SECTOR_SIZE, BlkDaemon
@@ -45,9 +46,8 @@ pytestmark = [pytest.mark.qemu, pytest.mark.timeout(900 + 20 * KILLS)]
 
 
 @pytest.fixture(scope="module")
-def kit(pytestconfig: pytest.Config) -> Kit:
-    reporter = pytestconfig.pluginmanager.getplugin("terminalreporter")
-    return make_kit(AMD64, reporter.write_line)
+def kit(say: Say) -> Kit:
+    return make_kit(AMD64, say)
 
 
 def command_line(kit: Kit, socket_path: Path, queues: int) -> list[str]:

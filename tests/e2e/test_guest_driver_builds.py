@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.cache import ISOLATED, Steps
+from tests.e2e.cache import ISOLATED, Say, Steps
 from tests.e2e.kit import DRIVER_FOLDER, DRIVER_SOURCES
 from tests.e2e.workshop import Workshop, make_workshop
 from tests.support.documents import ROOT, blocks_that_begin, commands
@@ -30,9 +30,8 @@ ON_A_COPY = (
 
 
 @pytest.fixture(scope="session")
-def workshop(pytestconfig: pytest.Config) -> Workshop:
-    reporter = pytestconfig.pluginmanager.getplugin("terminalreporter")
-    return make_workshop(reporter.write_line)
+def workshop(say: Say) -> Workshop:
+    return make_workshop(say)
 
 
 @pytest.mark.parametrize("routing", [False, True], ids=["plain", "routing"])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.cache import Say
 from tests.e2e.kit import AMD64, Kit, make_kit
 from tests.e2e.test_blk import checked, command_line
 from tests.e2e.vm import Guest, VirtualMachine
@@ -39,9 +40,8 @@ pytestmark = [pytest.mark.qemu, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
-def kit(pytestconfig: pytest.Config) -> Kit:
-    reporter = pytestconfig.pluginmanager.getplugin("terminalreporter")
-    return make_kit(AMD64, reporter.write_line)
+def kit(say: Say) -> Kit:
+    return make_kit(AMD64, say)
 
 
 def check_driver(guest: Guest, *, indirect: bool) -> None:

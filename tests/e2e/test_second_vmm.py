@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.cache import Say
 from tests.e2e.second_vmm import make_second_vmm
 from tests.support.daemon import Daemon
 from tests.support.oracle import (
@@ -30,9 +31,8 @@ CONFIG = "config [1, 32, 255]"
 
 
 @pytest.fixture(scope="session")
-def second_vmm(pytestconfig: pytest.Config) -> Path:
-    reporter = pytestconfig.pluginmanager.getplugin("terminalreporter")
-    return make_second_vmm(reporter.write_line)
+def second_vmm(say: Say) -> Path:
+    return make_second_vmm(say)
 
 
 class Machine:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.e2e.cache import Say
 from tests.e2e.machine import make_machine
 from tests.e2e.story import KEY, LETTER
 from tests.e2e.unit import DROP_IN, GIVE, INSTALL, OPTIONS, USER, WAITING, Unit
@@ -19,10 +20,9 @@ pytestmark = [pytest.mark.qemu, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
-def guest(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Iterator[Guest]:
+def guest(tmp_path_factory: pytest.TempPathFactory, say: Say) -> Iterator[Guest]:
     """A machine that runs, with our package; each test makes units of its own there."""
-    reporter = pytestconfig.pluginmanager.getplugin("terminalreporter")
-    machine = make_machine(reporter.write_line)
+    machine = make_machine(say)
     disk = tmp_path_factory.mktemp("machine") / "disk"
     machine.make_disk(disk, INSTALL)
     with Guest(machine.command_line(disk)) as guest:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.cache import Say
 from tests.e2e.machine import WHEELS, make_machine, make_old_wheel
 from tests.e2e.story import KEY, LETTER
 from tests.e2e.unit import INSTALL, TIMEOUT, UPDATE, Unit
@@ -32,14 +33,13 @@ OLD = "python3 -m venv /opt/old && /opt/old/bin/pip install old/vhost_rpmb-*.whl
 def guest(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
-    pytestconfig: pytest.Config,
+    say: Say,
 ) -> Iterator[Guest]:
     """A machine that runs, with our package and, for the test that needs it, an earlier one."""
-    reporter = pytestconfig.pluginmanager.getplugin("terminalreporter")
-    machine = make_machine(reporter.write_line)
+    machine = make_machine(say)
     old, install = None, f"{INSTALL}\n{COPY}"
     if any("from_format_1" in item.name for item in request.session.items):
-        old, install = make_old_wheel(machine, FORMAT_1, reporter.write_line), f"{install}\n{OLD}"
+        old, install = make_old_wheel(machine, FORMAT_1, say), f"{install}\n{OLD}"
     disk = tmp_path_factory.mktemp("machine") / "disk"
     machine.make_disk(disk, install, old)
     with Guest(machine.command_line(disk)) as guest:

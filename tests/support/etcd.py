@@ -6,6 +6,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -22,6 +23,7 @@ from vhost_rpmb.storage.fleet.etcd import Endpoint, Etcd
 
 PACKAGES = ("etcd-server",)
 START_TIMEOUT = 60.0  # seconds
+PORTS = (10000, 32768)
 
 
 def make_etcd() -> Path:
@@ -34,12 +36,16 @@ def make_etcd() -> Path:
 
 
 def free_ports(count: int) -> list[int]:
+    """Ports that nothing uses, below those of outgoing connections: a dead member keeps its own."""
+    choice = random.SystemRandom()
     with ExitStack() as stack:
-        found = []
-        for _ in range(count):
+        found: list[int] = []
+        while len(found) < count:
+            port = choice.randrange(*PORTS)
             sock = stack.enter_context(socket.socket())
-            sock.bind(("127.0.0.1", 0))
-            found.append(sock.getsockname()[1])
+            with suppress(OSError):
+                sock.bind(("127.0.0.1", port))
+                found.append(port)
         return found
 
 
