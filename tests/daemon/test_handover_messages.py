@@ -67,7 +67,7 @@ def conversation(files: Files) -> list[Step]:
     config = wire.Config(0, 3, 0, bytes(3))
     return [
         (Request.SET_OWNER, b"", (), DONE),
-        (Request.SET_OWNER, b"", (), FAILED),
+        (Request.SET_OWNER, b"", (), DONE),
         (Request.SET_FEATURES, wire.pack_u64(VERSION_1 | wire.F_PROTOCOL_FEATURES), (), DONE),
         (Request.GET_PROTOCOL_FEATURES, b"", (), wire.pack_u64(PROTOCOL_FEATURES)),
         (Request.GET_QUEUE_NUM, b"", (), wire.pack_u64(1)),

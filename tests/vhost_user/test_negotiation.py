@@ -39,13 +39,6 @@ def test_number_of_queues(fresh: Peer) -> None:
     assert fresh.ask_u64(Request.GET_QUEUE_NUM) == 2
 
 
-def test_owner_is_set_once(peer: Peer) -> None:
-    assert peer.ack(Request.SET_OWNER) == 0
-    peer.refused(Request.SET_OWNER)
-    assert peer.ack(Request.RESET_OWNER) == 0
-    assert peer.ack(Request.SET_OWNER) == 0
-
-
 def test_status_is_kept(peer: Peer) -> None:
     assert peer.ask_u64(Request.GET_STATUS) == 0
     for status in (1, 3, 11, 15, 255, 0):

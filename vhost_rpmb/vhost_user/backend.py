@@ -10,6 +10,8 @@ Behaviour that the protocol leaves open:
   new SET_VRING_BASE or SET_VRING_KICK, and is set up again after a reset of the device
   (RESET_DEVICE, or status 0). Call and error descriptors, memory regions and acknowledged features
   stay through all of these: front-ends send them once.
+- SET_OWNER on a connection that has an owner begins a new session. Protocol features stay: they are
+  negotiated before it.
 - A front-end enables dirty logging although it was not offered: QEMU does on the monitor command
   calc-dirty-rate, and aborts with the whole VM if that is refused. SET_LOG_BASE, VHOST_F_LOG_ALL
   and the log flag of SET_VRING_ADDR are accepted without effect.
@@ -166,8 +168,24 @@ class Backend:
         self.protocol_features = ProtocolFeature(features)
 
     def _set_owner(self, _message: Message) -> None:
+        """Begin a session; on a connection that had one, everything is set up again.
+
+        QEMU sends it when a removed device is plugged in again with the same character device. It
+        did not remove the memory regions, and adds them again.
+        """
         if self._owned:
-            raise ValueError("the session has an owner already")
+            self._features = self._status = 0
+            for vring in self.vrings:
+                vring.reset(0, enabled=False)
+                vring.set_call(-1)
+                vring.set_error(-1)
+                vring.set_record(None)
+            if self._inflight is not None:
+                self._inflight.close()
+                self._inflight = self._saved_inflight = None
+            self._memory.clear()
+            self._regions.clear()
+            self._device.clear_register()
         self._owned = True
 
     def _reset_owner(self, _message: Message) -> None:
