@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attributes of the process that both programs set at their start: signals, access to memory."""
+"""Attributes of the process that the programs set at their start: signals, memory, descriptors."""
 
 import resource
 import signal
 
-__all__ = ["hide_memory", "reset_signals"]
+__all__ = ["allow_descriptors", "hide_memory", "reset_signals"]
 
 _PR_SET_DUMPABLE = 4  # prctl(2)
+
+# 509 memory regions, each mapped with a copy of its descriptor by Python and kept for the next
+# process, with all descriptors of a message, exceed the usual soft limit of 1024.
+_DESCRIPTORS = 4096
 
 # Both have handlers or report an invalid access: ignored, neither would work.
 _NEEDED = (signal.SIGALRM, signal.SIGBUS)
@@ -30,3 +34,11 @@ def hide_memory() -> None:
 
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     libc.prctl(_PR_SET_DUMPABLE, 0)
+
+
+def allow_descriptors() -> None:
+    """Raise the soft limit of descriptors to what a front-end can need, up to the hard limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= soft < _DESCRIPTORS:
+        wanted = _DESCRIPTORS if hard < 0 else min(_DESCRIPTORS, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

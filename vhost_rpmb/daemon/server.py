@@ -84,6 +84,7 @@ def run(options: Options) -> None:
     """
     process.reset_signals()
     process.hide_memory()
+    process.allow_descriptors()
     with ExitStack() as stack:
         notifier = Notifier(os.environ)
         stack.callback(notifier.close)
