@@ -50,12 +50,10 @@ def test_key_search_detects_each_encoding() -> None:
     assert not traces(key, os.urandom(4096))
 
 
-@pytest.fixture(params=["-vv", "--debug", "-vvv"])
-def verbosity(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.mark.parametrize("key_file", [False, True])
+@pytest.mark.parametrize(
+    ("verbosity", "key_file"),
+    [("-vv", True), ("--debug", False), ("-vvv", False), ("-vvv", True)],
+)
 def test_key_is_in_no_other_place(
     daemon: DaemonFactory, tmp_path: Path, verbosity: str, key_file: bool
 ) -> None:

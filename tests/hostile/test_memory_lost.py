@@ -31,6 +31,7 @@ from vhost_rpmb.virtio.flags import BROKEN, MORE
 
 LOST = rules.RING_RULES[rules.RING_MEMORY_LOST]
 ROUNDS = 3000 // DIVISOR
+TABLES = 1000 // DIVISOR
 LEAST = 2  # more batches than that have to be good, and lost
 MOST = 240.0  # seconds
 
@@ -193,7 +194,7 @@ def test_daemon_outlives_tables_replaced_in_flight(daemon: DaemonFactory) -> Non
         address = memory.allocate(1024)
         memory.write(address, read_counter())
         with connect(running, memory, ring) as frontend:
-            for _ in range(300):
+            for _ in range(TABLES):
                 ring.write_descriptor(0, address, 512, virtio.VIRTQ_DESC_F_NEXT, 1)
                 ring.write_descriptor(1, address + 512, 512, virtio.VIRTQ_DESC_F_WRITE, 0)
                 for _ in range(ring.size):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import socket
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -91,10 +92,9 @@ LEFT = {
 }
 
 
-@pytest.mark.parametrize("queued", [False, True])
-def test_connection_ends_while_its_own_end_is_kept(running: Daemon, queued: bool) -> None:
+def test_connection_ends_while_its_own_end_is_kept(running: Daemon) -> None:
     """Kept anywhere, or in the queue of what is kept, it would hide its end from the daemon."""
-    for how, data in LEFT.items():
+    for queued, (how, data) in itertools.product((False, True), LEFT.items()):
         with connect(running) as sock:
             near, far = socket.socketpair()
             with near, far:
@@ -102,21 +102,19 @@ def test_connection_ends_while_its_own_end_is_kept(running: Daemon, queued: bool
                     socket.send_fds(far, [b"x"], [sock.fileno()])
                 left = near if queued else sock
                 socket.send_fds(sock, [data], [left.fileno()])
-        assert_serves(running, how)
+        assert_serves(running, f"{how}, {queued=}")
     assert_stops(running)
 
 
-@pytest.mark.parametrize("accepted", [True, False])
-def test_connection_ends_while_its_own_end_is_kept_and_a_front_end_waits(
-    running: Daemon, accepted: bool
-) -> None:
+def test_connection_ends_while_its_own_end_is_kept_and_a_front_end_waits(running: Daemon) -> None:
     """Nobody takes it out of that queue, but the process that connected has ended.
 
     Not ``accepted``: it ended before the daemon accepted its connection.
     """
-    if not accepted:
-        running.send(signal.SIGSTOP)
-    script = f"""
+    for accepted in (True, False):
+        if not accepted:
+            running.send(signal.SIGSTOP)
+        script = f"""
 import socket, struct
 served, waiting = socket.socket(socket.AF_UNIX), socket.socket(socket.AF_UNIX)
 for sock in (served, waiting):
@@ -126,9 +124,9 @@ if {accepted}:
     assert served.recv(20)
 socket.send_fds(waiting, [b"x"], [served.fileno()])
 """
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
-    running.send(signal.SIGCONT)
-    assert_serves(running)
+        subprocess.run([sys.executable, "-S", "-c", script], check=True, timeout=60)
+        running.send(signal.SIGCONT)
+        assert_serves(running, f"{accepted=}")
     assert_stops(running)
 
 
@@ -145,7 +143,7 @@ with socket.socket(socket.AF_UNIX) as sock:
     with near:
         with far:
             subprocess.run(
-                [sys.executable, "-c", script], stdin=far.fileno(), check=True, timeout=60
+                [sys.executable, "-S", "-c", script], stdin=far.fileno(), check=True, timeout=60
             )
         _, (fd,), _, _ = socket.recv_fds(near, 1, 1)
     with socket.socket(fileno=fd) as sock:
@@ -157,7 +155,7 @@ with socket.socket(socket.AF_UNIX) as sock:
         assert sock.recv(20) == b""
 
 
-@pytest.fixture
+@contextmanager
 def started(running: Daemon) -> Iterator[tuple[Frontend, Ring]]:
     """A front-end of that daemon with a ring that runs and eventfds that block."""
     with (
@@ -183,48 +181,45 @@ def enable_again_and_again(frontend: Frontend) -> None:
     frontend._sock.sendall(pair * 2000)
 
 
+@contextmanager
+def without_room(ring: Ring, raced: bool) -> Iterator[None]:
+    """The call eventfd has no room, or another process makes some and takes it again."""
+    if raced:  # before the daemon writes
+        with hammer("refill", ring.call_fd):
+            yield
+    else:
+        os.eventfd_write(ring.call_fd, FULL)
+        yield
+
+
 @pytest.mark.parametrize("raced", [False, True])
-def test_full_call_eventfd_and_many_messages_before_the_stop(
-    running: Daemon, started: tuple[Frontend, Ring], raced: bool
-) -> None:
-    frontend, ring = started
-    with ExitStack() as stack:
-        if raced:  # another process makes room, and takes it again before the daemon writes
-            stack.enter_context(hammer("refill", ring.call_fd))
-        else:
-            os.eventfd_write(ring.call_fd, FULL)
+def test_full_call_eventfd_and_many_messages_before_the_stop(running: Daemon, raced: bool) -> None:
+    with started(running) as (frontend, ring), without_room(ring, raced):
         enable_again_and_again(frontend)
         assert_stops(running)
 
 
-@pytest.mark.parametrize("raced", [False, True])
-def test_full_call_eventfd_and_many_messages_before_the_next_front_end(
-    running: Daemon, started: tuple[Frontend, Ring], raced: bool
-) -> None:
-    frontend, ring = started
-    with ExitStack() as stack:
-        if raced:
-            stack.enter_context(hammer("refill", ring.call_fd))
-        else:
-            os.eventfd_write(ring.call_fd, FULL)
-        enable_again_and_again(frontend)
-        frontend.close()
-        assert_serves(running)
+def test_full_call_eventfd_and_many_messages_before_the_next_front_end(running: Daemon) -> None:
+    for raced in (False, True):
+        with started(running) as (frontend, ring), without_room(ring, raced):
+            enable_again_and_again(frontend)
+            frontend.close()
+            assert_serves(running, f"{raced=}")
     assert_stops(running)
 
 
-def test_full_error_eventfd(running: Daemon, started: tuple[Frontend, Ring]) -> None:
+def test_full_error_eventfd(running: Daemon) -> None:
     """A ring that breaks again and again."""
-    frontend, ring = started
-    os.eventfd_write(ring.error_fd, FULL)
-    ring.offer(1000)
-    ring.publish()
-    start = time.monotonic()
-    for _ in range(10):
-        frontend.tell(Request.SET_VRING_KICK, wire.pack_u64(0), [ring.kick_fd])
-    assert time.monotonic() - start < NEXT
-    frontend.close()
-    assert_serves(running)
+    with started(running) as (frontend, ring):
+        os.eventfd_write(ring.error_fd, FULL)
+        ring.offer(1000)
+        ring.publish()
+        start = time.monotonic()
+        for _ in range(10):
+            frontend.tell(Request.SET_VRING_KICK, wire.pack_u64(0), [ring.kick_fd])
+        assert time.monotonic() - start < NEXT
+        frontend.close()
+        assert_serves(running)
     assert_stops(running)
 
 
@@ -260,11 +255,9 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("queued", [False, True])
-def test_sockets_whose_close_waits(
-    running: Daemon, lingering: Callable[[], socket.socket], queued: bool
-) -> None:
-    for place, (before, beside, flags) in PLACES.items():
+def test_sockets_whose_close_waits(running: Daemon, lingering: Callable[[], socket.socket]) -> None:
+    for queued, place in itertools.product((False, True), PLACES):
+        before, beside, flags = PLACES[place]
         with connect(running) as sock:
             running.send(signal.SIGSTOP)
             sock.send(before)
@@ -277,7 +270,7 @@ def test_sockets_whose_close_waits(
                         left = near
                     socket.send_fds(sock, [beside], [left.fileno()], flags)
             running.send(signal.SIGCONT)
-        assert_serves(running, place)
+        assert_serves(running, f"{place}, {queued=}")
     assert_stops(running)
 
 

@@ -34,6 +34,7 @@ SOON = 0.1  # seconds of processor time
 LONG = 5.0 / DIVISOR  # seconds of starving
 GROWTH = 4 << 20  # bytes that the daemon may take for anything a front-end does
 FEW_DESCRIPTORS = 64
+CONNECTIONS = 10_000 if DIVISOR == 1 else 2_500
 
 
 @pytest.fixture
@@ -213,10 +214,10 @@ def test_flood_of_messages_uses_bounded_resources(programmed: Daemon) -> None:
 
 
 @pytest.mark.memory
-def test_ten_thousand_connections_use_bounded_resources(programmed: Daemon) -> None:
+def test_thousands_of_connections_use_bounded_resources(programmed: Daemon) -> None:
     """None of them costs a descriptor (there are 64) or memory."""
     before = memory_of(programmed)
-    for _ in range(10_000):
+    for _ in range(CONNECTIONS):
         with socket.socket(socket.AF_UNIX) as sock:
             while True:
                 try:
@@ -226,7 +227,7 @@ def test_ten_thousand_connections_use_bounded_resources(programmed: Daemon) -> N
                 else:
                     break
     assert_works(programmed)
-    assert memory_of(programmed) - before < GROWTH
+    assert memory_of(programmed) - before < GROWTH * CONNECTIONS / 10_000
     programmed.stop()
 
 
