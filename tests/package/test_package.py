@@ -357,6 +357,8 @@ def test_installed_files_of_others(installation: Installation) -> None:
     for name in (
         "lib/systemd/system/vhost-user-rpmb@.service",
         "lib/systemd/system/vhost-user-rpmb@.socket",
+        "lib/systemd/system/vhost-user-rpmb-fleet@.service",
+        "lib/systemd/system/vhost-user-rpmb-fleet@.socket",
         "share/qemu/vhost-user/50-vhost-user-rpmb.json",
     ):
         assert (installation.venv / name).read_bytes()

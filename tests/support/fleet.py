@@ -5,17 +5,24 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Protocol
 
 from tests.support.daemon import SANDBOX, Daemon
-from tests.support.etcd import EtcdCluster
 
 LEASE = 5  # seconds
+
+
+class Cluster(Protocol):
+    """What a host needs of a store."""
+
+    @property
+    def urls(self) -> list[str]: ...
 
 
 class Host:
     """A host in a folder. All hosts of a test have the same key-encryption key."""
 
-    def __init__(self, folder: Path, cluster: EtcdCluster, prefix: str, *lines: str) -> None:
+    def __init__(self, folder: Path, cluster: Cluster, prefix: str, *lines: str) -> None:
         folder.mkdir()
         self.folder = folder
         self.config = folder / "fleet.toml"

@@ -3,10 +3,8 @@
 
 from __future__ import annotations
 
-import base64
 import http.client
 import http.server
-import json
 import socket
 import threading
 import time
@@ -19,7 +17,7 @@ import pytest
 
 from tests.storage.fleet.story import KEK, block
 from tests.support.authority import Authority
-from tests.support.etcd import EtcdCluster, Member
+from tests.support.etcd import EtcdCluster
 from vhost_rpmb.errors import Fenced, StateError
 from vhost_rpmb.storage.fleet.administration import accept, create, quarantine
 from vhost_rpmb.storage.fleet.engine import Compare, Get, Put, Refused, Unknown
@@ -167,15 +165,6 @@ def test_full_etcd_refuses_writes_and_recovers(folder: Path) -> None:
         store.close()
 
 
-def snapshot(member: Member) -> bytes:
-    """A backup, as etcdctl makes it."""
-    connection = http.client.HTTPConnection("127.0.0.1", member.client, timeout=30)
-    connection.request("POST", "/v3/maintenance/snapshot", "{}")
-    lines = connection.getresponse().read().splitlines()
-    connection.close()
-    return b"".join(base64.b64decode(json.loads(line)["result"].get("blob", "")) for line in lines)
-
-
 def start(cluster: EtcdCluster, keys: Keys, folder: Path) -> FleetStore:
     requests = Requests(cluster.connect(timeout=10))
     return open_store(requests, keys, KEK, witness_folder=str(folder), mode="now")
@@ -190,7 +179,7 @@ def test_restored_backup_fences_daemons_and_refuses_starts(folder: Path, tmp_pat
         store = start(cluster, keys, folder)
         quiet = start(cluster, idle, folder)
         assert store.commit(1, [(0, block(1))], None)
-        (tmp_path / "backup").write_bytes(snapshot(cluster.members[0]))
+        (tmp_path / "backup").write_bytes(cluster.members[0].backup())
         assert store.commit(2, [(0, block(2))], None)
         assert store.renew()
         cluster.restore(tmp_path / "backup")

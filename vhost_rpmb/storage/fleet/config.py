@@ -95,6 +95,9 @@ class Config(NamedTuple):
                 raw = file.read(_MAX_SECRET + 1)
         except OSError as error:
             raise UsageError(f"{self.path}: {name}: {path}: {error.strerror}") from error
+        credentials = os.environ.get(_CREDENTIALS_VARIABLE)
+        if credentials is not None and os.path.dirname(path) == credentials:
+            return raw  # systemd protects it, with an access list that looks like rights of a group
         if mode & (stat.S_IRWXG | stat.S_IRWXO):
             raise UsageError(
                 f"{self.path}: {name}: expected a file that only its owner can access, found mode"
