@@ -3,15 +3,32 @@
 
 from __future__ import annotations
 
+import os
 import signal
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from tests.support import denied
+from tests.support.daemon import SANDBOX
 from tests.support.oracle import KEY
 from tests.support.supervised import Supervised
 from vhost_rpmb.driver.errors import BackendError
+from vhost_rpmb.engine import Engine
+from vhost_rpmb.vhost_user import wire
+from vhost_rpmb.vhost_user.wire import MemoryRegion, Request
 
 SIGNALS = [signal.SIGTERM, signal.SIGKILL]
+
+
+@pytest.fixture
+def memory() -> Iterator[int]:
+    """The file of more guest memory."""
+    fd = os.memfd_create("memory")
+    os.ftruncate(fd, 8192)
+    yield fd
+    os.close(fd)
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
@@ -44,3 +61,37 @@ def test_stop_ends_the_connection(supervised: Supervised) -> None:
         supervised.manager.stop()
         with pytest.raises(BackendError, match="the back-end closed the connection"):
             client.frontend.receive()
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_open_files_are_compared_by_kcmp(
+    tmp_path: Path, engine: Engine, memory: int, number: int
+) -> None:
+    """On Linux before 6.10. What is one file for the service manager is stored once."""
+    command = denied.command(
+        denied.OLD_KERNEL, "--fd=3", f"--flash-path={tmp_path / 'flash.img'}", "-v", *SANDBOX
+    )
+    with (
+        Supervised(tmp_path, engine=engine.name, command=command) as supervised,
+        supervised.client() as client,
+    ):
+        frontend, manager = client.frontend, supervised.manager
+        manager.wait(lambda: len(manager.names) == 6)
+        regions = [
+            wire.pack_single_region(MemoryRegion(address, 4096, address, address))
+            for address in (0, 4096)
+        ]
+        for region in regions:
+            frontend.tell(Request.ADD_MEM_REG, region, [memory])
+        manager.wait(lambda: len(manager.names) == 7)
+        frontend.tell(Request.SET_VRING_ERR, wire.pack_u64(0), [client.ring.call_fd])
+        manager.wait(lambda: len(manager.names) == 6)
+        manager.restart(number)
+        client.program_key(KEY)
+        frontend.tell(Request.REM_MEM_REG, regions[0])
+        manager.restart(number)
+        assert client.write(0, bytes(256)) == 1
+        assert len(manager.names) == 6  # the other region has the file
+        frontend.tell(Request.REM_MEM_REG, regions[1])
+        manager.wait(lambda: len(manager.names) == 5)
+        assert not supervised.warnings

@@ -133,21 +133,6 @@ def test_front_end_that_has_gone_meanwhile(tmp_path: Path) -> None:
             successor.program_key(KEY)
 
 
-@pytest.mark.parametrize("limit", [0, 1, 4])
-def test_without_room_the_daemon_serves_and_says_so_once(tmp_path: Path, limit: int) -> None:
-    with Supervised(tmp_path, engine="fast", limit=limit) as supervised:
-        for _ in range(2):
-            with supervised.client() as client:
-                client.frontend.get_status()
-        assert supervised.manager.log.count("a restart will end the connection: ") == 1
-        with supervised.client() as client:
-            supervised.manager.kill()
-            with pytest.raises(BackendError, match="closed the connection"):
-                client.frontend.receive()
-        with supervised.client() as client:
-            client.program_key(KEY)
-
-
 def test_started_by_a_stored_descriptor_only(tmp_path: Path) -> None:
     """Without a socket unit, the number of --fd is that of a stored descriptor."""
     with Supervised(tmp_path, engine="fast") as supervised, supervised.client() as client:

@@ -39,7 +39,8 @@ class _File(NamedTuple):
 class DescriptorStore:
     """Descriptors by name: the service manager's, and a copy of each in this process.
 
-    The variables are removed from ``environment``. ``inherited`` holds the numbers of the
+    The variables are removed from ``environment``. ``managed``: there is a service manager, with
+    room for ``limit`` descriptors (0: it has no store). ``inherited`` holds the numbers of the
     descriptors that an earlier process stored; they belong to this object. A name in ``ambiguous``
     has two of them, and is of no use.
     """
@@ -47,7 +48,8 @@ class DescriptorStore:
     def __init__(self, notifier: Notifier, environment: MutableMapping[str, str]) -> None:
         self._notifier = notifier
         variables = {name: environment.pop(name, "") for name in _VARIABLES}
-        self.limit = _number(variables["FDSTORE"]) if notifier.active else 0
+        self.managed = notifier.active
+        self.limit = _number(variables["FDSTORE"]) if self.managed else 0
         self._files: dict[str, _File] = {}
         self._by_inode: dict[tuple[int, int], set[str]] = {}
         self.inherited: frozenset[int] = frozenset()

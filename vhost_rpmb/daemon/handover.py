@@ -96,7 +96,12 @@ class Handover:
             elif not self.record:
                 self.disconnect()
         if not self._store.limit:
-            logger.info("a restart will end the connection: there is no descriptor store")
+            # By hand a restart is no surprise; a unit was to survive it.
+            logger.log(
+                logging.WARNING if self._store.managed else logging.INFO,
+                "a restart will end the connection: there is no descriptor store%s",
+                ", set FileDescriptorStoreMax=" if self._store.managed else "",
+            )
         elif self._map is None:
             self._begin()
 

@@ -54,12 +54,16 @@ class Notifier:
         """Send assignments and descriptors, if necessary wait until there is room; OSError."""
         if self._socket is None:
             raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
+        message = "\n".join(assignments).encode()
         deadline = time.monotonic() + _PATIENCE
         room = select.poll()
         room.register(self._socket, select.POLLOUT)
         while True:
             try:
-                socket.send_fds(self._socket, ["\n".join(assignments).encode()], fds)
+                if fds:
+                    socket.send_fds(self._socket, [message], fds)
+                else:
+                    self._socket.send(message)
                 return
             except BlockingIOError:
                 left = deadline - time.monotonic()

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The daemon on a kernel that refuses calls: ``python -m tests.support.denied CALL=ERROR... --``.
+
+CALL is a name, for fcntl with the number of a command: ``fcntl:1027=EINVAL kcmp=EPERM``. The
+options of the daemon follow ``--``. The calls fail in the kernel, by a seccomp filter before the
+daemon's own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import sys
+from collections.abc import Sequence
+
+from vhost_rpmb import cli
+from vhost_rpmb.daemon.sandbox import _Comparison
+
+_ALLOW = 0x7FFF0000
+_FAIL = 0x00050000
+_MASKED_EQUAL = 7
+_INT = 0xFFFF_FFFF
+
+# Linux before 6.10 has no F_DUPFD_QUERY, others no kcmp(2) or forbid it.
+OLD_KERNEL = ("fcntl:1027=EINVAL",)
+NO_COMPARISON = (*OLD_KERNEL, "kcmp=EPERM")
+
+
+def command(denials: Sequence[str], *options: str) -> list[str]:
+    """The command of a daemon for which these calls fail."""
+    return [sys.executable, "-m", "tests.support.denied", *denials, "--", *options]
+
+
+def deny(denials: Sequence[str]) -> None:
+    """Let calls of this process fail from now on."""
+    library = ctypes.CDLL("libseccomp.so.2")
+    library.seccomp_init.restype = ctypes.c_void_p
+    context = ctypes.c_void_p(library.seccomp_init(ctypes.c_uint32(_ALLOW)))
+    for denial in denials:
+        call, _, error = denial.partition("=")
+        name, _, argument = call.partition(":")
+        compared = [_Comparison(1, _MASKED_EQUAL, _INT, int(argument))] if argument else []
+        array = (_Comparison * len(compared))(*compared)
+        number = library.seccomp_syscall_resolve_name(name.encode())
+        action = ctypes.c_uint32(_FAIL | getattr(errno, error))
+        assert not library.seccomp_rule_add_array(context, action, number, len(compared), array)
+    assert not library.seccomp_load(context)
+    library.seccomp_release(context)
+
+
+def main() -> int:
+    end = sys.argv.index("--")
+    deny(sys.argv[1:end])
+    return cli.main(sys.argv[end + 1 :])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
