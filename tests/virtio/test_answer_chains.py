@@ -12,7 +12,7 @@ from tests.support.raw import RawGuest, lay_out
 from tests.support.rig import ALL_FEATURES, Rig, RigFactory
 from vhost_rpmb.driver.ring import Segment, Used
 from vhost_rpmb.engine import Engine
-from vhost_rpmb.virtio.flags import BROKEN, FAULTS, MORE, NOTIFY
+from vhost_rpmb.virtio.flags import BROKEN, FAULTS, MORE, NOTIFY, Unanswered
 
 LIMIT = 1000
 MANY = 64
@@ -117,6 +117,44 @@ def test_broken_ring_answers_nothing(rig: Rig) -> None:
     assert rig.flags & BROKEN
     assert len(answer.asked) <= 1
     assert rig.queue.error
+
+
+@pytest.mark.parametrize("tracked", [False, True])
+def test_chain_that_is_answered_later_stays_the_next_one(rig: Rig, tracked: bool) -> None:
+    if tracked:
+        rig.track()
+    heads = [rig.ring.add(rig.put(bytes([number]) * 9), rig.room(10)) for number in range(3)]
+    rig.ring.publish()
+    asked = []
+
+    def answer(request: bytes, room: int) -> bytes | Unanswered:
+        asked.append(request[0])
+        return Unanswered.LATER if len(asked) in (2, 3) else bytes(room)
+
+    for expected, base in ((heads[:1], 1), ([], 1), (heads[1:], 3)):
+        flags = rig.queue.answer_chains(answer, LIMIT, MANY)
+        assert [used.head for used in rig.ring.collect()] == expected
+        assert bool(flags & MORE) == (base < 3)
+        assert rig.queue.base == base
+    assert asked == [0, 1, 1, 1, 2]
+    assert not any(rig.record[16::16])
+
+
+@pytest.mark.parametrize("tracked", [False, True])
+def test_chain_that_is_never_answered_is_not_returned(rig: Rig, tracked: bool) -> None:
+    if tracked:
+        rig.track()
+    heads = [rig.ring.add(rig.put(bytes([number]) * 9), rig.room(10)) for number in range(3)]
+    rig.ring.publish()
+    flags = rig.queue.answer_chains(
+        lambda request, room: Unanswered.NEVER if request[0] == 1 else bytes(room), LIMIT, MANY
+    )
+    assert [used.head for used in rig.ring.collect()] == [heads[0], heads[2]]
+    assert not flags & MORE
+    assert rig.queue.base == 3
+    assert rig.ring.in_flight == 1
+    if tracked:
+        assert [rig.record[16 + 16 * head] for head in heads] == [0, 1, 0]
 
 
 def test_lost_memory_is_not_answered(engine: Engine) -> None:

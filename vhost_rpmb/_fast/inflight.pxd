@@ -23,6 +23,9 @@ cdef class Inflight:
     cdef inline uint16_t take_again(self) noexcept nogil:
         self.waiting -= 1
         return self._again[self.waiting]
+    cdef inline void take_back(self, uint16_t head) noexcept nogil:
+        self._again[self.waiting] = head  # it has room for all descriptors
+        self.waiting += 1
     cdef inline void take(self, uint16_t head) noexcept nogil:
         record_taken(self._record, head, self._counter)
         self._counter += 1

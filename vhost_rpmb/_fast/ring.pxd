@@ -58,6 +58,7 @@ cdef class Ring:
     cdef void resume(self, uint16_t used_index) noexcept nogil
     cdef int look(self, uint32_t *available) noexcept nogil
     cdef int take(self, Chain *chain, Buffers *buffers) except -1 nogil
+    cdef void take_back(self, uint16_t head) noexcept nogil
     cdef void put(self, uint16_t head, uint32_t length) noexcept nogil
     cdef uint32_t position(self) noexcept nogil
     cdef void publish(self) noexcept nogil

@@ -48,6 +48,9 @@ cdef class Ring:
         """
         return RING_OK
 
+    cdef void take_back(self, uint16_t head) noexcept nogil:
+        pass
+
     cdef void put(self, uint16_t head, uint32_t length) noexcept nogil:
         pass
 

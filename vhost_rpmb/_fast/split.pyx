@@ -146,6 +146,12 @@ cdef class SplitRing(Ring):
                 return CHAIN_NEXT
             index = entry.next
 
+    cdef void take_back(self, uint16_t head) noexcept nogil:
+        if self.tracked:
+            self.inflight.take_back(head)
+        else:
+            self._next_available -= 1
+
     cdef void put(self, uint16_t head, uint32_t length) noexcept nogil:
         cdef size_t slot = (self._next_used + self._unpublished) & (self.size - 1)
         cdef size_t offset = 4 + 8 * slot

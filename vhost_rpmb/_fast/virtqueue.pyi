@@ -3,6 +3,7 @@ from collections.abc import Callable, Sequence
 from typing import final
 
 from vhost_rpmb._fast.memory import GuestMemory
+from vhost_rpmb.virtio.flags import Unanswered
 
 __all__ = ["Virtqueue"]
 
@@ -15,7 +16,10 @@ class Virtqueue:
     def set_base(self, index: int) -> None: ...
     def set_features(self, features: int) -> None: ...
     def answer_chains(
-        self, answer: Callable[[bytes, int], bytes], max_bytes: int, max_chains: int
+        self,
+        answer: Callable[[bytes, int], bytes | Unanswered],
+        max_bytes: int,
+        max_chains: int,
     ) -> int: ...
     @property
     def base(self) -> int: ...

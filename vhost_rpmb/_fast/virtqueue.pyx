@@ -16,6 +16,7 @@ from vhost_rpmb._fast.ring cimport CHAIN_GOOD, Buffers, Chain, Segment, Segments
 from vhost_rpmb._fast.split cimport SplitRing
 
 from vhost_rpmb.virtio import rules
+from vhost_rpmb.virtio.flags import Unanswered
 
 __all__ = ["Virtqueue"]
 
@@ -95,7 +96,7 @@ cdef class Virtqueue:
         cdef Chain chain
         cdef Buffers buffers
         cdef bytes request
-        cdef bytes written
+        cdef object written
         memset(&buffers, 0, sizeof(buffers))
         buffers.readable.wanted = buffers.writable.wanted = max_bytes
         try:
@@ -109,6 +110,11 @@ cdef class Virtqueue:
                 written = b""
                 if chain.fault == CHAIN_GOOD:
                     written = answer(request, min(chain.writable, max_bytes))
+                if written is Unanswered.LATER:
+                    self._ring.take_back(chain.head)
+                    break
+                if isinstance(written, Unanswered):
+                    continue
                 self._scatter(&buffers.writable, written)
                 self.put(chain.head, <uint32_t>len(written))
         finally:

@@ -68,6 +68,10 @@ class Inflight:
         """Return the next head to be served again; the region has it in flight already."""
         return self._again.popleft()
 
+    def take_back(self, head: int) -> None:
+        """Serve a chain that was taken again, before all others; it stays in flight."""
+        self._again.appendleft(head)
+
     def take(self, head: int) -> None:
         """Record that a chain is in flight."""
         self._words[_COUNTER + _ENTRY // 8 * head] = self._counter

@@ -125,6 +125,10 @@ class Ring:
         """Take the next available chain; BrokenRingError where its head is invalid."""
         raise NotImplementedError
 
+    def take_back(self, head: int) -> None:
+        """Make the chain that was taken last the next one to be taken."""
+        raise NotImplementedError
+
     def put(self, head: int, length: int) -> None:
         """Return a chain, ``length`` bytes of which were written; visible after publish()."""
         raise NotImplementedError

@@ -189,6 +189,12 @@ class SplitRing(Ring):
                 raise BrokenChainError(rules.CHAIN_NEXT)
             index = following
 
+    def take_back(self, head: int) -> None:
+        if self.inflight is not None:
+            self.inflight.take_back(head)
+        else:
+            self._next_available = (self._next_available - 1) & 0xFFFF
+
     def put(self, head: int, length: int) -> None:
         slot = (self._next_used + self._unpublished) % self.size
         self.memory.write(self._used_address + 4 + 8 * slot, _USED_ELEMENT.pack(head, length))

@@ -12,7 +12,7 @@ from vhost_rpmb._pure.ring import BrokenRingError, Chain, Ring, full_barrier
 from vhost_rpmb._pure.split import SplitRing
 from vhost_rpmb.virtio import rules
 from vhost_rpmb.virtio import spec as virtio
-from vhost_rpmb.virtio.flags import BROKEN, FAULTS, MORE, NOTIFY
+from vhost_rpmb.virtio.flags import BROKEN, FAULTS, MORE, NOTIFY, Unanswered
 
 __all__ = ["Virtqueue"]
 
@@ -95,14 +95,18 @@ class Virtqueue:
         self._ring.resume(used_index)
 
     def answer_chains(
-        self, answer: Callable[[bytes, int], bytes], max_bytes: int, max_chains: int
+        self,
+        answer: Callable[[bytes, int], bytes | Unanswered],
+        max_bytes: int,
+        max_chains: int,
     ) -> int:
         """Answer up to ``max_chains`` available chains in order; return the flags of the batch.
 
         The whole process() of a device that handles one request after the other, without knowing
         engine or ring format. ``answer`` gets the device-readable bytes of a chain and the length
         of its device-writable buffers, each cut to ``max_bytes``, and returns the bytes to write
-        there, no more than that length; it does not raise. A broken chain is returned unanswered.
+        there, no more than that length, or `Unanswered`; it does not raise. A broken chain is
+        returned unanswered.
         """
         available = self._open()
         drained = available <= max_chains
@@ -113,10 +117,15 @@ class Virtqueue:
             request = self._gather(chain.readable, max_bytes)
             if self._memory_lost():
                 break  # the copied bytes may be invalid
-            written = b""
+            written: bytes | Unanswered = b""
             if chain.fault is None:
                 room = sum(length for _, length in chain.writable)
                 written = answer(request, min(room, max_bytes))
+            if written is Unanswered.LATER:
+                self._ring.take_back(chain.head)
+                break
+            if isinstance(written, Unanswered):
+                continue
             self._scatter(chain.writable, written)
             self._put(chain.head, len(written))
         return self._close(drained)

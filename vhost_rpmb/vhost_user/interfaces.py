@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     import select
     import socket
 
+    from vhost_rpmb.virtio.flags import Unanswered
+
 __all__ = [
     "Consumed",
     "Device",
@@ -211,12 +213,15 @@ class Virtqueue(Protocol):
         """Return the number of broken chains for each broken rule since the last call."""
 
     def answer_chains(
-        self, answer: Callable[[bytes, int], bytes], max_bytes: int, max_chains: int
+        self,
+        answer: Callable[[bytes, int], bytes | Unanswered],
+        max_bytes: int,
+        max_chains: int,
     ) -> int:
         """Answer up to `max_chains` chains, for `Device.process`; return its flags.
 
         `answer` maps the readable bytes and the writable length, each up to `max_bytes`, to the
-        bytes to write.
+        bytes to write, or to `Unanswered`.
         """
 
 
