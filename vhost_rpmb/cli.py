@@ -22,6 +22,7 @@ from vhost_rpmb.virtio import features
 
 if TYPE_CHECKING:
     from vhost_rpmb.daemon.server import Options
+    from vhost_rpmb.injection.script import Script
 
 PROG = "vhost-user-rpmb"
 
@@ -39,6 +40,7 @@ standard error, and ends cleanly on SIGTERM and SIGINT.
 
 ENGINE_VARIABLE = "VHOST_RPMB_ENGINE"
 DEBUG_VERBOSITY = 3
+SERVICE_VARIABLES = ("INVOCATION_ID", "LISTEN_FDS")  # of a service manager
 
 MAX_FD = 0x7FFF_FFFF
 MAX_BLOCKS = 255  # max_wr_cnt and max_rd_cnt have 8 bits
@@ -247,6 +249,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="off: keep access to other files, new sockets and other programs, for debugging; on: "
         "give it up before the first front-end is served; default %(default)s",
     )
+    add(
+        "--inject",
+        metavar="FILE",
+        type=path_argument,
+        help="inject faults, for tests of firmware: the TOML file FILE has rules about failing, "
+        "late, lost and corrupted answers; not with --store, and under a service manager only with "
+        "--debug",
+    )
     return parser
 
 
@@ -282,6 +292,7 @@ def parse_options(arguments: Sequence[str], environment: Mapping[str, str]) -> "
         )
     _check_home(namespace)
     values = vars(namespace) | {
+        "inject": _script(namespace, environment),
         "engine": _engine(namespace.debug, environment),
         "sandbox": namespace.sandbox == "on",
         "verbosity": max(namespace.verbose, DEBUG_VERBOSITY if namespace.debug else 0),
@@ -306,6 +317,35 @@ def _check_home(namespace: argparse.Namespace) -> None:
                 f"--{name.replace('_', '-')} is about files: leave it out, or name the image with"
                 f" --flash-path in place of --store (see {PROG} --help)"
             )
+
+
+def _script(namespace: argparse.Namespace, environment: Mapping[str, str]) -> "Script | None":
+    """Return the script of --inject, which is refused with what is a sign of production."""
+    if namespace.inject is None:
+        return None
+    if namespace.store is not None:
+        raise UsageError(
+            "--inject is for tests, not for a device that hosts share: leave it out, or name an "
+            f"image with --flash-path in place of --store (see {PROG} --help)"
+        )
+    if environment.get("FDSTORE"):
+        raise UsageError(
+            "--inject is for tests: expected no descriptor store of a service manager, found "
+            "FDSTORE in the environment: remove --inject or set FileDescriptorStoreMax=0"
+        )
+    signs = [name for name in SERVICE_VARIABLES if environment.get(name)]
+    # A test suite that waits for the start has an abstract socket, as RunningDevice.
+    if environment.get("NOTIFY_SOCKET", "@")[:1] != "@":
+        signs.append("NOTIFY_SOCKET")
+    if signs and not namespace.debug:
+        raise UsageError(
+            f"--inject is for tests: expected a start without a service manager, found {signs[0]} "
+            "in the environment: remove --inject or, if this is a test, remove the variable or add "
+            "--debug"
+        )
+    from vhost_rpmb.injection.script import load  # imported lazily: for tests only
+
+    return load(namespace.inject)
 
 
 def _fail(message: str, status: int) -> int:

@@ -21,6 +21,7 @@ from vhost_rpmb.driver.rpmb import RpmbClient
 from vhost_rpmb.rpmb import spec
 
 _TIMEOUT = 60.0  # seconds for a start or a stop
+_OF_A_SERVICE = ("INVOCATION_ID", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "FDSTORE")
 _POLL_INTERVAL = 0.1  # seconds between checks that a starting daemon still runs
 
 
@@ -31,21 +32,31 @@ class RunningDevice:
     exists. ``options`` are further options of vhost-user-rpmb. Entering the context starts the
     daemon, leaving it stops the daemon; `kill` and `start` in between simulate a crash and a
     restart. A VMM attaches to ``socket_path``; `client` is a front-end without a virtual machine.
-    ``command_line`` and ``environment`` apply to the next start.
+    ``command_line`` and ``environment`` apply to the next start. ``inject`` is the text of a script
+    of faults for --inject, which is written to ``inject_path``; None: no faults.
     """
 
     def __init__(
-        self, folder: str | os.PathLike[str], *options: str, capacity: int = spec.CAPACITY_UNIT
+        self,
+        folder: str | os.PathLike[str],
+        *options: str,
+        capacity: int = spec.CAPACITY_UNIT,
+        inject: str | None = None,
     ) -> None:
         self.folder = Path(folder)
         self.socket_path = self.folder / "rpmb.sock"
         self.flash_path = self.folder / "rpmb.img"
+        self.inject_path = self.folder / "inject.toml"
         self.command_line = [
             *(sys.executable, "-P", "-m", "vhost_rpmb"),  # no imports from the current folder
             *(f"--socket-path={self.socket_path}", f"--flash-path={self.flash_path}"),
             *options,
         ]
-        self.environment = dict(os.environ)
+        # The test suite may run under a service manager; the daemon of a test does not.
+        self.environment = {k: v for k, v in os.environ.items() if k not in _OF_A_SERVICE}
+        if inject is not None:
+            self.inject_path.write_text(inject)
+            self.command_line.append(f"--inject={self.inject_path}")
         self._log = self.folder / "rpmb.log"
         self._process: subprocess.Popen[bytes] | None = None
         if not self.flash_path.exists():

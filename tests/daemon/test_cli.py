@@ -59,6 +59,7 @@ OPTIONS = [
     "--strict",
     "--once",
     "--sandbox",
+    "--inject",
 ]
 
 

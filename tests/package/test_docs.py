@@ -33,6 +33,7 @@ RUN_HERE = ("client", "debugging", "device", "qemu", "quick-start")
 RUN_ELSEWHERE = ("fleet", "guest", "optee", "systemd")
 NOT_RUN = (
     "embedding",
+    "faults",
     "front-ends",
     "libvirt",
 )  # nothing to type, but files, which have tests of their own below
@@ -167,6 +168,29 @@ def test_fixture_serves_a_test_suite(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout
     assert "2 passed" in done.stdout
+
+
+def test_script_of_faults_acts_as_described(tmp_path: Path) -> None:
+    """Each command of the guide succeeds, or fails where it is printed with an exclamation mark."""
+    blocks = blocks_of_guide("faults")
+    (toml,) = (text for language, text in blocks if language == "toml")
+    (tmp_path / "faults.toml").write_text(toml)
+    # The exit status of a command after "!" does not end a script.
+    program = re.sub(r"(?m)^! (.*)$", r"if \1; then exit 9; fi", script(blocks))
+    assert program.count("exit 9") == 2
+    end = 'for job in $(jobs -p); do kill "$job"; done'
+    run(f"trap '{end}' EXIT\n{program}", tmp_path)
+
+
+def test_faults_serve_a_test_suite(tmp_path: Path) -> None:
+    ((_, tests),) = (block for block in blocks_of_guide("faults") if block.language == "python")
+    (tmp_path / "test_faults.py").write_text(tests)
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--rootdir", str(tmp_path)]
+    done = subprocess.run(
+        [*command, str(tmp_path)], cwd=tmp_path, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stdout
+    assert "1 passed" in done.stdout
 
 
 def test_every_result_has_its_meaning() -> None:

@@ -44,10 +44,16 @@ class Daemon(RunningDevice):
     """A daemon of one engine, not yet started; image, socket and log stand in its folder."""
 
     def __init__(
-        self, folder: Path, *options: str, engine: str | None = None, sandbox: Sequence[str] = ()
+        self,
+        folder: Path,
+        *options: str,
+        engine: str | None = None,
+        sandbox: Sequence[str] = (),
+        inject: str | None = None,
     ) -> None:
-        super().__init__(folder, *sandbox, *options)
-        self.environment = environment(options)
+        super().__init__(folder, *sandbox, *options, inject=inject)
+        kept = environment(options)
+        self.environment = {k: v for k, v in self.environment.items() if k in kept}
         if engine is not None:
             self.environment["VHOST_RPMB_ENGINE"] = engine
 

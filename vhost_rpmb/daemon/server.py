@@ -15,11 +15,12 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 from vhost_rpmb import engine, process
 from vhost_rpmb.daemon import sandbox
 from vhost_rpmb.daemon.descriptors import DescriptorStore
+from vhost_rpmb.daemon.device import ServedDevice, make_device
 from vhost_rpmb.daemon.eventloop import EventLoop, StopSignals
 from vhost_rpmb.daemon.handover import Handover
 from vhost_rpmb.daemon.listener import open_socket
@@ -31,6 +32,9 @@ from vhost_rpmb.storage.local.opening import open_store
 from vhost_rpmb.storage.paths import Paths
 from vhost_rpmb.vhost_user.interfaces import Device
 from vhost_rpmb.vhost_user.session import Session
+
+if TYPE_CHECKING:
+    from vhost_rpmb.injection.script import Script
 
 __all__ = ["Options", "Server", "Status", "folders", "run", "serve"]
 
@@ -74,6 +78,7 @@ class Options(NamedTuple):
     sandbox: bool  # restrict the process before it serves
     engine: str  # "fast" or "pure"
     verbosity: int  # 0 warnings, 1 connections, 2 messages of the protocol, 3 everything
+    inject: Script | None  # faults, for tests of firmware
 
 
 def run(options: Options) -> None:
@@ -100,13 +105,7 @@ def run(options: Options) -> None:
         except Stopped:
             return
         chosen = engine.load(options.engine)
-        device = chosen.RpmbDevice(
-            store,
-            max_write_blocks=options.max_write_blocks,
-            max_read_blocks=options.max_read_blocks,
-            strict=options.strict,
-            virtio_features=options.virtio_features,
-        )
+        device = stack.enter_context(make_device(options, store, chosen, loop.epoll.poll))
         handover.open(store.name)
         device.journal = handover.journal
         sock, listening = _open_socket(options, descriptors, handover, stack)
@@ -224,16 +223,11 @@ def serve(loop: EventLoop, stop: StopSignals, server: Server, store: Store, stat
         status.send_if_due()
 
 
-class _CountingDevice(Protocol):
-    @property
-    def served(self) -> int: ...
-
-
 class Status:
     """The status line of a service manager: sent when it changes, at most once a second."""
 
     def __init__(
-        self, notifier: Notifier, server: Server, store: Store, device: _CountingDevice
+        self, notifier: Notifier, server: Server, store: Store, device: ServedDevice
     ) -> None:
         self._notifier = notifier
         self._server = server

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requests of a chain, and answers that differ from those of the real device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+from vhost_rpmb.injection.script import WRITES, Action, Rule
+from vhost_rpmb.rpmb import limits, spec
+from vhost_rpmb.rpmb.frame import Frame
+from vhost_rpmb.rpmb.mac import Authenticator
+from vhost_rpmb.storage.interface import DeviceStore
+
+__all__ = ["Answers", "Request", "split"]
+
+_RESPONSES = {
+    spec.VIRTIO_RPMB_REQ_PROGRAM_KEY: spec.VIRTIO_RPMB_RESP_PROGRAM_KEY,
+    spec.VIRTIO_RPMB_REQ_GET_WRITE_COUNTER: spec.VIRTIO_RPMB_RESP_GET_COUNTER,
+    spec.VIRTIO_RPMB_REQ_DATA_WRITE: spec.VIRTIO_RPMB_RESP_DATA_WRITE,
+    spec.VIRTIO_RPMB_REQ_DATA_READ: spec.VIRTIO_RPMB_RESP_DATA_READ,
+}
+_RESULT_READ = Frame(block_count=1, req_resp=spec.VIRTIO_RPMB_REQ_RESULT_READ).pack()
+
+Run = Callable[[bytes, int], bytes]  # a request and its room in frames, to its answer
+
+
+class Request(NamedTuple):
+    """One request of a chain."""
+
+    raw: bytes  # all of its frames
+    first: Frame
+
+    @property
+    def req_resp(self) -> int:
+        """The type."""
+        return self.first.req_resp
+
+    @property
+    def blocks(self) -> range:
+        """The blocks that it is about; a block count of 0 is taken for 1."""
+        return range(self.first.address, self.first.address + max(self.first.block_count, 1))
+
+
+def split(raw: bytes, max_write_blocks: int) -> Iterator[Request]:
+    """Cut the bytes of a chain into requests as the device does; none if it refuses them."""
+    if len(raw) % spec.FRAME_SIZE or len(raw) > limits.MAX_REQUEST_FRAMES * spec.FRAME_SIZE:
+        return
+    frames = _cut(raw)
+    while frames:
+        first = frames[0]
+        count = 1
+        if first.req_resp == spec.VIRTIO_RPMB_REQ_DATA_WRITE:
+            count = _length_of_write(frames, max_write_blocks)
+        yield Request(raw[: count * spec.FRAME_SIZE], first)
+        raw, frames = raw[count * spec.FRAME_SIZE :], frames[count:]
+
+
+def _length_of_write(frames: Sequence[Frame], max_write_blocks: int) -> int:
+    """Return the number of frames that a write request takes."""
+    first = frames[0]
+    same = [frame[3:6] == first[3:6] for frame in frames]  # write counter, address, block count
+    run = 0
+    while run < len(frames) and frames[run].req_resp == first.req_resp:
+        run += 1
+    count = first.block_count
+    sound = 0 < count <= min(max_write_blocks, run) and all(same[:count])
+    return count if sound else run
+
+
+class Answers:
+    """Makes answers with the present key; keeps a result register that a rule has altered.
+
+    ``register`` is the frame that answers RESULT_READ, None where the device's own is right.
+    """
+
+    def __init__(self, store: DeviceStore) -> None:
+        self._store = store
+        self.register: bytes | None = None
+
+    def answer(self, request: Request, rules: Sequence[Rule], run: Run, room: int) -> bytes:
+        """Return the answer to one request under the first rule of each kind; may exceed the room.
+
+        ``run`` lets the device execute a request.
+        """
+        answer = next((rule for rule in rules if rule.action is Action.ANSWER), None)
+        corrupt = next((rule.field for rule in rules if rule.action is Action.CORRUPT), "")
+        if request.req_resp in WRITES:
+            self._write(request, answer, corrupt, run)
+            return b""
+        if request.req_resp == spec.VIRTIO_RPMB_REQ_RESULT_READ:
+            raw = run(request.raw, room)
+            if self.register is not None and request.first.block_count <= 1:
+                raw = self.register
+            if answer is not None and raw:
+                raw = self._pack([Frame.unpack(raw)._replace(result=answer.result)])
+        elif answer is not None:
+            raw = self._pack([_failure(request.first, answer.result)])
+        else:
+            raw = run(request.raw, room)
+        return self._corrupt(raw, corrupt) if corrupt else raw
+
+    def _write(self, request: Request, answer: Rule | None, corrupt: str, run: Run) -> None:
+        """Execute a write or a key, or do not; set the register."""
+        first = request.first
+        self.register = None
+        if answer is None or answer.after:
+            run(request.raw, 0)
+            if answer is None and not corrupt:
+                return
+            frame = Frame.unpack(run(_RESULT_READ, 1))
+        else:
+            frame = _failure(first, answer.result)
+            if first.req_resp == spec.VIRTIO_RPMB_REQ_DATA_WRITE and self._store.key is not None:
+                done = answer.result == spec.VIRTIO_RPMB_RES_OK
+                counter = first.write_counter + 1 if done else self._store.counter
+                frame = frame._replace(write_counter=min(counter, spec.MAX_WRITE_COUNTER))
+        if answer is not None:
+            frame = frame._replace(result=answer.result)
+        raw = self._pack([frame])
+        self.register = self._corrupt(raw, corrupt) if corrupt else raw
+
+    def _corrupt(self, raw: bytes, field: str) -> bytes:
+        """Change one bit of a field in each frame; the MAC covers it, unless it is the MAC."""
+        frames = _cut(raw)
+        if not frames:
+            return raw
+        if field == "mac":
+            last = frames[-1]
+            mac = bytes((last.key_mac[0] ^ 1,)) + last.key_mac[1:]
+            return b"".join(frame.pack() for frame in (*frames[:-1], last._replace(key_mac=mac)))
+        if field == "nonce":
+            changed = [
+                frame._replace(nonce=bytes((frame.nonce[0] ^ 1,)) + frame.nonce[1:])
+                for frame in frames
+            ]
+        else:
+            changed = [frame._replace(**{field: getattr(frame, field) ^ 1}) for frame in frames]
+        return self._pack(changed)
+
+    def _pack(self, frames: list[Frame]) -> bytes:
+        """Return the bytes of an answer: with its MAC, and the bit of an expired counter."""
+        if self._store.counter == spec.MAX_WRITE_COUNTER:
+            expired = spec.VIRTIO_RPMB_RES_WRITE_COUNTER_EXPIRED
+            frames = [frame._replace(result=frame.result | expired) for frame in frames]
+        packed = [frame._replace(key_mac=bytes(spec.MAC_SIZE)).pack() for frame in frames]
+        if self._store.key is not None:
+            mac = Authenticator(self._store.key).mac(packed)
+            packed[-1] = frames[-1]._replace(key_mac=mac).pack()
+        return b"".join(packed)
+
+
+def _failure(request: Frame, result: int) -> Frame:
+    """Return the one frame that reports a result, without write counter and data."""
+    response = Frame(result=result, req_resp=_RESPONSES[request.req_resp])
+    if request.req_resp == spec.VIRTIO_RPMB_REQ_DATA_WRITE:
+        return response._replace(address=request.address)
+    if request.req_resp == spec.VIRTIO_RPMB_REQ_DATA_READ:
+        response = response._replace(address=request.address, block_count=request.block_count)
+    return response if request.req_resp in WRITES else response._replace(nonce=request.nonce)
+
+
+def _cut(raw: bytes) -> list[Frame]:
+    return [
+        Frame.unpack(raw[start : start + spec.FRAME_SIZE])
+        for start in range(0, len(raw), spec.FRAME_SIZE)
+    ]
