@@ -29,10 +29,15 @@ from vhost_rpmb.storage.fleet.requests import Requests
 
 PREFIX = b"/test/"
 DEVICES = ("vm-1", "vm-2")
-MUTANT_FAULTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "no-compares": ((), ("replaced",)),
-    "believes-a-read": (("leader_stopped",), ()),
-    "reads-without-lease": ((), ("asleep_beyond_the_lease",)),
+# Of each mutant: the faults of members and of daemons, and the violations that these lead to.
+MUTANTS: dict[str, tuple[tuple[str, ...], tuple[str, ...], str]] = {
+    "no-compares": (
+        (),
+        ("replaced",),
+        "was replaced|have one number|expected commit|does not follow|is lost|acknowledged twice",
+    ),
+    "believes-a-read": (("leader_stopped",), (), "a write that failed was applied"),
+    "reads-without-lease": ((), ("asleep_beyond_the_lease",), "a stale (read|counter)"),
 }
 MEMBER_FAULTS = (
     *("leader_killed", "leader_stopped", "leader_isolated", "leader_cut_one_way"),
@@ -48,7 +53,7 @@ DAEMON_FAULTS = (
 def main() -> None:
     folder, seconds, seed = Path(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
     mutant = sys.argv[4] if len(sys.argv) > 4 else None
-    members, daemons = MUTANT_FAULTS.get(mutant or "", (MEMBER_FAULTS, DAEMON_FAULTS))
+    members, daemons, _ = MUTANTS.get(mutant or "", (MEMBER_FAULTS, DAEMON_FAULTS, ""))
     network.prepare()
     store = Store([Place(f"m{number}", number) for number in (1, 2, 3)], folder)
     places = [Place("a", 11), Place("b", 12)]

@@ -13,7 +13,7 @@ from tests.support.fake_engine import Cluster, FakeEngine, Fault, Kind
 from tests.support.oracle import KEY
 from vhost_rpmb.errors import StateError, Stopped, UsageError
 from vhost_rpmb.rpmb.replay import NO_REPLAY, Replay
-from vhost_rpmb.storage.fleet.administration import create
+from vhost_rpmb.storage.fleet.administration import create, list_devices
 from vhost_rpmb.storage.fleet.layout import CHUNK_BLOCKS, Keys
 from vhost_rpmb.storage.fleet.opening import open_store
 from vhost_rpmb.storage.fleet.requests import Requests
@@ -206,3 +206,19 @@ def test_size_is_checked(size: int) -> None:
 def test_device_name_is_checked(name: str) -> None:
     with pytest.raises(StateError, match="the device name: expected 1 to 128 of the characters"):
         Keys(b"/", name)
+
+
+def test_devices_are_listed_by_few_requests(story: MemoryStory) -> None:
+    for number in range(30):
+        create(story.requests(), Keys(b"/test/", f"other-{number:02}"), KEK, SIZE, "test")
+    store = story.open()
+    before = story.cluster.count
+    found = list(list_devices(story.requests(), b"/test/"))
+    assert story.cluster.count - before <= 5
+    assert [each.device for each in found] == [
+        *(f"other-{number:02}" for number in range(30)),
+        "vm-1",
+    ]
+    assert [each.device for each in found if each.alive] == ["vm-1"]
+    assert not any(each.quarantined for each in found)
+    store.close()

@@ -6,9 +6,10 @@ Each is one transaction that compares what it replaces, so it happens once or no
 
 from __future__ import annotations
 
+import itertools
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from vhost_rpmb.errors import StateError, UsageError
@@ -139,7 +140,9 @@ def describe(requests: Requests, keys: Keys, kek: KeyEncryptionKey) -> Descripti
     """Report a device, its head authenticated; a daemon may serve it. Raises StateError."""
     try:
         device = _open(requests, keys, kek)
-        return _describe(requests, keys, device.head)._replace(size=device.info.size)
+        names = [keys.owner, keys.alive, keys.info, keys.incarnation]
+        found = requests.read([], names).found
+        return _describe(keys, device.head, found)._replace(size=device.info.size)
     except Refused as error:
         raise StateError(f"the store refused to read {keys.device}: {error}") from error
 
@@ -148,16 +151,23 @@ def list_devices(requests: Requests, prefix: bytes) -> Iterator[Description]:
     """Report all devices in the order of their names. Raises StateError."""
     heads = head_prefix(prefix)
     try:
-        for key, record in requests.pages(heads, after(heads), _PAGE):
-            keys = Keys(prefix, key[len(heads) :].decode())
-            yield _describe(requests, keys, Head.unpack(record))
+        found = requests.read([], [incarnation_key(prefix)]).found
+        pairs = requests.pages(heads, after(heads), _PAGE)
+        while page := list(itertools.islice(pairs, _PAGE)):
+            first, last = (page[at][0][len(heads) :] for at in (0, -1))
+            records = dict(found)
+            for kind in (b"o/", b"a/", b"i/"):
+                records |= dict(
+                    requests.pages(prefix + kind + first, prefix + kind + last + b"\0", _PAGE)
+                )
+            for key, record in page:
+                keys = Keys(prefix, key[len(heads) :].decode())
+                yield _describe(keys, Head.unpack(record), records)
     except (Refused, Malformed, ValueError) as error:
         raise StateError(f"the devices below {prefix.decode()}: {error}") from error
 
 
-def _describe(requests: Requests, keys: Keys, head: Head) -> Description:
-    names = [keys.owner, keys.alive, keys.info, keys.incarnation]
-    found = requests.read([], names).found
+def _describe(keys: Keys, head: Head, found: Mapping[bytes, bytes]) -> Description:
     try:
         owner = Owner.unpack(found.get(keys.owner, b""))
         info = Info.unpack(found.get(keys.info, b""))
