@@ -23,7 +23,7 @@ from tests.support.etcd import make_etcd
 pytestmark = [pytest.mark.qemu, pytest.mark.etcd, pytest.mark.long, pytest.mark.timeout(1800)]
 
 CONFIG, DROP_IN = (each.text for each in blocks_of_guide("fleet") if each.language in "toml ini")
-(START,) = (text for _, text in blocks_of_guide("fleet") if "fleet@vm1.socket" in text)
+START, STOP = (text for _, text in blocks_of_guide("fleet") if "systemctl st" in text)
 UNIT = "vhost-user-rpmb-fleet@vm1"
 SOCKET = "/run/vhost-user-rpmb-fleet/vm1.sock"
 FOLDER = "/etc/vhost-user-rpmb"
@@ -124,5 +124,7 @@ def test_unit_serves_a_shared_device_confined_and_ends_when_fenced(guest: Guest)
         time.sleep(1)
     assert show(guest, "ExecMainStatus", "NRestarts") == {"ExecMainStatus": "3", "NRestarts": "0"}
 
-    # The next connection takes it over again.
+    # The next connection takes it over again; a stop frees it.
     assert client(guest, "write-block 4 data key")["write_counter"] == 2
+    run(guest, STOP)
+    fleet(guest, "take-over", "vm1", "--take-over=never")

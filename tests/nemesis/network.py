@@ -8,29 +8,29 @@ from __future__ import annotations
 
 import subprocess
 
-_NETWORK = "10.79.0"
+NETWORK = "10.79.0"  # the first three numbers of addresses
 
 
 def run(*command: str) -> None:
     subprocess.run(command, check=True, capture_output=True)
 
 
-def prepare() -> None:
+def prepare(network: str = NETWORK) -> None:
     """Create the bridge, which this process is connected to."""
     run("mount", "-t", "tmpfs", "none", "/run")
     run("mkdir", "/run/netns")
     run("ip", "link", "set", "lo", "up")
     run("ip", "link", "add", "bridge", "type", "bridge")
-    run("ip", "address", "add", f"{_NETWORK}.254/24", "dev", "bridge")
+    run("ip", "address", "add", f"{network}.254/24", "dev", "bridge")
     run("ip", "link", "set", "bridge", "up")
 
 
 class Place:
     """A host in the network."""
 
-    def __init__(self, name: str, number: int) -> None:
+    def __init__(self, name: str, number: int, network: str = NETWORK) -> None:
         self.name = name
-        self.address = f"{_NETWORK}.{number}"
+        self.address = f"{network}.{number}"
         self._link = f"to-{name}"
         run("ip", "netns", "add", name)
         run("ip", "link", "add", self._link, "type", "veth", "peer", "name", "eth", "netns", name)

@@ -15,7 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.kit import AMD64, make_kit
 from tests.nemesis.run import MUTANTS
+from tests.support.etcd import make_etcd
 
 pytestmark = [pytest.mark.etcd, pytest.mark.needs_root, pytest.mark.needs_ptrace]
 ROOT = Path(__file__).parents[2]
@@ -37,6 +39,7 @@ def run(folder: Path, seconds: float, seed: int, *mutant: str) -> subprocess.Com
 
 def isolated(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run a module of this folder in namespaces of its own."""
+    make_etcd()  # there is no network to download it in there
     words = ("-m", f"tests.nemesis.{module}", *arguments)
     environment = {n: v for n, v in os.environ.items() if not n.startswith("COVERAGE")}
     return subprocess.run(
@@ -90,6 +93,7 @@ def test_daemon_that_breaks_a_rule_is_found(mutant: str, folder: Path) -> None:
 @pytest.mark.timeout(1800)
 def test_virtual_machine_is_started_on_another_host_when_its_host_is_lost(folder: Path) -> None:
     """Everything acknowledged is there; the old host, back again, is fenced."""
+    make_kit(AMD64)
     result = isolated("host_loss", str(folder))
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == "survived"

@@ -36,6 +36,15 @@ def make_etcd() -> Path:
     return cached("etcd", (SUITE, PACKAGES), fill) / "usr/bin/etcd"
 
 
+def make_etcdctl() -> Path:
+    """The operators' program, unpacked once."""
+
+    def fill(folder: Path, steps: Steps) -> None:
+        unpack_packages(folder, ("etcd-client",), steps)
+
+    return cached("etcdctl", (SUITE,), fill) / "usr/bin/etcdctl"
+
+
 def free_ports(count: int) -> list[int]:
     """Ports that nothing uses, below those of outgoing connections: a dead member keeps its own."""
     choice = random.SystemRandom()
