@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 from bench.measure import Bench
-from bench.report import cpu_time, gate, table
+from bench.report import cpu_time, gate, requests_of_optee, table
 
 
 def main() -> int:
@@ -29,6 +29,7 @@ def main() -> int:
         bench = Bench(Path(name))
         if not options.gate:
             table(bench)
+            requests_of_optee(bench)
             cpu_time(bench)
             return 0
         missed = list(gate(bench, options.stable))

@@ -54,6 +54,7 @@ ROWS = (
         measure.syncs_per_batch,
         1.2,
     ),
+    Row("OP-TEE put: syncs / durable writes", measure.syncs_of_put, 1.2),
     Row(
         "durable write of 1 block: bytes written, checkpoints included",
         measure.bytes_per_write,

@@ -6,13 +6,16 @@
  *
  * FILE holds request chains of frames= frames of 512 bytes each (default 1); they are sent in order,
  * count= in all (going round where the file is shorter), depth= in flight (1), each with room for
- * room= answer frames (1). cpu= pins this side to one processor (-1: free), pause= sleeps so many
- * microseconds between requests, spin=1 waits awake on the used index instead of asleep on the call
- * eventfd. queue= is the queue size (0: as needed), regions= the memory regions (1).
+ * room= answer frames (1). With records=1 the chains differ: two numbers are before each (32 bits, in
+ * this machine's byte order), its frames and its room. cpu= pins this side to one processor (-1:
+ * free), pause= sleeps so many microseconds between requests, spin=1 waits awake on the used index
+ * instead of asleep on the call eventfd. queue= is the queue size (0: as needed), regions= the memory
+ * regions (1).
  *
  * Every answer's result field has to be 0. Prints one line: count, seconds, then the latency's 50th,
  * 90th and 99th percentile in microseconds (of one request at depth 1, of one round of depth
- * otherwise), and the average cost of this side alone per request, in microseconds.
+ * otherwise; with group= of so many rounds that follow each other, together), and the average cost of
+ * this side alone per request, in microseconds.
  *
  * Works against any vhost-user RPMB back-end; more than 8 regions need one that takes ADD_MEM_REG.
  */
@@ -114,7 +117,7 @@ static int compare(const void *a, const void *b) {
 
 static struct { const char *name; long value; } options[] = {
     {"frames", 1}, {"room", 1}, {"depth", 1}, {"count", 10000}, {"cpu", -1}, {"pause", 0},
-    {"spin", 0}, {"queue", 0}, {"regions", 1},
+    {"spin", 0}, {"queue", 0}, {"regions", 1}, {"records", 0}, {"group", 1},
 };
 
 static long option(const char *name) {
@@ -131,6 +134,37 @@ static void set_option(const char *word) {
     }
     fprintf(stderr, "load: unknown option %s\n", word);
     exit(2);
+}
+
+struct chain { const unsigned char *request; uint32_t asked, answered; };
+
+/* The chains of a file; the largest request and the most room, in bytes, are left in the last two. */
+static struct chain *read_chains(const char *path, size_t *kinds, size_t *asked, size_t *answered) {
+    const int records = option("records") != 0;
+    uint32_t counts[2] = {(uint32_t)option("frames"), (uint32_t)option("room")};
+    int file = open(path, O_RDONLY);
+    off_t bytes = file < 0 ? -1 : lseek(file, 0, SEEK_END);
+    if (bytes <= 0 || (!records && !counts[0])) die(path);
+    const unsigned char *place = mmap(NULL, (size_t)bytes, PROT_READ, MAP_PRIVATE | MAP_POPULATE,
+                                      file, 0);
+    if (place == MAP_FAILED) die(path);
+    const unsigned char *end = place + bytes;
+    struct chain *chains = calloc((size_t)bytes / FRAME + 1, sizeof *chains);
+    *kinds = *asked = *answered = 0;
+    for (;;) {
+        if (records) {
+            if ((size_t)(end - place) < sizeof counts) break;
+            memcpy(counts, place, sizeof counts);
+            place += sizeof counts;
+        }
+        if (!counts[0] || counts[0] > (size_t)(end - place) / FRAME) break;
+        chains[*kinds] = (struct chain){place, counts[0] * FRAME, counts[1] * FRAME};
+        if (*asked < chains[*kinds].asked) *asked = chains[*kinds].asked;
+        if (*answered < chains[*kinds].answered) *answered = chains[*kinds].answered;
+        place += chains[(*kinds)++].asked;
+    }
+    if (!*kinds || (records && place != end)) die(path);
+    return chains;
 }
 
 /* The last region is the one that is used: those before it are a page each, far apart. */
@@ -156,8 +190,8 @@ int main(int argc, char **argv) {
         return 2;
     }
     for (int i = 3; i < argc; i++) set_option(argv[i]);
-    const size_t frames = (size_t)option("frames"), room = (size_t)option("room");
     const size_t depth = (size_t)option("depth"), count = (size_t)option("count");
+    const size_t group = (size_t)option("group");
     const long cpu = option("cpu"), pause = option("pause"), spin = option("spin");
     if (cpu >= 0) {
         cpu_set_t set;
@@ -166,18 +200,13 @@ int main(int argc, char **argv) {
         if (sched_setaffinity(0, sizeof set, &set)) die("cannot pin");
     }
 
-    int file = open(argv[2], O_RDONLY);
-    off_t bytes = file < 0 ? -1 : lseek(file, 0, SEEK_END);
-    if (bytes <= 0 || !frames) die(argv[2]);
-    const unsigned char *chains = mmap(NULL, (size_t)bytes, PROT_READ, MAP_PRIVATE | MAP_POPULATE,
-                                       file, 0);
-    const size_t kinds = (size_t)bytes / (frames * FRAME);
-    if (chains == MAP_FAILED || !kinds) die(argv[2]);
+    size_t kinds, asked, answered;
+    const struct chain *chains = read_chains(argv[2], &kinds, &asked, &answered);
 
     /* Guest memory: the ring in its first 64 KiB, then DEPTH requests, then DEPTH answers. */
     size_t queue = option("queue") ? (size_t)option("queue") : 16;
     while (queue < 2 * depth) queue *= 2;
-    const size_t rings = 65536 + queue * 32, asked = frames * FRAME, answered = room * FRAME;
+    const size_t rings = 65536 + queue * 32;
     size_t size = rings + depth * (asked + answered);
     size = (size + 4095) & ~(size_t)4095;
     int memfd = memfd_create("guest", 0);
@@ -219,16 +248,15 @@ int main(int argc, char **argv) {
     if (protocol >> P_STATUS & 1) tell_u64(SET_STATUS, 15, -1);
     tell_state(SET_VRING_ENABLE, 1);
 
-    /* Chain i is descriptors 2i (readable) and 2i + 1 (writable), for good. */
+    /* Chain i is descriptors 2i (readable) and 2i + 1 (writable), at the same places for good. */
     for (size_t i = 0; i < depth; i++) {
         uint64_t place = GUEST + rings + i * (asked + answered);
-        table[2 * i] = (struct descriptor){place, (uint32_t)asked, room ? DESC_NEXT : 0,
-                                           (uint16_t)(2 * i + 1)};
-        table[2 * i + 1] = (struct descriptor){place + asked, (uint32_t)answered, DESC_WRITE, 0};
+        table[2 * i] = (struct descriptor){place, 0, 0, (uint16_t)(2 * i + 1)};
+        table[2 * i + 1] = (struct descriptor){place + asked, 0, DESC_WRITE, 0};
     }
 
-    const size_t rounds = (count + depth - 1) / depth;
-    double *latencies = calloc(rounds, sizeof *latencies);
+    const size_t rounds = (count + depth - 1) / depth, groups = rounds / group;
+    double *latencies = calloc(groups + 1, sizeof *latencies);
     size_t sent = 0;
     uint16_t next = 0;
     double start = now(), waited = 0;
@@ -236,7 +264,11 @@ int main(int argc, char **argv) {
         uint16_t old = next;
         for (size_t i = 0; i < depth; i++, next++, sent++) {
             unsigned char *place = guest + rings + i * (asked + answered);
-            memcpy(place, chains + sent % kinds * asked, asked);
+            const struct chain *chain = &chains[sent % kinds];
+            memcpy(place, chain->request, chain->asked);
+            table[2 * i].len = chain->asked;
+            table[2 * i].flags = chain->answered ? DESC_NEXT : 0;
+            table[2 * i + 1].len = chain->answered;
             available->ring[next & (queue - 1)] = (uint16_t)(2 * i);
         }
         if (pause) {
@@ -264,8 +296,9 @@ int main(int argc, char **argv) {
         }
         double end = now();
         waited += end - asleep;
-        latencies[round] = end - begin;
-        for (size_t i = 0; i < depth && room; i++) {
+        latencies[round / group] += end - begin;
+        for (size_t i = 0; i < depth; i++) {
+            if (!chains[(sent - depth + i) % kinds].answered) continue;
             const unsigned char *answer = guest + rings + i * (asked + answered) + asked;
             if (answer[508] || answer[509]) {
                 fprintf(stderr, "load: request %zu: result 0x%02x%02x\n", sent - depth + i,
@@ -276,8 +309,8 @@ int main(int argc, char **argv) {
     }
     double total = now() - start;
     double own = (total - waited) / (double)sent - (double)pause;
-    qsort(latencies, rounds, sizeof *latencies, compare);
-    printf("%zu %.6f %.3f %.3f %.3f %.3f\n", sent, total / 1e6, latencies[rounds / 2],
-           latencies[rounds * 9 / 10], latencies[rounds * 99 / 100], own);
+    qsort(latencies, groups, sizeof *latencies, compare);
+    printf("%zu %.6f %.3f %.3f %.3f %.3f\n", sent, total / 1e6, latencies[groups / 2],
+           latencies[groups * 9 / 10], latencies[groups * 99 / 100], own);
     return 0;
 }

@@ -20,7 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from bench import restart
+from bench import optee, restart
 from bench.daemon import SAME_CPU, TWO_CPUS, Load, Tools, chains, daemon, reads, resident, writes
 from vhost_rpmb.rpmb import spec
 
@@ -136,6 +136,19 @@ def syncs_per_batch(bench: Bench) -> Measured:
         for batches in (50, 150)
     )
     return (many - few) / 100, f"{many - few} syncs / 100 batches"
+
+
+def syncs_of_put(bench: Bench) -> Measured:
+    """Count the syncs of 100 objects that OP-TEE puts, and the writes that have to be durable."""
+    counts = []
+    for objects in (20, 120):
+        records, writes = optee.puts(objects)
+        calls = "fdatasync,fsync"
+        lines = _trace(bench, calls, iter(records), len(records), records=1)
+        counts.append((len(lines), writes))
+    (few, few_writes), (many, many_writes) = counts
+    syncs, writes = many - few, many_writes - few_writes
+    return syncs / writes, f"{syncs} syncs / {writes} writes of 100 puts"
 
 
 def calls_per_batch(bench: Bench) -> Measured:

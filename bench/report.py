@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
+from bench import optee
 from bench.daemon import SAME_CPU, TWO_CPUS, chains, counter_reads, daemon, reads, writes
 from bench.goals import ROWS
 from bench.measure import Bench
@@ -64,6 +65,21 @@ def table(bench: Bench) -> None:
                     f" {took / floor:.2f} | {load.own:.2f} |",
                     flush=True,
                 )
+
+
+def requests_of_optee(bench: Bench) -> None:
+    """Print how long an object takes to be put, and a request of OP-TEE's workload."""
+    print("\n| engine | placement | put p50 µs | floor µs | ratio | a request p50 µs | p99 µs |")
+    print("|---|---|---|---|---|---|---|")
+    for engine in ENGINES:
+        for cpus, place in ((SAME_CPU, "same CPU"), (TWO_CPUS, "two CPUs")):
+            put, floor = optee.put(bench.tools, bench.folder, engine, cpus)
+            p50, p99 = optee.whole(bench.tools, bench.folder, engine, cpus)
+            print(
+                f"| {engine} | {place} | {put:.0f} | {floor:.0f} | {put / floor:.2f} |"
+                f" {p50:.1f} | {p99:.1f} |",
+                flush=True,
+            )
 
 
 def cpu_time(bench: Bench) -> None:

@@ -18,9 +18,10 @@ import pytest
 
 from tests.e2e.kit import AMD64, Kit
 from tests.e2e.monitor import Monitor
-from tests.e2e.optee import Model, with_files
+from tests.e2e.optee import with_files
 from tests.e2e.vm import Guest, qemu_command_line, succeed
 from tests.support.daemon import Daemon, until
+from tests.support.optee import Model
 
 pytestmark = [
     pytest.mark.qemu,

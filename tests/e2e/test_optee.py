@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.kit import AMD64, Kit
-from tests.e2e.optee import Exchange, Model, with_files, workload
+from tests.e2e.optee import with_files
 from tests.e2e.vm import VirtualMachine, succeed
 from tests.support.daemon import Daemon
 from tests.support.documents import blocks_that_begin
+from tests.support.optee import Exchange, Model, workload
 from tests.support.supervised import Supervised
 
 # The first test may have to make the kit and the workshop.
@@ -96,8 +97,7 @@ def until_state(vm: VirtualMachine, state: str) -> None:
         time.sleep(0.1)
 
 
-@ONE_KIT
-@pytest.mark.parametrize("engine_name", ["fast"])
+@pytest.mark.parametrize("engine_name", ["fast", "pure"])
 def test_daemon_killed_during_the_workload(
     routing_kit: Kit, engine_name: str, tmp_path: Path
 ) -> None:
