@@ -12,6 +12,7 @@ cdef struct Work:
     # One chain of a batch: where its frames and answer are in the arenas.
     uint16_t head
     bint broken
+    uint64_t length  # of its request, bytes
     bint whole  # its device-readable bytes are whole frames, and were copied
     size_t request  # offset of its frames, bytes
     uint32_t frames

@@ -74,6 +74,7 @@ cdef class Batch:
             work.response = self._responses_size
             self._responses_size += <size_t>work.room * FRAME_SIZE
             work.request = self._requests_size
+            work.length = chain.readable
             work.whole = (
                 chain.readable % FRAME_SIZE == 0
                 and 0 < chain.readable <= MAX_REQUEST_FRAMES * FRAME_SIZE

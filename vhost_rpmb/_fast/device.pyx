@@ -14,6 +14,7 @@ from vhost_rpmb._fast.constants cimport *
 from vhost_rpmb._fast.mac cimport Authenticator
 from vhost_rpmb._fast.virtqueue cimport Virtqueue
 
+from vhost_rpmb.rpmb.malformed import MalformedLog
 from vhost_rpmb.rpmb.replay import Window
 from vhost_rpmb.virtio.features import DEFAULT, check
 
@@ -65,6 +66,7 @@ cdef class RpmbDevice:
     cdef object _store
     cdef object _confirm
     cdef object _window
+    cdef object _malformed
     cdef uint32_t _owed  # chains left in the window
     cdef unsigned char[::1] _journal
     cdef uint64_t _sequence  # of the latest entry in the journal
@@ -106,6 +108,7 @@ cdef class RpmbDevice:
         self._owed = self._window.left
         self._journal = None
         self._batch = Batch()
+        self._malformed = MalformedLog()
         self._view = View(store)
 
     @property
@@ -245,6 +248,8 @@ cdef class RpmbDevice:
         if work.broken:
             return 0
         if not work.whole:
+            if self._view.writable:
+                self._malformed.report(work.length)
             return self._unknown(work)
         while left:
             taken = 1

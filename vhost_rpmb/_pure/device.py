@@ -18,6 +18,7 @@ from vhost_rpmb._pure.mac import Authenticator
 from vhost_rpmb._pure.virtqueue import Virtqueue
 from vhost_rpmb.rpmb import limits, spec
 from vhost_rpmb.rpmb.frame import Frame
+from vhost_rpmb.rpmb.malformed import MalformedLog
 from vhost_rpmb.rpmb.replay import Replay, Window
 from vhost_rpmb.rpmb.results import count_frames, describe_answer, describe_request
 from vhost_rpmb.virtio import features
@@ -76,6 +77,7 @@ class RpmbDevice:
         self._journal: Journal | None = None
         self._window = Window(store.replay)
         self._batch = Batch()
+        self._malformed = MalformedLog()
 
     @property
     def features(self) -> int:
@@ -187,6 +189,8 @@ class _ChainRun:
             return b""
         if frames is None:
             self._answer(Frame(result=spec.VIRTIO_RPMB_RES_GENERAL_FAILURE))
+            if self._view.writable:  # the first time
+                self._device._malformed.report(self._work.length)
             if self._log:
                 logger.debug(
                     "request: expected whole frames of %d bytes, 1 to %d of them, found %d bytes: "
