@@ -19,6 +19,8 @@ cdef enum:  # vhost_rpmb.virtio.spec
     VIRTQ_DESC_F_INDIRECT = 4
     VIRTQ_AVAIL_F_NO_INTERRUPT = 1
     VIRTQ_USED_F_NO_NOTIFY = 1
+    VIRTQ_DESC_F_AVAIL = 128
+    VIRTQ_DESC_F_USED = 32768
 
 cdef enum:  # vhost_rpmb.virtio.rules
     CHAIN_TOO_LONG = 0

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Numbers of the virtio specification, under the names they have there.
 
-Source: "Basic Facilities of a Virtio Device", "Split Virtqueues" and "Reserved Feature Bits".
+Source: "Basic Facilities of a Virtio Device", "Split Virtqueues", "Packed Virtqueues" and "Reserved
+Feature Bits".
 """
 
 # Feature bits (bit numbers), "Reserved Feature Bits".
@@ -26,3 +27,7 @@ VIRTQ_DESC_F_WRITE = 2
 VIRTQ_DESC_F_INDIRECT = 4
 VIRTQ_AVAIL_F_NO_INTERRUPT = 1
 VIRTQ_USED_F_NO_NOTIFY = 1
+
+# Packed virtqueue, "Packed Virtqueues".
+VIRTQ_DESC_F_AVAIL = 1 << 7
+VIRTQ_DESC_F_USED = 1 << 15
