@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 
 from tests.support import denied
-from tests.support.daemon import SANDBOX
-from tests.support.oracle import KEY
+from tests.support.daemon import SANDBOX, is_stopped, until
+from tests.support.faulty import Faults
+from tests.support.oracle import FRAME_SIZE, KEY, OK, split
 from tests.support.supervised import Supervised
 from vhost_rpmb.driver.errors import BackendError
 from vhost_rpmb.engine import Engine
+from vhost_rpmb.rpmb.errors import RpmbResultError
 from vhost_rpmb.vhost_user import wire
 from vhost_rpmb.vhost_user.wire import MemoryRegion, Request
 
@@ -95,3 +97,52 @@ def test_open_files_are_compared_by_kcmp(
         frontend.tell(Request.REM_MEM_REG, regions[1])
         manager.wait(lambda: len(manager.names) == 5)
         assert not supervised.warnings
+
+
+# Where the next process is when the stop comes, and how it ends: before it handles signals it dies,
+# later it gives the answer that is owed first.
+DURING_THE_START = {"starting": -signal.SIGTERM, "opening": 0, "restoring": 0, "restored": 0}
+
+
+@pytest.mark.parametrize("point", DURING_THE_START)
+def test_stop_during_the_start_after_a_kill(tmp_path: Path, engine: Engine, point: str) -> None:
+    """The connection ends, and nothing else is lost: not even the answer that was owed."""
+    faults = Faults(tmp_path)
+    command = faults.command("--fd=3", f"--flash-path={tmp_path / 'flash.img'}", "-v", *SANDBOX)
+    with Supervised(tmp_path, engine=engine.name, command=command) as supervised:
+        manager = supervised.manager
+        with supervised.client() as client:
+            client.program_key(KEY)
+            assert client.write(0, b"1" * 256) == 1
+            manager.wait(lambda: len(manager.names) == 6)
+            with manager._changed:
+                manager._held = True
+            faults.arm("committed")
+            used = client.ring.used_index
+            client.submit(client.write_request(1, b"2" * 256, 1), FRAME_SIZE)
+            client.flush()
+            manager.wait(lambda: not manager.pid)
+            faults.arm(f"~{point}")
+            with manager._changed:
+                manager._held = False
+                manager._start()
+            until(lambda: is_stopped(manager.pid))
+            manager.stop()
+            with pytest.raises(BackendError, match="closed the connection"):
+                client.frontend.receive()
+            answered = client.ring.used_index == used + 1
+            if answered:
+                ((_, answer),) = client.answers()
+                assert split(answer)[0].result == OK
+        assert answered == (DURING_THE_START[point] == 0)
+        assert manager.statuses == [-signal.SIGKILL, DURING_THE_START[point]]
+        assert manager.names == []
+        assert not supervised.warnings
+        manager.start()
+        with supervised.client(KEY) as client:
+            if not answered:  # it was durable: repeated, it is answered and not executed
+                assert client.write(1, b"2" * 256, counter=1) == 2
+            with pytest.raises(RpmbResultError, match="COUNT_FAILURE"):
+                client.write(1, b"2" * 256, counter=1)
+            assert client.read_counter() == 2
+            assert client.read(0, 2) == b"1" * 256 + b"2" * 256

@@ -215,4 +215,13 @@ def processor_time(pid: int) -> float:
 
 def is_asleep(pid: int) -> bool:
     """Whether a process waits for something."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "S"
+    return _state(pid) == "S"
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a signal has stopped a process, which SIGCONT lets continue."""
+    return _state(pid) == "T"
+
+
+def _state(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]

@@ -2,7 +2,8 @@
 """The daemon, with points at which it dies: ``python -m tests.support.faulty FILE OPTIONS...``.
 
 FILE has the name of a point, written by `Faults`. A process that reaches that point empties the
-file and kills itself, so that the next one passes it; with a ``!`` before the name the file stays.
+file and kills itself, so that the next one passes it; with a ``!`` before the name the file stays,
+with a ``~`` the process stops as by SIGSTOP.
 The product has no such points: they are put around its methods here.
 """
 
@@ -18,6 +19,7 @@ from typing import Any
 
 from vhost_rpmb import cli
 from vhost_rpmb.daemon import handover
+from vhost_rpmb.storage.local import store
 from vhost_rpmb.vhost_user import intake, session
 
 # In the order of the steps of a message.
@@ -37,13 +39,13 @@ class Faults:
         return [sys.executable, "-m", "tests.support.faulty", str(self.path), *options]
 
     def arm(self, point: str) -> None:
-        """Let the daemon die at the next occurrence of a point."""
+        """Let the daemon die (or stop) at the next occurrence of a point."""
         with self.path.open("r+b") as file:
             file.write(point.encode().ljust(_SIZE, b"\0"))
 
     @property
     def armed(self) -> bool:
-        """Whether the daemon has not died since."""
+        """Whether the daemon has not reached the point since."""
         return any(self.path.read_bytes())
 
 
@@ -73,10 +75,12 @@ def main() -> int:
 
     def reach(point: str) -> None:
         armed = os.pread(fd, _SIZE, 0).rstrip(b"\0").decode()
-        if armed == point:
+        if armed.lstrip("!~") != point:
+            return
+        if not armed.startswith("!"):
             os.pwrite(fd, bytes(_SIZE), 0)
-        if armed.lstrip("!") == point:
-            signal.raise_signal(signal.SIGKILL)  # which the sandbox allows, unlike os.kill()
+        # The sandbox allows this, unlike os.kill().
+        signal.raise_signal(signal.SIGSTOP if armed.startswith("~") else signal.SIGKILL)
 
     def at(point: str) -> Callable[[], None]:
         return functools.partial(reach, point)
@@ -89,7 +93,10 @@ def main() -> int:
     around(session.Session, "_conclude", before=at("handled"))
     around(handover.Handover, "reply", after=at("replied"))
     around(handover.Handover, "retain", after=at("removed"))
+    around(store.Store, "commit", after=at("committed"))
+    around(handover.Handover, "open", before=at("opening"))
     around(session.Session, "restore", before=at("restoring"), after=at("restored"))
+    reach("starting")
     return cli.main(sys.argv[2:])
 
 

@@ -131,6 +131,7 @@ class Supervisor:
         with self._changed:
             self._stopping = True
         self.send(signal.SIGTERM)
+        self.send(signal.SIGCONT)  # as systemd does, in case it does not run
         self.wait(lambda: not self._pid)
         with self._changed:
             self._empty()
