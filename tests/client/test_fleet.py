@@ -104,7 +104,9 @@ def test_take_over_waits_for_the_lease_of_a_dead_daemon(host: Host) -> None:
     client("create", host, "vm-1")
     daemon = host.daemon("vm-1")
     daemon.start()
-    daemon.kill()
+    with daemon.client() as guest:
+        guest.program_key(KEY)
+        daemon.kill()
     result = attempt("fleet", "take-over", str(host.config), "vm-1")
     assert result.returncode == 0
     assert re.search(

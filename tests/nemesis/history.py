@@ -125,10 +125,10 @@ def check(history: History, commits: list[Commit]) -> None:
         if each.kind == "counter":
             assert each.counter >= least, f"a stale counter: {least} was known: {each}"
             continue
-        counters, datas = versions[each.address]
-        assert each.data in datas, f"read data that no commit has: {each}"
+        counters, contents = versions[each.address]
+        assert each.data in contents, f"read data that no commit has: {each}"
         assert each.data not in began or began[each.data] <= each.ended, "a read of the future"
-        position = len(datas) - 1 - datas[::-1].index(each.data)
+        position = len(contents) - 1 - contents[::-1].index(each.data)
         replaced = counters[position + 1] if position + 1 < len(counters) else last + 1
         assert replaced > least, f"a stale read: replaced by {replaced}, {least} was known: {each}"
 
