@@ -31,8 +31,10 @@ from tests.support.oracle import (
     split,
     write_data,
 )
+from tests.support.recorded import PROTOCOL, InflightRegion
 from tests.support.supervised import Supervised
 from vhost_rpmb.driver.errors import RequestRefusedError
+from vhost_rpmb.driver.frontend import PROTOCOL_FEATURES
 from vhost_rpmb.driver.rpmb import RpmbClient, Setup
 from vhost_rpmb.engine import Engine
 from vhost_rpmb.vhost_user import wire
@@ -53,8 +55,11 @@ FEATURES = [
 class Storm:
     """One driver and its front-end: random actions, each of which has to be done exactly once."""
 
-    def __init__(self, client: RpmbClient, chance: random.Random) -> None:
+    def __init__(
+        self, client: RpmbClient, chance: random.Random, inflight: InflightRegion | None
+    ) -> None:
         self.client = client
+        self.inflight = inflight
         self.random = chance
         self.counter = 0
         self.blocks: dict[int, bytes] = {}
@@ -65,6 +70,8 @@ class Storm:
 
     def close(self) -> None:
         os.close(self.file)
+        if self.inflight is not None:
+            self.inflight.close()
 
     def act(self) -> None:
         acts = [self.requests] * 8 + [
@@ -76,6 +83,8 @@ class Storm:
             self.signals,
             self.reset,
         ]
+        if self.inflight is not None:
+            acts.append(self.again)
         self.random.choice(acts)()
 
     # Requests
@@ -203,6 +212,12 @@ class Storm:
         frontend.send(Request.SET_VRING_CALL, index, [self.client.ring.call_fd])
         self.requests()
 
+    def again(self) -> None:
+        """Set the in-flight region again, which is possible while the vring is stopped."""
+        assert self.inflight is not None
+        self.inflight.becomes_complete()
+        self.inflight.use()
+
     def reset(self) -> None:
         self.client.reset_device()
         self.register = None
@@ -233,8 +248,12 @@ def killing(supervised: Supervised, chance: random.Random) -> Iterator[None]:
         thread.join()
 
 
-@pytest.mark.parametrize("odds", [0, 60], ids=["signals", "steps"])
-def test_storm(tmp_path: Path, engine: Engine, odds: int) -> None:
+@pytest.mark.parametrize(
+    ("odds", "recorded"),
+    [(0, False), (60, False), (60, True)],
+    ids=["signals", "steps", "steps with an in-flight region"],
+)
+def test_storm(tmp_path: Path, engine: Engine, odds: int, recorded: bool) -> None:
     seed = random.randrange(1 << 32)
     chance = random.Random(seed)
     flash = tmp_path / "flash.img"
@@ -246,12 +265,13 @@ def test_storm(tmp_path: Path, engine: Engine, odds: int) -> None:
         engine=engine.name,
         command=[*command, f"--flash-path={flash}", "-v", *SANDBOX],
     ) as supervised:
-        client = RpmbClient.connect(
-            supervised.path, timeout=PATIENCE, setup=Setup(features=chance.choice(FEATURES))
-        )
+        features = chance.choice(FEATURES)
+        protocol = PROTOCOL if recorded else PROTOCOL_FEATURES
+        setup = Setup(features=features, protocol_features=protocol)
+        client = RpmbClient.connect(supervised.path, timeout=PATIENCE, setup=setup)
         try:
             with client:
-                storm = Storm(client, chance)
+                storm = Storm(client, chance, InflightRegion(client) if recorded else None)
                 storm.program()
                 if odds:
                     mortal.set_odds(fate, odds)
@@ -262,6 +282,8 @@ def test_storm(tmp_path: Path, engine: Engine, odds: int) -> None:
                 for address in range(BLOCKS):
                     ((answer,),) = storm.chains([(read_data(address), 1)])
                     assert answer.data == storm.blocks.get(address, bytes(BLOCK_SIZE))
+                if storm.inflight is not None:
+                    storm.inflight.becomes_complete()
                 storm.close()
         except BaseException:
             print(f"seed {seed}; {supervised.manager.log[-5000:]}")

@@ -21,7 +21,7 @@ from tests.support.faulty import around
 from vhost_rpmb import cli, libc
 from vhost_rpmb.daemon import handover, notify
 from vhost_rpmb.storage.local import database, store
-from vhost_rpmb.vhost_user import intake, session, vring
+from vhost_rpmb.vhost_user import inflight, intake, session, vring
 
 _ODDS = struct.Struct("=II")  # and how many in a row died before they served anything
 
@@ -36,6 +36,8 @@ STEPS: list[tuple[Any, str]] = [
     (session.Session, "_serve"),
     (session.Session, "restore"),
     (session.Session, "run"),
+    (inflight.Record, "recover"),
+    (vring.Vring, "recover"),
     (vring.Vring, "_signal"),
     (store.Store, "commit"),
     (store.Store, "checkpoint"),
