@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,8 +16,9 @@ from tests.support.campaign import sample
 from tests.support.daemon import SANDBOX, until
 from tests.support.faulty import POINTS, Faults
 from tests.support.supervised import Supervised
+from vhost_rpmb import memfd
 from vhost_rpmb.driver.errors import BackendError
-from vhost_rpmb.vhost_user import wire
+from vhost_rpmb.vhost_user import inflight, wire
 from vhost_rpmb.vhost_user.backend import PROTOCOL_FEATURES
 from vhost_rpmb.vhost_user.wire import MemoryRegion, ProtocolFeature, Request, VringState
 from vhost_rpmb.virtio import spec as virtio
@@ -37,13 +38,16 @@ class Files:
     def __init__(self, stack: ExitStack) -> None:
         self.memory = os.memfd_create("memory")
         os.ftruncate(self.memory, 8 * PAGE)
-        os.pwrite(self.memory, b"\7", PAGE + 2)  # the available index, where the vring begins
+        for ring in (1, 2):  # the available and the used index, where the vring begins
+            os.pwrite(self.memory, b"\7", ring * PAGE + 2)
+        self.region = memfd.create("in-flight", inflight.stride(8))
         self.other_memory = os.memfd_create("other")
         os.ftruncate(self.other_memory, 8 * PAGE)
         self.kick, self.call, self.error = (os.eventfd(0, os.EFD_NONBLOCK) for _ in range(3))
         near, _far = (stack.enter_context(end) for end in socket.socketpair())
         self.channel = near.fileno()
-        for fd in (self.memory, self.other_memory, self.kick, self.call, self.error):
+        events = self.kick, self.call, self.error
+        for fd in (self.memory, self.other_memory, self.region, *events):
             stack.callback(os.close, fd)
 
 
@@ -65,6 +69,8 @@ def conversation(files: Files) -> list[Step]:
     index, ring = wire.pack_u64(0), VringState(0, 8)
     status = wire.pack_u64(virtio.VIRTIO_STATUS_ACKNOWLEDGE)
     config = wire.Config(0, 3, 0, bytes(3))
+    asked = wire.InflightDescription(0, 0, 1, 8)
+    region = asked._replace(mmap_size=inflight.stride(8)).pack()
     return [
         (Request.SET_OWNER, b"", (), DONE),
         (Request.SET_OWNER, b"", (), DONE),
@@ -83,6 +89,9 @@ def conversation(files: Files) -> list[Step]:
         (Request.REM_MEM_REG, first, (files.memory,), DONE),
         (Request.SET_MEM_TABLE, table, (files.memory, files.memory), DONE),
         (Request.SET_MEM_TABLE, table, (files.memory, files.other_memory), DONE),
+        (Request.GET_INFLIGHT_FD, asked.pack(), (), region),
+        (Request.SET_INFLIGHT_FD, region, (files.memory,), DONE),
+        (Request.SET_INFLIGHT_FD, region, (files.region,), DONE),
         (Request.SET_VRING_NUM, ring.pack(), (), DONE),
         (Request.SET_VRING_BASE, VringState(0, 7).pack(), (), DONE),
         (Request.SET_VRING_ADDR, addresses.pack(), (), DONE),
@@ -92,6 +101,8 @@ def conversation(files: Files) -> list[Step]:
         (Request.SET_VRING_KICK, index, (files.kick,), DONE),
         (Request.SET_VRING_ENABLE, VringState(0, 1).pack(), (), DONE),
         (Request.SET_VRING_NUM, ring.pack(), (), FAILED),  # it is running
+        (Request.SET_INFLIGHT_FD, region, (files.region,), FAILED),
+        (Request.SET_VRING_ERR, index, (files.call,), DONE),
         (Request.SET_VRING_CALL, index, (files.call,), DONE),
         (Request.SET_VRING_CALL, wire.pack_u64(wire.VRING_NO_FD), (), DONE),
         (Request.SET_BACKEND_REQ_FD, b"", (files.channel,), DONE),
@@ -115,6 +126,8 @@ class Running:
         )
         self.manager = self.daemon.manager
         self.frontend = stack.enter_context(self.daemon.frontend())
+        # The front-end's own reader expects no descriptors in replies.
+        self.frontend._reader = wire.MessageReader(self.frontend._sock)
         # The vring has user addresses, unlike those of its memory.
         features = wire.pack_u64(PROTOCOL_FEATURES & ~ProtocolFeature.GPA_ADDRESSES)
         self.frontend.send(Request.SET_PROTOCOL_FEATURES, features, flags=wire.FLAG_NEED_REPLY)
@@ -127,6 +140,7 @@ class Running:
     def takes(self, request: Request, payload: bytes) -> None:
         with self.frontend.receive() as reply:
             assert (Request(reply.request), reply.payload) == (request, payload)
+            assert len(reply.fds) == (request == Request.GET_INFLIGHT_FD)
 
     def ends_cleanly(self) -> None:
         """Nothing was answered twice, and nothing is left when the front-end has gone."""
@@ -167,6 +181,7 @@ def test_each_message_is_handled_once(
     assert deaths >= 8
     running.manager.wait(lambda: len(running.manager.statuses) >= deaths)
     assert running.manager.statuses == [-9] * deaths
+    assert not any(os.pread(files.region, PAGE, 0))  # since RESET_DEVICE
     running.ends_cleanly()
 
 
@@ -235,6 +250,33 @@ def test_split_message_is_handled_once(
     running.faults.arm("")
     running.takes(Request.SET_VRING_KICK, DONE)
     running.manager.wait(lambda: "rpmb-conn" in running.manager.names)
+    running.ends_cleanly()
+
+
+@pytest.mark.parametrize(("engine_name", "cut"), [("fast", wire.HEADER_SIZE + 4), ("pure", 5)])
+def test_rest_of_a_message_arrives_while_there_is_no_process(
+    tmp_path: Path, stack: ExitStack, files: Files, engine_name: str, cut: int
+) -> None:
+    """The last of its descriptors comes with it, and the next message is behind it."""
+    running = Running(tmp_path, stack, engine_name)
+    sock = running.frontend._sock
+    steps = conversation(files)
+    split = sample(range(len(steps)))  # and all with descriptors
+    position = 0
+    while position < len(steps):
+        step, *others = steps[position : position + 2]
+        request, payload, fds, reply = step
+        data = wire.pack_message(request, wire.FLAG_NEED_REPLY, payload)
+        early = fds[: -(-len(fds) // 2)]
+        socket.send_fds(sock, [data[:cut]], early)
+        with running.manager.down() if fds or position in split else nullcontext():
+            if data[cut:]:
+                socket.send_fds(sock, [data[cut:]], fds[len(early) :])
+            for other in others:
+                running.send(other)
+        for request, _, _, reply in (step, *others):
+            running.takes(request, reply)
+        position += 2
     running.ends_cleanly()
 
 
