@@ -22,6 +22,7 @@ BOOT_TIMEOUT = 300.0  # seconds; a boot takes about 6, on a busy machine more
 # A terminal takes lines of at most 4095 bytes.
 LINE_MAX = 4000
 FILE_CHUNK = 2048
+MARK_MAX = 100
 
 
 class GuestError(Exception):
@@ -82,10 +83,11 @@ class Guest(Closing):
             f" (eval {shlex.quote(command)}) </dev/null;"
             f" printf '\\n%s-end %d.\\n' {mark} $?"
         )
-        pattern = re.compile(rf"{mark}-begin\r?\n(.*?)\r?\n{mark}-end (\d+)\.".encode(), re.DOTALL)
-        match = self._wait(pattern, start, timeout, f"the end of: {command}")
-        output = match[1].decode(errors="replace").replace("\r\n", "\n")
-        return int(match[2]), output.rstrip("\n")
+        pattern = re.compile(rf"\r?\n{mark}-end (\d+)\.".encode())
+        end = self._wait(pattern, start, timeout, f"the end of: {command}")
+        begin = self._console.index(f"{mark}-begin".encode(), start)
+        output = self._console[self._console.index(b"\n", begin) + 1 : end.start()]
+        return int(end[1]), output.decode(errors="replace").replace("\r\n", "\n").rstrip("\n")
 
     def put_file(self, path: str, content: bytes) -> None:
         """Make a file in the guest."""
@@ -136,6 +138,7 @@ class Guest(Closing):
     def _wait(
         self, pattern: re.Pattern[bytes], start: int, timeout: float, what: str
     ) -> re.Match[bytes]:
+        """Wait for a text of at most MARK_MAX bytes; what has come is searched once."""
         deadline = time.monotonic() + timeout
         with self._news:
             while True:
@@ -149,6 +152,7 @@ class Guest(Closing):
                 left = deadline - time.monotonic()
                 if left <= 0:
                     raise GuestError(self._report(f"waited {timeout:g} s for {what}"))
+                start = max(start, len(self._console) - MARK_MAX)
                 self._news.wait(left)
 
     def _read(self, stream: IO[bytes], into: bytearray) -> None:
