@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from tests.e2e.kit import AMD64, Kit
+from tests.e2e.kit import AMD64, ARM64, Kit
 from tests.e2e.monitor import Monitor
 from tests.e2e.story import (
     COUNT_FAILURE,
@@ -29,6 +29,17 @@ from tests.support.oracle import BLOCK_SIZE, read_result
 
 # The first test may have to make the kit.
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(900)]
+# Which guest it is makes no difference to an engine that has passed with the other one.
+on_each_guest = pytest.mark.parametrize(
+    ("kit", "daemon"),
+    [
+        pytest.param(AMD64, "fast", id="amd64-fast"),
+        pytest.param(AMD64, "pure", id="amd64-pure"),
+        pytest.param(ARM64, "fast", id="arm64-fast"),
+        pytest.param(ARM64, "pure", id="arm64-pure", marks=pytest.mark.long),
+    ],
+    indirect=True,
+)
 
 
 def counter(vm: VirtualMachine) -> int:
@@ -47,6 +58,7 @@ def program_key(vm: VirtualMachine) -> None:
     succeed(vm, "mmc rpmb write-key /dev/rpmb0 key")
 
 
+@on_each_guest
 def test_story(kit: Kit, daemon: Daemon) -> None:
     transcript: list[str] = []
     tell(GuestStage(kit, daemon), transcript.append)
@@ -57,6 +69,7 @@ def test_story(kit: Kit, daemon: Daemon) -> None:
             assert shown in lines, f"the README shows a line that is not next in the demo: {shown}"
 
 
+@on_each_guest
 def test_daemon_killed_while_the_guest_writes(kit: Kit, daemon: Daemon) -> None:
     """What the guest was told is written is there after the daemon died at any moment."""
     blocks = 200
@@ -88,6 +101,7 @@ def test_daemon_killed_while_the_guest_writes(kit: Kit, daemon: Daemon) -> None:
     daemon.stop()
 
 
+@on_each_guest
 def test_guest_reboots_and_the_daemon_goes_on(kit: Kit, daemon: Daemon) -> None:
     daemon.start()
     with VirtualMachine(kit, daemon.socket_path) as vm:
@@ -104,6 +118,7 @@ def test_guest_reboots_and_the_daemon_goes_on(kit: Kit, daemon: Daemon) -> None:
     daemon.stop()
 
 
+@on_each_guest
 def test_monitor_commands(kit: Kit, daemon: Daemon) -> None:
     """The device works after each, and QEMU goes on: it aborts where dirty logging is refused."""
     daemon.start()
