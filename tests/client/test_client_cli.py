@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.daemon import spawned
+from tests.support.daemon import is_asleep, spawned, until
 from tests.support.fake_backend import Answer, FakeBackend
 from tests.support.fake_backend import Device as FakeDevice
 from tests.support.rig import make_image, write_key
@@ -370,7 +370,9 @@ class TestConnectionFailures:
                 client.stdin = None
                 connection, _ = listener.accept()
                 with connection:
-                    assert connection.recv(12)  # now it waits for the answer
+                    assert connection.recv(12)
+                    # It waits for the answer. A signal just before would be handled after the wait.
+                    until(lambda: is_asleep(client.pid))
                     client.send_signal(signal.SIGINT)
                     assert client.communicate(timeout=TIMEOUT) == (b"", b"")
                 assert client.returncode == 130
@@ -646,6 +648,7 @@ class TestDumpAndLoad:
         def interrupt(_backend: FakeBackend, number: int, answer: Answer) -> None:
             if number == 3:  # the counter and two writes of 32 blocks came before
                 answer.call, answer.step = False, 0
+                until(lambda: is_asleep(client.pid))
                 client.send_signal(signal.SIGINT)
 
         with socket.socket(socket.AF_UNIX) as listener:

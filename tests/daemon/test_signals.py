@@ -149,7 +149,8 @@ def test_signals_end_the_client(tmp_path: Path, number: int) -> None:
         ) as client:
             connection, _ = listener.accept()
             with connection:
-                assert connection.recv(12)  # now it waits for the answer
+                assert connection.recv(12)
+                wait_for_sleep(client.pid)  # for the answer
                 client.send_signal(number)
                 assert client.wait(PATIENCE) == (
                     130 if number == signal.SIGINT else -signal.SIGTERM
