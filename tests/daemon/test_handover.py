@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,11 @@ from tests.support.faulty import Faults
 from tests.support.oracle import FRAME_SIZE, KEY, OK, split
 from tests.support.supervised import Supervised
 from vhost_rpmb.driver.errors import BackendError
+from vhost_rpmb.driver.rpmb import RpmbClient
 from vhost_rpmb.engine import Engine
 from vhost_rpmb.rpmb.errors import RpmbResultError
 from vhost_rpmb.vhost_user import wire
-from vhost_rpmb.vhost_user.wire import MemoryRegion, Request
+from vhost_rpmb.vhost_user.wire import MemoryRegion, Request, VringState
 
 SIGNALS = [signal.SIGTERM, signal.SIGKILL]
 
@@ -115,17 +117,9 @@ def test_stop_during_the_start_after_a_kill(tmp_path: Path, engine: Engine, poin
             client.program_key(KEY)
             assert client.write(0, b"1" * 256) == 1
             manager.wait(lambda: len(manager.names) == 6)
-            with manager._changed:
-                manager._held = True
-            faults.arm("committed")
             used = client.ring.used_index
-            client.submit(client.write_request(1, b"2" * 256, 1), FRAME_SIZE)
-            client.flush()
-            manager.wait(lambda: not manager.pid)
-            faults.arm(f"~{point}")
-            with manager._changed:
-                manager._held = False
-                manager._start()
+            with dead_after_the_commit(supervised, faults, client):
+                faults.arm(f"~{point}")
             until(lambda: is_stopped(manager.pid))
             manager.stop()
             with pytest.raises(BackendError, match="closed the connection"):
@@ -146,3 +140,57 @@ def test_stop_during_the_start_after_a_kill(tmp_path: Path, engine: Engine, poin
                 client.write(1, b"2" * 256, counter=1)
             assert client.read_counter() == 2
             assert client.read(0, 2) == b"1" * 256 + b"2" * 256
+
+
+def test_pause_after_a_kill_keeps_the_answer(tmp_path: Path, engine: Engine) -> None:
+    """Status 0, which some devices of QEMU write at a pause, does not close the replay window."""
+    faults = Faults(tmp_path)
+    command = faults.command("--fd=3", f"--flash-path={tmp_path / 'flash.img'}", "-v", *SANDBOX)
+    with (
+        Supervised(tmp_path, engine=engine.name, command=command) as supervised,
+        supervised.client() as client,
+    ):
+        client.program_key(KEY)
+        frontend, ring, index = client.frontend, client.ring, wire.pack_u64(0)
+        used = ring.used_index
+        addresses = wire.VringAddress(
+            0,
+            0,
+            *(
+                ring.memory.user_address(part)
+                for part in (ring.descriptor_table, ring.used_ring, ring.available_ring)
+            ),
+        )
+        with dead_after_the_commit(supervised, faults, client, counter=0):
+            frontend.send(Request.GET_VRING_BASE, bytes(8))
+            frontend.send(Request.SET_STATUS, wire.pack_u64(0), flags=wire.FLAG_NEED_REPLY)
+        assert frontend.receive().payload == VringState(0, used).pack()
+        assert frontend.receive().payload == wire.pack_u64(0)
+        assert ring.used_index == used
+        frontend.tell(Request.SET_VRING_NUM, VringState(0, ring.size).pack())
+        frontend.tell(Request.SET_VRING_BASE, VringState(0, used).pack())
+        frontend.tell(Request.SET_VRING_ADDR, addresses.pack())
+        frontend.tell(Request.SET_VRING_CALL, index, [ring.call_fd])
+        frontend.tell(Request.SET_VRING_KICK, index, [ring.kick_fd])
+        frontend.tell(Request.SET_VRING_ENABLE, VringState(0, 1).pack())
+        ((_, answer),) = client.answers()
+        assert split(answer)[0].result == OK
+        assert client.read_counter() == 1
+
+
+@contextmanager
+def dead_after_the_commit(
+    supervised: Supervised, faults: Faults, client: RpmbClient, counter: int = 1
+) -> Iterator[None]:
+    """Let the daemon die when a write of a block is durable; start it again after the context."""
+    manager = supervised.manager
+    with manager._changed:
+        manager._held = True
+    faults.arm("committed")
+    client.submit(client.write_request(1, b"2" * 256, counter), FRAME_SIZE)
+    client.flush()
+    manager.wait(lambda: not manager.pid)
+    yield
+    with manager._changed:
+        manager._held = False
+        manager._start()
