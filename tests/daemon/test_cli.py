@@ -247,6 +247,7 @@ def test_defaults() -> None:
         "sandbox": True,
         "engine": "fast",
         "verbosity": 0,
+        "inject": None,
     }
 
 

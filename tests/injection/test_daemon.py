@@ -4,15 +4,18 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 
 from tests.injection.conftest import FaultyDaemon, rule
-from tests.support.daemon import DaemonFactory, until
+from tests.support.daemon import processor_time, until
 from tests.support.oracle import EXPIRED, KEY, READ, WRITE, A, B, Frame, read_counter, sealed
 from vhost_rpmb.driver.errors import BackendError, RpmbResultError, VerificationError
 from vhost_rpmb.driver.rpmb import RpmbClient
+from vhost_rpmb.engine import Engine
 from vhost_rpmb.rpmb import spec
 
 BLOCK = 256
@@ -113,6 +116,9 @@ def test_front_end_that_leaves_ends_a_delay(faulty_daemon: FaultyDaemon) -> None
     client.submit(read_counter(), spec.FRAME_SIZE)
     client.flush()
     until(lambda: "rule 1: delay 3600 s" in device.log)
+    before = processor_time(device.pid)
+    time.sleep(1.0)
+    assert processor_time(device.pid) - before < 0.5  # it sleeps
     client.close()  # GET_VRING_BASE is answered
     with device.client(KEY) as client:
         assert client.write(0, A) == 1
@@ -204,8 +210,12 @@ def test_write_counter_jumps_at_the_start(faulty_daemon: FaultyDaemon) -> None:
         assert authentic(error) == WRITE | EXPIRED
 
 
-def test_device_without_a_script_has_no_part_of_it(daemon: DaemonFactory) -> None:
-    device = daemon("-v")
-    with device.client() as client:
-        assert client.frontend._offered >> 35 & 1
-    assert "inject" not in device.log
+def test_nothing_is_imported_for_a_device_without_faults(engine: Engine) -> None:
+    program = (
+        "import sys, vhost_rpmb.cli, vhost_rpmb.daemon.server as server;"
+        "vhost_rpmb.cli.parse_options(['--socket-path=s', '--flash-path=f'], {});"
+        f"server.engine.load({engine.name!r});"
+        "print([name for name in sys.modules if 'injection' in name or name == 'tomllib'])"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (result.stdout, result.stderr) == ("[]\n", "")
