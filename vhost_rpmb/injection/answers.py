@@ -30,29 +30,32 @@ class Request(NamedTuple):
 
     raw: bytes  # all of its frames
     first: Frame
+    blocks: range  # that it is about
 
     @property
     def req_resp(self) -> int:
         """The type."""
         return self.first.req_resp
 
-    @property
-    def blocks(self) -> range:
-        """The blocks that it is about; a block count of 0 is taken for 1."""
-        return range(self.first.address, self.first.address + max(self.first.block_count, 1))
 
+def split(raw: bytes, room: int, max_write_blocks: int, max_read_blocks: int) -> Iterator[Request]:
+    """Cut the bytes of a chain into requests as the device does; none if it refuses them.
 
-def split(raw: bytes, max_write_blocks: int) -> Iterator[Request]:
-    """Cut the bytes of a chain into requests as the device does; none if it refuses them."""
+    ``room``: for all answers, in frames. A read of block count 0 is about as many blocks, up to the
+    maximum (0: none): OP-TEE reads so.
+    """
     if len(raw) % spec.FRAME_SIZE or len(raw) > limits.MAX_REQUEST_FRAMES * spec.FRAME_SIZE:
         return
     frames = _cut(raw)
     while frames:
         first = frames[0]
-        count = 1
+        count, blocks = 1, first.block_count
         if first.req_resp == spec.VIRTIO_RPMB_REQ_DATA_WRITE:
             count = _length_of_write(frames, max_write_blocks)
-        yield Request(raw[: count * spec.FRAME_SIZE], first)
+        elif not blocks and first.req_resp == spec.VIRTIO_RPMB_REQ_DATA_READ:
+            blocks = min(room, max_read_blocks or room)
+        addressed = range(first.address, first.address + max(blocks, 1))
+        yield Request(raw[: count * spec.FRAME_SIZE], first, addressed)
         raw, frames = raw[count * spec.FRAME_SIZE :], frames[count:]
 
 

@@ -141,7 +141,7 @@ class InjectedDevice(Closing):
         """Answer one chain; a delayed one is asked about again, and is known by its bytes."""
         chain = self._chain
         if chain is None or chain.raw != raw:
-            chain = self._chain = self._begin(raw)
+            chain = self._chain = self._begin(raw, room)
         if time.monotonic() < chain.due:
             self._postponed = chain.due
             return Unanswered.LATER
@@ -163,10 +163,12 @@ class InjectedDevice(Closing):
             self._disconnected = chain.end
         return Unanswered.NEVER
 
-    def _begin(self, raw: bytes) -> _Chain:
+    def _begin(self, raw: bytes, room: int) -> _Chain:
         """Count the requests of a new chain and find the rules that act on them."""
         faults = []
-        for request in split(raw, self._device.config[1]):
+        _, max_write_blocks, max_read_blocks = self._device.config
+        frames = room // spec.FRAME_SIZE
+        for request in split(raw, frames, max_write_blocks, max_read_blocks):
             rules = []
             for index, rule in enumerate(self._script.rules):
                 if rule.concerns(request.req_resp, request.blocks):
