@@ -24,18 +24,21 @@ from tests.support.oracle import (
     FRAME_SIZE,
     OK,
     OTHER_KEY,
+    program_key,
     read_counter,
     read_result,
     split,
     write_data,
 )
-from tests.support.stores import step, trace_me
+from tests.support.stores import step, stop_at_changes, trace_me
 from vhost_rpmb.engine import Engine
 from vhost_rpmb.rpmb import spec
-from vhost_rpmb.storage.local.opening import open_store
+from vhost_rpmb.storage.local.opening import open_store, verify
+from vhost_rpmb.storage.local.store import MAX_PENDING
 from vhost_rpmb.storage.paths import Paths
 
 LIVES = 600 // DIVISOR  # on each engine
+SAMPLE = 40 if DIVISOR == 1 else 8  # of the states that stores leave
 MOST_BLOCKS = 32
 TOO_FAR = 100_000  # ahead of every write counter
 
@@ -163,103 +166,160 @@ class Survivors:
             *(region.view[place - region.start :][:length] for place, length in places),
             memoryview(guest.journal),
         ]
-        self.states: list[list[bytes]] = []  # after each store
-        self.note()
+        self.states = [self.look()]  # after each store
+
+    def look(self) -> bytes:
+        return b"".join(self._views)
 
     def note(self) -> None:
-        if not self.states or self._views != self.states[-1]:
-            self.states.append([bytes(view) for view in self._views])
+        if (state := self.look()) != self.states[-1]:
+            self.states.append(state)
 
-    def restore(self, state: list[bytes]) -> None:
-        for view, content in zip(self._views, state, strict=True):
-            view[:] = content
+    def restore(self, state: bytes) -> None:
+        for view in self._views:
+            view[:], state = state[: len(view)], state[len(view) :]
 
     def release(self) -> None:
         for view in self._views:
             view.release()
 
 
-def step_through(guest: Guest, survivors: Survivors, committed: Callable[[], None]) -> int:
-    """Single-step a process from its commit to its end; note what each store leaves behind.
+class Batch(NamedTuple):
+    """What the process executes whose stores are stepped through."""
 
-    ``committed`` is called after the commit. Return the number of steps.
+    writes: int
+    blocks: int = 1  # of each write
+    key: bool = False  # programmed in the same batch
+    checkpoint: bool = False  # its commit has to make room first
+    replayed: bool = False  # an earlier process committed it
+
+    def name(self) -> str:
+        """The name of its test."""
+        kinds = [kind for kind in ("key", "checkpoint", "replayed") if getattr(self, kind)]
+        return "-".join([f"{self.writes}x{self.blocks}", *kinds])
+
+
+def step_through(
+    guest: Guest, survivors: Survivors, batch: Batch, save: Callable[[], None]
+) -> None:
+    """Step through a process from its commit to its end; note what each store leaves behind.
+
+    ``save`` is called after the commit. The replay of a batch, which commits nothing, is stepped
+    through from its beginning.
     """
+    pure = guest.engine.name == "pure"
     child = os.fork()
     if not child:
         try:
             life = Life(guest)
-            trace_me()
-            life.before_publication(lambda: signal.raise_signal(signal.SIGSTOP))
+            if batch.checkpoint:
+                fill_up(life)
+
+            def begin() -> None:
+                if pure:
+                    stop_at_changes(survivors.look)
+                else:
+                    trace_me()
+                signal.raise_signal(signal.SIGSTOP)
+
+            if batch.replayed:
+                begin()
+            else:
+                life.before_publication(begin)
             life.serve()
-            signal.raise_signal(signal.SIGSTOP)
+            os._exit(0)
         finally:
             os._exit(1)
-    try:
-        _, status = os.waitpid(child, 0)
-        assert os.WIFSTOPPED(status), "the process failed"
-        committed()
-        steps = 0
-        while True:
-            status = step(child)
-            assert os.WIFSTOPPED(status), "the process failed"
-            if os.WSTOPSIG(status) == signal.SIGSTOP:
-                return steps
-            steps += 1
-            survivors.note()
-    finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+    _, status = os.waitpid(child, os.WUNTRACED)
+    assert os.WIFSTOPPED(status), "the process failed"
+    save()
+    while os.WIFSTOPPED(status):
+        survivors.note()
+        status = resume(child) if pure else step(child)
+    assert os.waitstatus_to_exitcode(status) == 0, "the process failed"
+
+
+def resume(child: int) -> int:
+    """Let a stopped child continue until it stops itself or ends."""
+    os.kill(child, signal.SIGCONT)
+    return os.waitpid(child, os.WUNTRACED)[1]
+
+
+def fill_up(life: Life) -> None:
+    """Leave no room for a batch: its commit moves the pending blocks into the image."""
+    blocks = [(spec.CAPACITY_UNIT // BLOCK_SIZE - 1, bytes(BLOCK_SIZE))] * (MAX_PENDING - 1)
+    assert life.store.commit(life.store.counter, blocks, None)
 
 
 @pytest.mark.needs_ptrace
-@pytest.mark.usefixtures("untraced")
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("chains", [1, 2])
+@pytest.mark.parametrize(
+    "batch",
+    [
+        Batch(1, blocks=MOST_BLOCKS),
+        Batch(2, key=True),
+        Batch(2, checkpoint=True),
+        Batch(2, replayed=True),
+        Batch(2, key=True, replayed=True),
+        pytest.param(Batch(64), marks=pytest.mark.long),
+        pytest.param(Batch(64, replayed=True), marks=pytest.mark.long),
+        pytest.param(Batch(16, MOST_BLOCKS, checkpoint=True), marks=pytest.mark.long),
+    ],
+    ids=Batch.name,
+)
 def test_killed_at_every_store_of_the_publication(
-    guest: Guest, chains: int, tmp_path: Path
+    engine: Engine, flash: Path, batch: Batch, tmp_path: Path
 ) -> None:
     """The answers are there, or the chains are executed again; the result register as well."""
-    base = guest.ring.used_index
-    submitted = [
-        guest.submit(write_data(number, number, bytes([number + 1]) * BLOCK_SIZE) + read_result())
-        for number in range(chains)
-    ]
-    published = base + chains
-    reading = guest.submit(read_result())
-    set_available(guest, published)
-    answers = [chain.writable[0].address for chain in (*submitted, reading)]
-    survivors = Survivors(guest, answers)
-    saved = tmp_path / "saved"
-    saved.mkdir()
-
-    def save() -> None:
-        for path in guest.flash.parent.glob("flash.img*"):
-            shutil.copy2(path, saved)
-
-    assert step_through(guest, survivors, save) > 1000
-    states = survivors.states
-    indices = [int.from_bytes(state[0][2:4], "little") for state in states]
-    # Used elements and answers come first, then one store publishes the batch.
-    assert set(indices) == {base, published}
-    assert indices == sorted(indices)
-    border = indices.index(published)
-    assert border > 3 * chains
-    sample = {0, border - 1, border, len(states) - 1, *range(0, border, max(border // 40, 1))}
-    for number in sorted(sample):
-        survivors.restore(states[number])
+    with Guest(engine, flash, size=512) as guest:
+        guest.journal = mmap.mmap(-1, 64)
+        if not batch.key:
+            keyed(guest)
+        base = guest.ring.used_index
+        submitted = [guest.submit(program_key() + read_result())] if batch.key else []
+        for number in range(batch.writes):
+            data = [bytes([number + 1]) * BLOCK_SIZE] * batch.blocks
+            submitted.append(guest.submit(write_data(number, number, *data) + read_result()))
+        published = base + len(submitted)
+        reading = guest.submit(read_result())
         set_available(guest, published)
-        for path in saved.iterdir():
-            shutil.copy2(path, guest.flash.parent)
-        guest.live(Life.serve)
-        assert guest.ring.used_index == published
-        for index, chain in enumerate(submitted):
-            element = guest.ring.used_element((base + index) % guest.ring.size)
-            assert element == (chain.head, FRAME_SIZE)
-            assert_written(guest, chain.writable[0].address, index + 1)
-        set_available(guest, published + 1)
-        guest.live(Life.serve)
-        assert_written(guest, reading.writable[0].address, chains)
-    survivors.release()
+        survivors = Survivors(guest, [each.writable[0].address for each in (*submitted, reading)])
+        if batch.replayed:
+            guest.live(*DEATH)
+        saved = tmp_path / "saved"
+        saved.mkdir()
+
+        def save() -> None:
+            for path in flash.parent.glob("flash.img*"):
+                shutil.copy2(path, saved)
+            if batch.checkpoint:
+                assert verify(Paths.resolve(str(saved / flash.name))).pending == []
+
+        step_through(guest, survivors, batch, save)
+        states = survivors.states
+        indices = [int.from_bytes(state[2:4], "little") for state in states]
+        # Used elements and answers come first, then one store publishes the batch.
+        assert set(indices) == {base, published}
+        assert indices == sorted(indices)
+        border = indices.index(published)
+        assert border > 2 * len(submitted)
+        spread = range(0, border, max(border // SAMPLE, 1))
+        for number in sorted({0, border - 1, border, len(states) - 1, *spread}):
+            survivors.restore(states[number])
+            set_available(guest, published)
+            for path in saved.iterdir():
+                shutil.copy2(path, flash.parent)
+            guest.live(Life.serve)
+            assert guest.ring.used_index == published
+            for index, chain in enumerate(submitted):
+                element = guest.ring.used_element((base + index) % guest.ring.size)
+                assert element == (chain.head, FRAME_SIZE)
+                assert_written(guest, chain.writable[0].address, index + (not batch.key))
+            set_available(guest, published + 1)
+            guest.live(Life.serve)
+            assert_written(guest, reading.writable[0].address, batch.writes)
+        assert verify(Paths.resolve(str(flash))).counter == batch.writes
+        survivors.release()
 
 
 def set_available(guest: Guest, index: int) -> None:

@@ -29,6 +29,21 @@ def step(child: int) -> int:
     return os.waitpid(child, 0)[1]
 
 
+def stop_at_changes(look: Callable[[], bytes]) -> None:
+    """From now on, stop this process when code in Python has changed what `look` returns."""
+    last = look()
+
+    def trace(frame: FrameType, _event: str, _argument: Any) -> Any:
+        nonlocal last
+        frame.f_trace_opcodes = True
+        if (found := look()) != last:
+            last = found
+            signal.raise_signal(signal.SIGSTOP)
+        return trace
+
+    sys.settrace(trace)
+
+
 def states_of(engine: str, action: Callable[[], object], look: Callable[[], bytes]) -> list[bytes]:
     """The states that `look` sees while `action` runs, the first and the last included.
 
