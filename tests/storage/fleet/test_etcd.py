@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.storage.fleet.story import KEK, Story, block
+from tests.support.daemon import PATIENCE
 from tests.support.etcd import EtcdCluster
 from tests.support.fake_engine import Cluster
 from tests.support.oracle import KEY
@@ -167,7 +168,7 @@ def test_no_acknowledged_write_is_lost_when_members_die(folder: Path, prefix: by
 
 def progress(count: Callable[[], int], steps: int) -> None:
     """Wait until a counter has gone on by some steps."""
-    first, end = count(), time.monotonic() + 60
+    first, end = count(), time.monotonic() + PATIENCE
     while count() < first + steps:
         assert time.monotonic() < end, "no progress"
         time.sleep(0.01)
