@@ -252,6 +252,7 @@ def fill_up(life: Life) -> None:
 
 
 @pytest.mark.needs_ptrace
+@pytest.mark.usefixtures("untraced")
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "batch",
