@@ -54,6 +54,7 @@ def pythons() -> dict[str, str]:
 
 PYTHONS = pythons()
 OURS = sysconfig.get_python_version()
+NEWEST = max(PYTHONS, key=lambda version: int(version.split(".")[1]))
 
 
 def make_venv(folder: Path, version: str) -> Path:
@@ -188,11 +189,20 @@ def installation(archives: Archives, tmp_path_factory: pytest.TempPathFactory) -
     return install(archives.wheel, OURS, tmp_path_factory)
 
 
-@pytest.fixture(scope="session", params=PYTHONS)
+@pytest.fixture(
+    scope="session",
+    params=[
+        pytest.param(version, marks=() if version in (OURS, NEWEST) else pytest.mark.long)
+        for version in PYTHONS
+    ],
+)
 def each_installation(
     request: pytest.FixtureRequest, wheels: Wheels, tmp_path_factory: pytest.TempPathFactory
 ) -> Installation:
-    """Each Python of the machine in turn, with its wheel; ours with the released one."""
+    """Each Python of the machine in turn, with its wheel; ours with the released one.
+
+    A build takes a minute: make test has ours and the newest one.
+    """
     version = request.param
     if version == OURS:
         ours: Installation = request.getfixturevalue("installation")
