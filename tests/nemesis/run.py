@@ -24,11 +24,13 @@ from tests.storage.fleet.story import KEK
 from tests.support.fleet import Host
 from vhost_rpmb.storage.fleet.administration import create, describe
 from vhost_rpmb.storage.fleet.contents import load, open_device
-from vhost_rpmb.storage.fleet.layout import Keys, after
+from vhost_rpmb.storage.fleet.layout import Keys, Owner, after
 from vhost_rpmb.storage.fleet.requests import Requests
 
 PREFIX = b"/test/"
 DEVICES = ("vm-1", "vm-2")
+MIN_ACKNOWLEDGED = 50  # writes to each device
+PATIENCE = 300.0  # seconds beyond the time of the run
 # Of each mutant: the faults of members and of daemons, and the violations that these lead to.
 MUTANTS: dict[str, tuple[tuple[str, ...], tuple[str, ...], str]] = {
     "no-compares": (
@@ -76,6 +78,10 @@ def main() -> None:
     for thread in (*guests, *nemeses):
         thread.start()
     time.sleep(seconds)
+    end = time.monotonic() + PATIENCE
+    while mutant is None and not _enough(store, histories):
+        assert time.monotonic() < end, "the guests are not served"
+        time.sleep(1)
     for nemesis in nemeses:
         nemesis.stop()
     for member in store.members:
@@ -91,6 +97,16 @@ def main() -> None:
     assert "Traceback" not in logs, logs
     print(json.dumps({"faults": [n.done for n in nemeses], "devices": report}))
     store.close()
+
+
+def _enough(store: Store, histories: dict[str, History]) -> bool:
+    """Whether the run says something, which takes longer on a busy machine."""
+    if any(history.acknowledged() < MIN_ACKNOWLEDGED for history in histories.values()):
+        return False
+    requests = Requests(store.connect())
+    names = [Keys(PREFIX, device).owner for device in histories]
+    owners = requests.read([], names).found.values()
+    return sum(Owner.unpack(record).epoch for record in owners) > 2 * len(names)
 
 
 def _methods(of: object, names: tuple[str, ...]) -> list[Callable[[], None]]:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from tests.nemesis.network import Place
 from tests.support.etcd import make_etcd
+from vhost_rpmb.storage.fleet.engine import Put
 from vhost_rpmb.storage.fleet.etcd import Endpoint, Etcd
 
 CLIENT, PEER = 2379, 2380
@@ -127,21 +128,21 @@ class Store:
 
     def changes(self, prefix: bytes, end: bytes) -> Iterator[Change]:
         """All changes of keys from the beginning, in order, up to now."""
-        last = self.connect().txn([], []).revision
+        # A last change in the range, which is answered only when all earlier ones are known.
+        marker = end[:-1] + bytes([end[-1] - 1]) + b"~"
+        last = self.connect().txn([], [Put(marker, b"end")]).revision
         member = self.leader()
         connection = http.client.HTTPConnection(member.place.address, CLIENT, timeout=60)
         first, until = (base64.b64encode(each).decode() for each in (prefix, end))
         create = {"key": first, "range_end": until, "start_revision": "1", "progress_notify": True}
         connection.request("POST", "/v3/watch", json.dumps({"create_request": create}))
         response = connection.getresponse()
-        # A change behind the last one of interest marks the end.
-        self.connect().txn([], [_marker(end)])
         while True:
             events = json.loads(response.readline())["result"].get("events", ())
             for event in events:
                 pair = event["kv"]
                 key, revision = base64.b64decode(pair["key"]), int(pair["mod_revision"])
-                if revision > last:
+                if revision >= last:
                     connection.close()
                     return
                 deleted = event.get("type") == "DELETE"
@@ -153,9 +154,3 @@ class Store:
             with suppress(ProcessLookupError, AssertionError):
                 member.signal(signal.SIGCONT)
             member.kill()
-
-
-def _marker(end: bytes) -> Any:
-    from vhost_rpmb.storage.fleet.engine import Put
-
-    return Put(end[:-1] + bytes([end[-1] - 1]) + b"~", b"end")
