@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import socket
 import subprocess
@@ -11,14 +10,13 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.support.authority import Authority
 from tests.support.daemon import Daemon, environment, until
 from tests.support.etcd import EtcdCluster
-from tests.support.fleet import LEASE, Host
+from tests.support.fleet import LEASE, Host, ask, create_device
 from tests.support.oracle import KEY
 from vhost_rpmb.driver.errors import BackendError
 from vhost_rpmb.driver.rpmb import RpmbClient
@@ -33,19 +31,6 @@ A, B = b"a" * 256, b"b" * 256
 def cluster() -> Iterator[EtcdCluster]:
     with EtcdCluster() as cluster:
         yield cluster
-
-
-def client(*arguments: str) -> dict[str, Any]:
-    """Run the client program; return its report."""
-    command = [sys.executable, "-m", "vhost_rpmb.client", "--json", "fleet", *arguments]
-    report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    fields = json.loads(report)
-    assert isinstance(fields, dict)
-    return fields
-
-
-def create_device(host: Host) -> None:
-    client("create", str(host.config), "vm-1")
 
 
 @pytest.fixture
@@ -111,6 +96,8 @@ def test_replaced_daemon_answers_nothing_and_ends(
         guest.write(0, A)
         second = serve(hosts[1], "--take-over=now")
         second.start()
+        with second.client(KEY) as other:
+            other.read_counter()
         if request_ == "write":
             with pytest.raises(BackendError):
                 guest.write(0, B)
@@ -202,17 +189,17 @@ def test_served_device_is_listed_and_described(
     hosts: list[Host], serve: Callable[..., Daemon]
 ) -> None:
     config = str(hosts[0].config)
-    client("create", config, "vm-0", "--size=256K")
+    ask("create", config, "vm-0", "--size=256K")
     with serve(hosts[0]) as daemon, daemon.client() as guest:
         guest.program_key(KEY)
         guest.write(0, A)
-        listed = client("list", config)["devices"]
+        listed = ask("list", config)["devices"]
         assert [(each["device"], each["size"], each["counter"]) for each in listed] == [
             ("vm-0", 256 * 1024, 0),
             ("vm-1", 128 * 1024, 1),
         ]
         assert (
-            client("info", config, "vm-1")
+            ask("info", config, "vm-1")
             == listed[1]
             == {
                 "device": "vm-1",
@@ -226,20 +213,21 @@ def test_served_device_is_listed_and_described(
                 "pid": daemon.pid,
             }
         )
-    assert client("info", config, "vm-1")["alive"] is False
+    assert ask("info", config, "vm-1")["alive"] is False
 
 
 def test_quarantined_device_is_served_again_when_accepted(
     hosts: list[Host], serve: Callable[..., Daemon]
 ) -> None:
     config = str(hosts[0].config)
-    client("quarantine", config)
-    assert client("info", config, "vm-1")["quarantined"] is True
+    ask("quarantine", config)
+    assert ask("info", config, "vm-1")["quarantined"] is True
     with pytest.raises(RuntimeError, match="vm-1 is quarantined"):
         serve(hosts[0]).start()
-    client("accept", config, "vm-1")
-    with serve(hosts[0]) as daemon:
-        assert client("info", config, "vm-1")["pid"] == daemon.pid
+    ask("accept", config, "vm-1")
+    with serve(hosts[0]) as daemon, daemon.client() as guest:
+        guest.program_key(KEY)
+        assert ask("info", config, "vm-1")["pid"] == daemon.pid
 
 
 def test_daemon_works_over_tls(tmp_path: Path, serve: Callable[..., Daemon]) -> None:

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from tests.support.daemon import SANDBOX, Daemon
 
@@ -56,3 +59,22 @@ class Host:
         daemon.command_line[flash : flash + 1] = [self.store, f"--device={device}"]
         os.unlink(daemon.flash_path)
         return daemon
+
+
+def ask(*arguments: str) -> dict[str, Any]:
+    """Run the client program; return its report."""
+    command = [sys.executable, "-m", "vhost_rpmb.client", "--json", "fleet", *arguments]
+    report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    fields = json.loads(report)
+    assert isinstance(fields, dict)
+    return fields
+
+
+def create_device(host: Host) -> None:
+    """Create the device "vm-1"."""
+    ask("create", str(host.config), "vm-1")
+
+
+def describe(host: Host) -> dict[str, Any]:
+    """The present state of the device "vm-1"."""
+    return ask("info", str(host.config), "vm-1")

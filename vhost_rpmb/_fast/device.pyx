@@ -99,13 +99,9 @@ cdef class RpmbDevice:
         self._strict = bool(strict)
         self._features = DEFAULT if virtio_features is None else virtio_features
         check(self._features)
-        self._counter = store.counter
-        if store.key is not None:
-            self._authenticator = Authenticator(store.key)
         self._store = store
         self._confirm = store.confirm
-        self._window = Window(store.replay)
-        self._owed = self._window.left
+        self.reload()
         self._journal = None
         self._batch = Batch()
         self._malformed = MalformedLog()
@@ -166,6 +162,13 @@ cdef class RpmbDevice:
         if self._journal is not None:
             memset(&self._journal[0], 0, JOURNAL_SIZE)
 
+    def reload(self):
+        self._counter = self._store.counter
+        key = self._store.key
+        self._authenticator = None if key is None else Authenticator(key)
+        self._window = Window(self._store.replay)
+        self._owed = self._window.left
+
     def reset(self):
         self.clear_register()
         if self._owed:
@@ -188,7 +191,7 @@ cdef class RpmbDevice:
                 if not view.commit(replay):
                     replay = None
                     self._execute(False)
-            if self._confirm is not None:
+            if self._confirm is not None and batch.count:
                 self._confirm()  # after the commit, which may have waited
             self._counter = view.counter
             self._authenticator = view.authenticator

@@ -72,10 +72,10 @@ class RpmbDevice:
         self._features = features.DEFAULT if virtio_features is None else virtio_features
         features.check(self._features)
         self._capacity_blocks = size // spec.BLOCK_SIZE
-        self._authenticator = Authenticator(store.key) if store.key is not None else None
+        self._authenticator: Authenticator | None = None
         self._register: Register | None = None
         self._journal: Journal | None = None
-        self._window = Window(store.replay)
+        self.reload()
         self._batch = Batch()
         self._malformed = MalformedLog()
 
@@ -109,6 +109,12 @@ class RpmbDevice:
         if self._journal is not None:
             self._journal.clear()
 
+    def reload(self) -> None:
+        """Take counter, key and replay record again: another daemon may have changed them."""
+        key = self._store.key
+        self._authenticator = Authenticator(key) if key is not None else None
+        self._window = Window(self._store.replay)
+
     def reset(self) -> None:
         """Clear the result register and owe no answer (RESET_DEVICE); durable state stays."""
         self.clear_register()
@@ -135,7 +141,7 @@ class RpmbDevice:
                 if not view.commit(replay):
                     replay = None
                     view, answers = self._execute(writable=False)
-            if self._confirm is not None:
+            if self._confirm is not None and batch.work:
                 self._confirm()  # after the commit, which may have waited
         except BaseException:
             queue._abandon()  # the process ends

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A device whose state hosts share: the start, and the renewal of its ownership in the event loop.
+"""A device whose state hosts share: its start, and in the event loop the renewal of its ownership.
 
 Imported only with --store.
 """
@@ -14,10 +14,10 @@ from vhost_rpmb import libc
 from vhost_rpmb.errors import UsageError
 from vhost_rpmb.storage.fleet.config import load
 from vhost_rpmb.storage.fleet.layout import Keys
-from vhost_rpmb.storage.fleet.opening import open_store
+from vhost_rpmb.storage.fleet.opening import Opening
 from vhost_rpmb.storage.fleet.requests import Requests
-from vhost_rpmb.storage.fleet.store import FleetStore
-from vhost_rpmb.storage.interface import TakeOver
+from vhost_rpmb.storage.fleet.tenancy import Tenancy
+from vhost_rpmb.storage.interface import SharedStore, TakeOver
 
 __all__ = ["Renewal", "open_fleet"]
 
@@ -32,10 +32,10 @@ def open_fleet(
     *,
     stopping: Callable[[], bool],
     report: Callable[[str], None],
-) -> tuple[FleetStore, int]:
-    """Take a device over as the options say; return its store and the time of its lease.
+) -> Tenancy:
+    """Prepare to serve a device as the options say; a ring that runs takes it over.
 
-    Raises UsageError, StateError, `Fenced`, and `Stopped` if a stop is requested meanwhile.
+    Raises UsageError, StateError, and `Stopped` if a stop is requested meanwhile.
     """
     if not store.startswith(_KIND):
         raise UsageError(f"--store: expected {_KIND}CONFIG, found {store!r}: name a configuration")
@@ -43,18 +43,17 @@ def open_fleet(
     kek = config.key_encryption_key()
     engine = config.connect()
     try:
-        opened = open_store(
+        opening = Opening(
             Requests(engine, stopping=stopping, report=report),
             Keys(config.prefix, device),
             kek,
-            witness_folder=config.witness,
-            mode=take_over,
-            lease_seconds=config.lease_seconds,
+            config.witness,
+            config.confirmed_reads,
         )
+        return Tenancy(opening, mode=take_over, lease_seconds=config.lease_seconds)
     except BaseException:
         engine.close()
         raise
-    return opened, config.lease_seconds
 
 
 class _Loop(Protocol):
@@ -63,17 +62,25 @@ class _Loop(Protocol):
 
 
 class Renewal:
-    """Renews the ownership in intervals, for as long as the daemon serves events."""
+    """Renews the ownership in intervals, for as long as the daemon serves events.
 
-    def __init__(self, loop: _Loop, store: FleetStore, lease_seconds: int) -> None:
+    While a front-end is connected whose ring does not run, for instance that of a virtual machine
+    which is about to arrive, the state in memory follows that of the owner.
+    """
+
+    def __init__(self, loop: _Loop, store: SharedStore, connected: Callable[[], bool]) -> None:
         self._loop = loop
         self._store = store
-        self._fd = libc.interval_timer(lease_seconds / _RENEWALS)
+        self._connected = connected
+        self._fd = libc.interval_timer(store.lease_seconds / _RENEWALS)
         loop.add(self._fd, self._renew)
 
     def _renew(self) -> None:
         os.read(self._fd, 8)
-        self._store.renew()
+        if self._store.owned:
+            self._store.renew()
+        elif self._connected():
+            self._store.refresh()
 
     def close(self) -> None:
         """Stop the timer."""

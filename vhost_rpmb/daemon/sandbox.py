@@ -17,6 +17,8 @@ import socket
 import stat
 from collections.abc import Collection, Mapping
 from contextlib import suppress
+from functools import reduce
+from operator import or_
 
 from vhost_rpmb import libc
 from vhost_rpmb.storage.interface import Access
@@ -35,11 +37,11 @@ _LANDLOCK_CREATE_RULESET_VERSION = 1
 _LANDLOCK_RULE_PATH_BENEATH = 1
 _LANDLOCK_RULE_NET_PORT = 2
 _CONNECT_TCP = 1 << 1
-# Rights in a folder and everything below it. None allows to open a file for reading or to truncate
-# it by its name: files that serving reads and truncates are open already.
+# Rights in a folder and everything below it. None allows to truncate a file by its name.
 _RIGHTS = {
     Access.WRITE: 1 << 1,  # open files for writing
     Access.SYNC: 1 << 3,  # open the folder; seccomp allows no listing
+    Access.READ: 1 << 2 | 1 << 3,  # open files for reading, and the folder; seccomp allows listing
     Access.REMOVE: 1 << 5,  # remove files that are not folders
     Access.CREATE: 1 << 8,  # create regular files, and with REMOVE rename them
 }
@@ -130,7 +132,8 @@ def enter(
         )
     if library is not None:
         try:
-            _filter_calls(library, descriptor_store, connections=bool(ports))
+            listing = any(Access.READ in access for access in folders.values())
+            _filter_calls(library, descriptor_store, listing, connections=bool(ports))
         except OSError as error:
             logger.warning("sandbox: no seccomp filter: %s", error.strerror)
 
@@ -177,7 +180,7 @@ def _restrict_files(folders: Mapping[str, Access], ports: Collection[int]) -> No
     ruleset = call(_LANDLOCK_CREATE_RULESET, ctypes.byref(attributes), size, 0)
     try:
         for path, access in folders.items():
-            rights = sum(right for operation, right in _RIGHTS.items() if operation in access)
+            rights = reduce(or_, (_RIGHTS[operation] for operation in access), 0)
             parent = os.open(path, os.O_PATH | os.O_CLOEXEC)
             try:
                 rule = _PathBeneath(rights, parent)
@@ -208,7 +211,9 @@ class _Comparison(ctypes.Structure):
     )
 
 
-def _filter_calls(library: ctypes.CDLL, descriptor_store: bool, *, connections: bool) -> None:
+def _filter_calls(
+    library: ctypes.CDLL, descriptor_store: bool, listing: bool, *, connections: bool
+) -> None:
     library.seccomp_init.restype = ctypes.c_void_p
     context = ctypes.c_void_p(library.seccomp_init(ctypes.c_uint32(_FAIL)))
     if not context:
@@ -229,6 +234,8 @@ def _filter_calls(library: ctypes.CDLL, descriptor_store: bool, *, connections: 
     try:
         for name in _ALLOWED:
             allow(name)
+        if listing:
+            allow("getdents64")
         if descriptor_store:
             for name in _DESCRIPTOR_STORE:
                 allow(name)

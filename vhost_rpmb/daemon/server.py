@@ -27,7 +27,7 @@ from vhost_rpmb.daemon.listener import open_socket
 from vhost_rpmb.daemon.notify import Notifier
 from vhost_rpmb.errors import Fenced, PeerError, Stopped, UsageError
 from vhost_rpmb.log import LimitedLog
-from vhost_rpmb.storage.interface import Access, Resources, Store, TakeOver
+from vhost_rpmb.storage.interface import Access, Resources, SharedStore, Store, TakeOver
 from vhost_rpmb.storage.local.opening import open_store
 from vhost_rpmb.storage.paths import Paths
 from vhost_rpmb.vhost_user.interfaces import Device
@@ -42,6 +42,7 @@ _IDLE = 1.0  # seconds without an event before a checkpoint
 _RETRY = 60.0  # seconds between a failed checkpoint and the next one
 _PATIENCE = 1.0  # seconds between interruptions of a system call that a front-end blocks
 _STATUS_INTERVAL = 1.0  # seconds between two status lines for the service manager
+_OWNER_POLL = 0.05  # seconds between two looks at a device that another daemon owns
 _ACCEPT_PAUSE = 0.1  # seconds, when the system has no descriptor or memory for a connection
 _PEER = struct.Struct("iII")  # SO_PEERCRED: pid, uid, gid
 _SO_PEERPIDFD = 77  # since Linux 6.5
@@ -101,7 +102,7 @@ def run(options: Options) -> None:
         stop = StopSignals(loop)
         stack.callback(stop.close)
         try:
-            store = _open_store(options, loop, stop, notifier, stack)
+            store, shared = _open_store(options, stop, notifier, stack)
         except Stopped:
             return
         chosen = engine.load(options.engine)
@@ -114,8 +115,13 @@ def run(options: Options) -> None:
             listening=listening,
             once=options.once,
             poll_us=options.poll_us,
+            shared=shared,
         )
         stack.callback(server.close)
+        if shared is not None:
+            from vhost_rpmb.daemon.fleet import Renewal
+
+            stack.callback(Renewal(loop, shared, lambda: server.connected).close)
         if options.sandbox:
             resources = store.resources()
             sandbox.enter(
@@ -149,9 +155,12 @@ def run(options: Options) -> None:
 
 
 def _open_store(
-    options: Options, loop: EventLoop, stop: StopSignals, notifier: Notifier, stack: ExitStack
-) -> Store:
-    """Open the home of the state that the options name; ``stack`` closes it."""
+    options: Options, stop: StopSignals, notifier: Notifier, stack: ExitStack
+) -> tuple[Store, SharedStore | None]:
+    """Open the home of the state that the options name; ``stack`` closes it.
+
+    A home that hosts share is the second value too.
+    """
     if options.flash_path is not None:
         local = open_store(
             Paths.resolve(options.flash_path, options.state_path, options.key_path),
@@ -159,10 +168,10 @@ def _open_store(
             initial_counter=options.initial_counter,
         )
         stack.callback(local.close)
-        return local
-    from vhost_rpmb.daemon.fleet import Renewal, open_fleet  # imported lazily: few devices use it
+        return local, None
+    from vhost_rpmb.daemon.fleet import open_fleet  # imported lazily: few devices use it
 
-    fleet, lease_seconds = open_fleet(
+    fleet = open_fleet(
         options.store or "",
         options.device or "",
         options.take_over,
@@ -170,8 +179,7 @@ def _open_store(
         report=lambda reason: notifier.send(f"STATUS=waiting for the store: {reason}"),
     )
     stack.callback(fleet.close)
-    stack.callback(Renewal(loop, fleet, lease_seconds).close)
-    return fleet
+    return fleet, fleet
 
 
 def _open_socket(
@@ -216,6 +224,8 @@ def serve(loop: EventLoop, stop: StopSignals, server: Server, store: Store, stat
         timeout: float | None = None
         if server.pending:
             timeout = 0
+        elif server.waiting:
+            timeout = _OWNER_POLL
         elif store.checkpoint_due:
             timeout = max(_IDLE, not_before - time.monotonic())
         happened = loop.wait(timeout)
@@ -272,6 +282,7 @@ class Server:
         listening: bool,
         once: bool,
         poll_us: int,
+        shared: SharedStore | None = None,
     ) -> None:
         self._loop = loop
         self._listener = sock
@@ -286,6 +297,8 @@ class Server:
         self._process = -1  # pidfd of the process that connected: readable after its end
         self._replaceable = False  # the next front-end ends this connection
         self._log = LimitedLog(logger)
+        self._shared = shared
+        self.waiting = False  # to own the device: requests stay in the ring
         self.done = False
 
     @property
@@ -296,7 +309,7 @@ class Server:
     @property
     def pending(self) -> bool:
         """Whether `run` has work."""
-        return self._session is not None and self._session.pending
+        return self._session is not None and self._session.pending and not self.waiting
 
     def listen(self) -> None:
         """Accept the next front-end; others wait in the socket's backlog meanwhile."""
@@ -324,8 +337,7 @@ class Server:
             logger.info("front-end taken over: %s", _peer(sock))
             # What made the earlier process end may be the next message or request.
             self._receive()
-            if self._session is not None:
-                self._guard(partial(self._session.run, once=True))
+            self.run(once=True)
             self._handover.served()
 
     def _begin(self, sock: socket.socket) -> Session:
@@ -334,6 +346,7 @@ class Server:
             *(sock, self._device, self._engine, self._loop, self._log),
             poll_us=self._poll_us,
             keeper=self._handover if self._handover.active else None,
+            stopped=self._release if self._shared is not None else None,
         )
         self._connection = sock
         self._loop.add(sock.fileno(), self._receive)
@@ -341,9 +354,29 @@ class Server:
             self._watch_process(sock)
         return self._session
 
-    def run(self) -> bool:
-        """Serve each pending vring; True if that was a second without any event."""
-        return self._session is not None and self._guard(self._session.run)
+    def run(self, *, once: bool = False) -> bool:
+        """Serve each pending vring, with `once` one batch of it, as soon as the device is owned.
+
+        True if that was a second without any event.
+        """
+        if self._session is None or (self._session.pending and not self._own()):
+            return False
+        return self._guard(partial(self._session.run, once=once))
+
+    def _own(self) -> bool:
+        """Own the device, if hosts share it: a vring runs."""
+        if self._shared is None or self._shared.owned:
+            return True
+        self.waiting = not self._shared.begin()
+        if not self.waiting:
+            self._device.reload()
+        return not self.waiting
+
+    def _release(self) -> None:
+        """Let another daemon own the device: no vring runs."""
+        if self._shared is not None:
+            self._shared.end()
+            self.waiting = False
 
     def close(self) -> None:
         """Leave the front-end to the next process or, if that cannot be, disconnect it."""
@@ -365,6 +398,7 @@ class Server:
                 self._session.leave()
             else:
                 self._session.close()
+                self._release()
             self._session = self._connection = None
 
     def _watch_process(self, sock: socket.socket) -> None:

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple, Protocol
 
 from vhost_rpmb.rpmb.replay import NO_REPLAY, Replay
 
-__all__ = ["Access", "DeviceStore", "Resources", "Store", "TakeOver"]
+__all__ = ["Access", "DeviceStore", "Resources", "SharedStore", "Store", "TakeOver"]
 
 
 TakeOver = Literal["expired", "now", "never"]  # from the present owner, see docs/fleet.md
@@ -26,6 +26,7 @@ class Access(enum.Flag):
     REMOVE = enum.auto()
     WRITE = enum.auto()  # open for writing; files that are open already need no access
     SYNC = enum.auto()  # open the folder itself and sync it
+    READ = enum.auto()  # list the folder, and open files for reading
 
 
 class Resources(NamedTuple):
@@ -131,3 +132,33 @@ class Store(DeviceStore, Protocol):
         Idempotent. Never raises for failures of the storage: they are logged, and the next start
         recovers the state.
         """
+
+
+class SharedStore(Store, Protocol):
+    """A store that hosts share: owned while a ring runs, otherwise not, and `commit` not allowed.
+
+    At each `begin` counter, key and replay record may have changed, but neither name nor size.
+    """
+
+    @property
+    def lease_seconds(self) -> int:
+        """The time in which `renew` has to be called several times while it is owned."""
+
+    @property
+    def owned(self) -> bool:
+        """Whether this daemon owns the device."""
+
+    def begin(self) -> bool:
+        """Own the device, so that requests may be served; False: not yet, try again soon.
+
+        Raises StateError if it cannot be owned, `Fenced` and `Stopped`.
+        """
+
+    def end(self) -> None:
+        """Let another daemon own the device; idempotent, and cheap if it is not owned."""
+
+    def renew(self) -> None:
+        """Stay the owner. Raises `Fenced`."""
+
+    def refresh(self) -> None:
+        """While it is not owned: read what changed, so that `begin` takes less time."""

@@ -40,6 +40,8 @@ class Session:
     The caller's event loop calls `receive` when the socket is readable, and `run` while `pending`
     is true, between other events. The vrings add their kick descriptors to `watcher`.
 
+    `stopped` is called after each message while no vring runs, before the reply is sent.
+
     With a `keeper`, another process can continue the connection: the state and the reply to a
     message are saved together, before the reply is sent and before a vring that it changed runs.
     """
@@ -54,9 +56,11 @@ class Session:
         *,
         poll_us: int = 0,
         keeper: Keeper | None = None,
+        stopped: Callable[[], None] | None = None,
     ) -> None:
         self._sock = sock
         self._keeper = keeper
+        self._stopped = stopped
         self._watcher = watcher
         self._log = log
         self._reader = (
@@ -189,6 +193,10 @@ class Session:
             reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
             reply = self._refuse(row, message, f"{name}: {reason}")
         else:
+            if self._stopped is not None and not any(
+                vring.running for vring in self._backend.vrings
+            ):
+                self._stopped()
             if reply is None and self._wants_ack(message):
                 reply = wire.pack_u64(_ACK_SUCCESS)
         fds: Sequence[int] = ()

@@ -23,6 +23,7 @@ password-file = "/etc/password"
 key-file = "/etc/kek"
 witness = "/var/lib/witness"
 lease = 60
+reads = "confirmed"
 """
 LEAST = """\
 endpoints = ["http://127.0.0.1:2379"]
@@ -52,6 +53,7 @@ def test_complete_file(file: Path) -> None:
         "key_file": "/etc/kek",
         "witness": "/var/lib/witness",
         "lease_seconds": 60,
+        "confirmed_reads": True,
     }
 
 
@@ -60,6 +62,7 @@ def test_defaults(file: Path) -> None:
     config = load(str(file))
     assert (config.tls, config.prefix, config.lease_seconds) == (False, b"/vhost-rpmb/1/", 15)
     assert (config.ca, config.certificate, config.user) == (None, None, None)
+    assert config.confirmed_reads is False
 
 
 @pytest.mark.parametrize(
@@ -85,6 +88,8 @@ def test_defaults(file: Path) -> None:
         ("lease = 60", "lease = 4", "lease: expected 5 to 3600 seconds, found 4"),
         ("lease = 60", "lease = 3601", "lease: expected 5 to 3600 seconds, found 3601"),
         ("lease = 60", "lease = true", "lease: expected a number, found True"),
+        ('"confirmed"', '"fast"', "reads: expected 'lease' or 'confirmed', found 'fast'"),
+        ('"confirmed"', "true", "reads: expected text, found True"),
         ("lease = 60", "leese = 60", "leese: expected a known field, found an unknown one"),
         ("https://", "http://", "ca: expected it with https endpoints only, found http"),
     ],

@@ -43,6 +43,7 @@ class Config(NamedTuple):
     key_file: str
     witness: str
     lease_seconds: int
+    confirmed_reads: bool
 
     def connect(self) -> Etcd:
         """Read certificates and password, resolve names; nothing is sent yet.
@@ -147,6 +148,7 @@ class _Reader:
             self._file("key-file", required=True) or "",
             self._file("witness", required=True) or "",
             self._lease(),
+            self._choice("reads", ("lease", "confirmed")) == "confirmed",
         )
         if self._fields:
             name = min(self._fields)
@@ -210,6 +212,13 @@ class _Reader:
             expected = f"{_LEASES[0]} to {_LEASES[-1]} seconds"
             raise self._error("lease", expected, str(lease))
         return lease
+
+    def _choice(self, name: str, choices: tuple[str, ...]) -> str:
+        """Return one of the words, the first one if there is no field."""
+        word: str = self._take(name, str, choices[0])
+        if word not in choices:
+            raise self._error(name, " or ".join(map(repr, choices)), repr(word))
+        return word
 
     def _file(self, name: str, *, required: bool = False) -> str | None:
         """Return an absolute path, or that of a systemd credential."""

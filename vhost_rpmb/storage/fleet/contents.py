@@ -33,7 +33,7 @@ from vhost_rpmb.storage.fleet.layout import (
 from vhost_rpmb.storage.fleet.requests import Requests
 from vhost_rpmb.storage.fleet.seal import KeyEncryptionKey, Sealer, Unsealable
 
-__all__ = ["Contents", "Device", "load", "open_device"]
+__all__ = ["Contents", "Device", "State", "blank", "load", "open_device", "update"]
 
 _CHUNKS_PER_PAGE = 16
 _ENTRIES_PER_PAGE = 32
@@ -59,6 +59,13 @@ class Contents(NamedTuple):
     replay: Replay  # of the last commit
     key: bytes | None
     last_chain: bytes  # the chain value before the last entry
+
+
+class State(NamedTuple):
+    """The state in memory, and the head that it belongs to."""
+
+    device: Device
+    contents: Contents
 
 
 def open_device(
@@ -99,21 +106,31 @@ def context(keys: Keys, info: Info) -> bytes:
     return keys.context(info.life) + b"\0%d" % info.size
 
 
-def load(requests: Requests, keys: Keys, device: Device) -> Contents:
-    """Read and verify the state that belongs to the head. Raises StateError.
+def blank(size: int) -> Contents:
+    """Return contents for a device of which nothing was loaded."""
+    memory = mmap.mmap(-1, size)
+    return Contents(memory, [0] * (size // CHUNK), set(), 0, NO_REPLAY, None, NO_CHAIN)
 
-    The caller owns the device. If it lost it meanwhile, the parts may not match.
+
+def load(
+    requests: Requests, keys: Keys, device: Device, memory: mmap.mmap | None = None
+) -> Contents:
+    """Read and verify the state that belongs to the head, into ``memory`` if given.
+
+    Raises StateError, also if another daemon changes the device meanwhile.
     """
     info, sealer, head = device.info, device.sealer, device.head
     try:
         table, key = _table_and_key(requests, keys, device)
-        memory = mmap.mmap(-1, info.size)
+        if memory is None:
+            memory = mmap.mmap(-1, info.size)
+        memory[:] = bytes(info.size)
         _load_chunks(requests, keys, device, table, memory)
         pending: set[int] = set()
         log_bytes, replay = 0, NO_REPLAY
         value = last_chain = table.chain
         seq = max(head.folded - 1, 0)
-        for sealed in _entries(requests, keys, info.life, seq):
+        for sealed in _entries(requests, keys, info.life, seq, keys.log(info.life)):
             seq += 1
             last_chain, value = value, chain(value, sealed)
             entry = Entry.unpack(sealer.open(sealed, Entry.place(seq)))
@@ -127,6 +144,51 @@ def load(requests: Requests, keys: Keys, device: Device) -> Contents:
         reason = str(error) or "a record was changed in the store"
         raise StateError(f"the device {keys.device}: {reason}: restore the store") from error
     return Contents(memory, list(table.versions), pending, log_bytes, replay, key, last_chain)
+
+
+def update(requests: Requests, keys: Keys, device: Device, known: State) -> Contents:
+    """Read what has changed since an earlier head, into the same memory; verified as by `load`.
+
+    Where the log does not reach back to that head, or does not continue it, all is read again.
+    Raises StateError, also if another daemon changes the device meanwhile.
+    """
+    head, last = device.head, known.device.head
+    if device.info.life != known.device.info.life:
+        raise StateError(
+            f"the device {keys.device} was replaced by another one of this name: start again"
+        )
+    continues = head.incarnation == last.incarnation and head.folded <= last.seq <= head.seq
+    contents = _continue(requests, keys, device, known) if continues else None
+    return contents or load(requests, keys, device, known.contents.memory)
+
+
+def _continue(requests: Requests, keys: Keys, device: Device, known: State) -> Contents | None:
+    """Apply the log behind a known state; None if it does not lead to the head."""
+    info, sealer, head = device.info, device.sealer, device.head
+    contents, seq, value = known.contents, known.device.head.seq, known.device.head.chain
+    pending, log_bytes = set(contents.pending), contents.log_bytes
+    replay, last_chain = contents.replay, contents.last_chain
+    versions, key = contents.versions, contents.key
+    try:
+        if head.folded != known.device.head.folded or head.programmed != (key is not None):
+            table, key = _table_and_key(requests, keys, device)
+            versions = list(table.versions)
+        if seq != head.seq:
+            first = keys.entry(info.life, seq + 1)
+            for sealed in _entries(requests, keys, info.life, seq, first):
+                seq += 1
+                last_chain, value = value, chain(value, sealed)
+                entry = Entry.unpack(sealer.open(sealed, Entry.place(seq)))
+                replay = _replay(entry.record)
+                _apply(entry, contents.memory, pending)
+                log_bytes += len(sealed)
+                if seq == head.seq:
+                    break
+    except (Malformed, Unsealable):
+        return None
+    if seq != head.seq or value != head.chain:
+        return None
+    return Contents(contents.memory, versions, pending, log_bytes, replay, key, last_chain)
 
 
 def _replay(record: bytes) -> Replay:
@@ -170,10 +232,12 @@ def _load_chunks(
         raise Malformed(f"expected chunk {min(missing)}, found none")
 
 
-def _entries(requests: Requests, keys: Keys, life: str, before: int) -> Iterator[bytes]:
-    """Read the log behind an entry; each one has the next number."""
+def _entries(
+    requests: Requests, keys: Keys, life: str, before: int, first: bytes
+) -> Iterator[bytes]:
+    """Read the log from the key ``first`` on; each entry has the number after ``before``."""
     prefix = keys.log(life)
-    for key, sealed in requests.pages(prefix, after(prefix), _ENTRIES_PER_PAGE):
+    for key, sealed in requests.pages(first, after(prefix), _ENTRIES_PER_PAGE):
         before += 1
         if _number(key, prefix) != before:
             raise Malformed(f"expected log entry {before}, found another")

@@ -1,26 +1,153 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Taking a device over: become the owner, load the state, verify it, and only then serve."""
+"""Opening a device: look at it, become its owner, load and verify the state, only then serve."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from typing import NamedTuple
 
 from vhost_rpmb.errors import StateError
-from vhost_rpmb.storage.fleet.contents import Contents, Device, load, open_device
+from vhost_rpmb.storage.fleet.contents import (
+    Contents,
+    Device,
+    State,
+    blank,
+    load,
+    open_device,
+    update,
+)
 from vhost_rpmb.storage.fleet.engine import Refused
 from vhost_rpmb.storage.fleet.layout import Keys, Owner
-from vhost_rpmb.storage.fleet.ownership import Ownership, boot_time, take_over
+from vhost_rpmb.storage.fleet.ownership import Ownership, boot_time, present_owner, take_over
 from vhost_rpmb.storage.fleet.requests import Requests
 from vhost_rpmb.storage.fleet.seal import KeyEncryptionKey
 from vhost_rpmb.storage.fleet.store import FleetStore
 from vhost_rpmb.storage.fleet.witness import Witness
-from vhost_rpmb.storage.interface import TakeOver
+from vhost_rpmb.storage.interface import Resources, TakeOver
 
-__all__ = ["open_store"]
+__all__ = ["Opening", "open_store", "say_waiting"]
 
 logger = logging.getLogger(__name__)
+
+_LOOKS = 3  # at a device that its owner changes meanwhile
+
+
+class Opening(NamedTuple):
+    """How this host opens one device."""
+
+    requests: Requests
+    keys: Keys
+    kek: KeyEncryptionKey
+    witness_folder: str
+    confirmed_reads: bool = False
+
+    def look(self, mode: TakeOver) -> State:
+        """Check that this host may serve the device, and load it without owning it.
+
+        If its owner changed it all the time, the state is blank and belongs to no head that exists.
+        Raises StateError and `Stopped`.
+        """
+        device = self._look_once(mode)
+        for _ in range(_LOOKS):
+            try:
+                return State(device, load(self.requests, self.keys, device))
+            except Refused as error:
+                raise _refused(self.keys.device, error) from error
+            except StateError:
+                before = device.head_record
+                device = self._look_once(mode)
+                if device.head_record == before:
+                    raise
+        no_head = device.head._replace(incarnation=b"")
+        return State(device._replace(head_record=b"", head=no_head), blank(device.info.size))
+
+    def refresh(self, known: State) -> State:
+        """Bring a state that was loaded without owning the device closer to the present one.
+
+        Raises as `look` does, and StateError if the owner changed the device meanwhile.
+        """
+        device = self._look_once("expired")
+        return State(device, update(self.requests, self.keys, device, known))
+
+    def own(self, ownership: Ownership, known: State | None) -> FleetStore:
+        """Return the store of a device that is owned now; ``known`` may be out of date.
+
+        Raises StateError, `Fenced` if another daemon takes it over meanwhile, and `Stopped`. A
+        refused start leaves the device free.
+        """
+        requests, keys = self.requests, self.keys
+        with ExitStack() as undo:
+            undo.callback(ownership.release)
+            device, witness, revision = self._check(
+                lambda found: ownership.check(found.get(keys.owner))
+            )
+            contents = self._load_owned(ownership, device, known)
+            witness.record(keys.device, device.head, revision)
+            store = FleetStore(
+                *(requests, keys, ownership, device, contents, witness, revision),
+                confirmed_reads=self.confirmed_reads,
+            )
+            undo.pop_all()
+            return store
+
+    def resources(self) -> Resources:
+        """Return the folder of the witness and the ports of the engine."""
+        return (
+            Witness(self.witness_folder, b"").resources()._replace(ports=self.requests.engine.ports)
+        )
+
+    def _look_once(self, mode: TakeOver) -> Device:
+        return self._check(lambda found: present_owner(self.keys, found, mode))[0]
+
+    def _check(
+        self, check_owner: Callable[[Mapping[bytes, bytes]], object]
+    ) -> tuple[Device, Witness, int]:
+        """Read and check everything but the contents; return it with the engine's revision."""
+        keys = self.keys
+        try:
+            answer = self.requests.read(
+                [], [keys.owner, keys.alive, keys.head, keys.info, keys.incarnation]
+            )
+        except Refused as error:
+            raise _refused(keys.device, error) from error
+        found = answer.found
+        check_owner(found)
+        device = open_device(keys, found.get(keys.info), found.get(keys.head), self.kek)
+        incarnation = found.get(keys.incarnation, b"")
+        if device.head.incarnation != incarnation:
+            raise StateError(
+                f"the device {keys.device} is quarantined, because the store was restored from"
+                " a backup: accept the device"
+            )
+        witness = Witness(self.witness_folder, incarnation)
+        witness.check(keys.device, device.head, answer.revision)
+        return device, witness, answer.revision
+
+    def _load_owned(self, ownership: Ownership, device: Device, known: State | None) -> Contents:
+        """Load the state; of a device that was lost meanwhile the parts need not match."""
+        requests, keys = self.requests, self.keys
+
+        def check_owner() -> None:
+            ownership.check(requests.read([], [keys.owner]).found.get(keys.owner))
+
+        try:
+            if known is not None and known.device.head_record == device.head_record:
+                return known.contents
+            try:
+                contents = (
+                    load(requests, keys, device)
+                    if known is None
+                    else update(requests, keys, device, known)
+                )
+            except StateError:
+                check_owner()
+                raise
+            check_owner()
+        except Refused as error:
+            raise _refused(keys.device, error) from error
+        return contents
 
 
 def open_store(
@@ -31,6 +158,7 @@ def open_store(
     witness_folder: str,
     mode: TakeOver = "expired",
     lease_seconds: int = 15,
+    confirmed_reads: bool = False,
     clock: Callable[[], float] = boot_time,
 ) -> FleetStore:
     """Own a device and load its state.
@@ -39,54 +167,23 @@ def open_store(
     start leaves the device free.
     """
     try:
-        with ExitStack() as undo:
-            ownership = take_over(
-                requests,
-                keys,
-                mode,
-                lease_seconds=lease_seconds,
-                clock=clock,
-                waiting=lambda owner: _say_waiting(keys.device, owner),
-            )
-            undo.callback(ownership.release)
-            answer = requests.read([ownership.compare], [keys.head, keys.info, keys.incarnation])
-            if not answer.succeeded:
-                _check_owner(requests, keys, ownership)
-            found = answer.found
-            device = open_device(keys, found.get(keys.info), found.get(keys.head), kek)
-            incarnation = found.get(keys.incarnation, b"")
-            if device.head.incarnation != incarnation:
-                raise StateError(
-                    f"the device {keys.device} is quarantined, because the store was restored from"
-                    " a backup: accept the device"
-                )
-            witness = Witness(witness_folder, incarnation)
-            witness.check(keys.device, device.head, answer.revision)
-            contents = _load_owned(requests, keys, ownership, device)
-            witness.record(keys.device, device.head, answer.revision)
-            store = FleetStore(
-                requests, keys, ownership, device, contents, witness, answer.revision
-            )
-            undo.pop_all()
-            return store
+        ownership = take_over(
+            requests,
+            keys,
+            mode,
+            lease_seconds=lease_seconds,
+            clock=clock,
+            waiting=lambda owner: say_waiting(keys.device, owner),
+        )
     except Refused as error:
-        raise StateError(f"the store refused to give out {keys.device}: {error}") from error
+        raise _refused(keys.device, error) from error
+    return Opening(requests, keys, kek, witness_folder, confirmed_reads).own(ownership, None)
 
 
-def _load_owned(requests: Requests, keys: Keys, ownership: Ownership, device: Device) -> Contents:
-    """Load the state; of a device that was lost meanwhile the parts need not match."""
-    try:
-        contents = load(requests, keys, device)
-    except StateError:
-        _check_owner(requests, keys, ownership)
-        raise
-    _check_owner(requests, keys, ownership)
-    return contents
+def _refused(device: str, error: Refused) -> StateError:
+    return StateError(f"the store refused to give out {device}: {error}")
 
 
-def _check_owner(requests: Requests, keys: Keys, ownership: Ownership) -> None:
-    ownership.check(requests.read([], [keys.owner]).found.get(keys.owner))
-
-
-def _say_waiting(device: str, owner: Owner) -> None:
+def say_waiting(device: str, owner: Owner) -> None:
+    """Log that a device is about to be taken over from an owner that is alive."""
     logger.warning("device %s is owned by %s: waiting for the end of its lease", device, owner)

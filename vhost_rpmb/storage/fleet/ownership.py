@@ -11,7 +11,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 
 from vhost_rpmb.errors import Fenced, StateError, Stopped
@@ -20,12 +20,22 @@ from vhost_rpmb.storage.fleet.layout import Keys, Malformed, Owner
 from vhost_rpmb.storage.fleet.requests import Requests
 from vhost_rpmb.storage.interface import TakeOver
 
-__all__ = ["ACTIVE", "EXPORTED", "Ownership", "active_owner", "boot_time", "take_over"]
+__all__ = [
+    "ACTIVE",
+    "EXPORTED",
+    "Ownership",
+    "active_owner",
+    "boot_time",
+    "present_owner",
+    "take_over",
+    "try_take_over",
+]
 
 ACTIVE = "active"
 EXPORTED = "exported"  # the device is in files
 _POLL = 0.2  # seconds between two looks at a device that another daemon owns
 _RELEASE_TRIES = 3
+_HOST = socket.gethostname()  # before a sandbox, which does not allow to ask
 
 
 def boot_time() -> float:
@@ -170,37 +180,45 @@ def take_over(
     clock: Callable[[], float] = boot_time,
     waiting: Callable[[Owner], None] = lambda owner: None,
 ) -> Ownership:
-    """Become the owner of a device.
+    """Become the owner of a device, and wait for that as ``mode`` says, see `try_take_over`.
 
-    ``mode``: "expired" waits for the end of the present owner's lease (``waiting`` is called once),
-    "never" refuses a device with an owner that is alive, "now" waits for nothing: writes of the
-    previous owner fail from then on, but it may answer reads until it renews its lease, so it has
-    to be dead. Raises StateError, `Refused` and `Stopped`.
+    ``waiting`` is called once with the present owner. Raises as `try_take_over` does.
     """
-    token = secrets.token_hex(16)
     told = False
     while True:
+        outcome = try_take_over(requests, keys, mode, lease_seconds=lease_seconds, clock=clock)
+        if isinstance(outcome, Ownership):
+            return outcome
+        if not told:
+            waiting(outcome)
+            told = True
+        requests.wait(_POLL)
+
+
+def try_take_over(
+    requests: Requests,
+    keys: Keys,
+    mode: TakeOver,
+    *,
+    lease_seconds: int,
+    clock: Callable[[], float] = boot_time,
+) -> Ownership | Owner:
+    """Become the owner of a device, or return the present one, whose lease has not ended.
+
+    ``mode``: "expired" leaves a device to an owner that is alive, "never" refuses it with an error,
+    "now" looks at no lease: writes of the previous owner fail from then on, but it may answer reads
+    until it renews its lease, so it has to be dead. Raises StateError, `Refused` and `Stopped`.
+    """
+    while True:
         found = requests.read([], [keys.owner, keys.alive]).found
-        previous, alive = found.get(keys.owner), found.get(keys.alive)
-        if previous is None:
-            raise StateError(
-                f"the device {keys.device}: expected one below {keys.prefix.decode()}, found none:"
-                " create it first, or check prefix and name"
-            )
-        before = active_owner(previous, keys.device)
-        if alive is not None and mode != "now":
-            if mode == "never":
-                raise StateError(
-                    f"the device {keys.device} is in use by {before}: stop that daemon first"
-                )
-            if not told:
-                waiting(before)
-                told = True
-            requests.wait(_POLL)
-            continue
+        before = present_owner(keys, found, mode)
+        if keys.alive in found and mode != "now":
+            return before
+        previous = found[keys.owner]
+        token = secrets.token_hex(16)
         sent = clock()
         lease = requests.grant(lease_seconds)
-        owner = Owner(before.epoch + 1, token, socket.gethostname(), os.getpid(), ACTIVE)
+        owner = Owner(before.epoch + 1, token, _HOST, os.getpid(), ACTIVE)
         compare = [Compare(keys.owner, previous)]
         if mode != "now":
             compare.append(Compare(keys.alive, None))
@@ -227,7 +245,20 @@ def take_over(
                 clock=clock,
             )
         _revoke(requests, lease)
-        token = secrets.token_hex(16)
+
+
+def present_owner(keys: Keys, found: Mapping[bytes, bytes], mode: TakeOver) -> Owner:
+    """Return the owner in the records. Raises StateError if no daemon may take the device over."""
+    record = found.get(keys.owner)
+    if record is None:
+        raise StateError(
+            f"the device {keys.device}: expected one below {keys.prefix.decode()}, found none:"
+            " create it first, or check prefix and name"
+        )
+    owner = active_owner(record, keys.device)
+    if keys.alive in found and mode == "never":
+        raise StateError(f"the device {keys.device} is in use by {owner}: stop that daemon first")
+    return owner
 
 
 def active_owner(record: bytes, device: str) -> Owner:

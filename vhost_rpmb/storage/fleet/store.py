@@ -15,7 +15,7 @@ from vhost_rpmb.errors import Fenced, Stopped
 from vhost_rpmb.log import FailureLog
 from vhost_rpmb.rpmb import spec
 from vhost_rpmb.rpmb.replay import NO_REPLAY, Replay
-from vhost_rpmb.storage.fleet.contents import Contents, Device
+from vhost_rpmb.storage.fleet.contents import Contents, Device, State
 from vhost_rpmb.storage.fleet.engine import Answer, Compare, Delete, Get, Operation, Put, Refused
 from vhost_rpmb.storage.fleet.layout import (
     CHUNK,
@@ -46,7 +46,8 @@ class FleetStore:
 
     Implements `vhost_rpmb.storage.interface`. `commit`, `checkpoint` and `confirm` raise `Fenced`
     or `Stopped`, upon which the process ends without an answer. Reads may be answered from
-    ``image`` only before ``until``; to be called in intervals, `renew` moves it ahead.
+    ``image`` only before ``until``; to be called in intervals, `renew` moves it ahead. With
+    ``confirmed_reads`` no clock is trusted: `confirm` asks the engine.
     """
 
     def __init__(
@@ -58,12 +59,16 @@ class FleetStore:
         contents: Contents,
         witness: Witness,
         revision: int,
+        *,
+        confirmed_reads: bool = False,
     ) -> None:
         self._requests = requests
         self._keys = keys
         self._ownership = ownership
         self._witness = witness
         self._revision = revision
+        self._device = device
+        self._memory = contents.memory
         self._sealer = device.sealer
         self._life = device.info.life
         self._head = device.head
@@ -75,6 +80,7 @@ class FleetStore:
         self._limit = max(_SHORTEST_LOG, device.info.size // 4)
         self._checkpoint_at = 2 * self._limit
         self._failures = FailureLog(logger, "writes are made durable again")
+        self._refusals = FailureLog(logger, "reads are confirmed again")
         self._closed = False
         self.name = device.info.life[:16]
         self.image = memoryview(contents.memory)
@@ -83,6 +89,8 @@ class FleetStore:
         self.key = contents.key
         self.replay = contents.replay
         self._owed = bool(contents.replay.chains)
+        self._confirmed_reads = confirmed_reads
+        self._confirmed = False  # by a commit that no `confirm` followed yet
 
     @property
     def until(self) -> float:
@@ -91,9 +99,29 @@ class FleetStore:
 
     def confirm(self) -> None:
         """Return as soon as reads may be answered. Raises `Fenced` and `Stopped`."""
+        if self._confirmed_reads:
+            self._ask()
+            return
         while not self._ownership.certain:
             if not self.renew():
                 self._requests.wait(_PAUSE)
+
+    def _ask(self) -> None:
+        """Ask the engine whether the state in memory is the latest one; a commit just did."""
+        while not self._confirmed:
+            try:
+                # What is read if a compare fails makes etcd ask its other members: a transaction
+                # without any request is answered by one member alone.
+                answer = self._change([])
+            except Refused as error:
+                self._refusals.report(f"reads wait, the store refuses to confirm them: {error}")
+                self._requests.wait(_PAUSE)
+                continue
+            self._refusals.report("")
+            if not answer.succeeded:
+                self._check(answer, self._head_record)
+            break
+        self._confirmed = False
 
     def renew(self) -> bool:
         """Move ``until`` ahead; False if the engine does not answer. Raises `Fenced`."""
@@ -131,6 +159,7 @@ class FleetStore:
             self._failures.report(f"a write could not be made durable: {error}")
             return False
         self._failures.report("")
+        self._confirmed = True
         self._last_chain = before.chain
         self.counter = counter
         self.replay = replay
@@ -250,14 +279,40 @@ class FleetStore:
         """Return the folder of the witness and the ports of the engine."""
         return self._witness.resources()._replace(ports=self._requests.engine.ports)
 
+    def release(self) -> State:
+        """Let another daemon take the device over at once; return the state and its head.
+
+        The replay record becomes empty if no answer is owed. That is tried once: an outage must not
+        make the stop of a ring wait.
+        """
+        if self.replay.chains and not self._owed:
+            self._empty_record()
+        self._ownership.release()
+        self._remember()
+        return State(
+            self._device._replace(head_record=self._head_record, head=self._head),
+            Contents(
+                self._memory,
+                self._versions,
+                self._pending,
+                self._log_bytes,
+                self.replay,
+                self.key,
+                self._last_chain,
+            ),
+        )
+
+    def _empty_record(self) -> None:
+        once = Requests(self._requests.engine, stopping=lambda: True)
+        requests, self._requests = self._requests, once
+        with suppress(Fenced, Stopped):
+            self.commit(self.counter, [], None)
+        self._requests = requests
+
     def close(self) -> None:
-        """Release the device, so that another daemon can take it over at once; idempotent."""
+        """Release the device and close the connection; idempotent."""
         if self._closed:
             return
         self._closed = True
-        if self.replay.chains and not self._owed:
-            with suppress(Fenced, Stopped):
-                self.commit(self.counter, [], None)
-        self._remember()
-        self._ownership.release()
+        self.release()
         self._requests.engine.close()

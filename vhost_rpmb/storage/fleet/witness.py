@@ -104,6 +104,6 @@ class Witness:
         self._failures.report(failure)
 
     def resources(self) -> Resources:
-        """Return the access that `record` needs."""
-        access = Access.CREATE | Access.REMOVE | Access.WRITE
+        """Return the access that `check` and `record` need."""
+        access = Access.CREATE | Access.REMOVE | Access.WRITE | Access.READ
         return Resources({self._folder: access})

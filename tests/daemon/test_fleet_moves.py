@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Daemons that own a device only while a ring runs: moves between hosts, on a real etcd."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.daemon import Daemon, until
+from tests.support.etcd import EtcdCluster
+from tests.support.fleet import Host, create_device, describe
+from tests.support.oracle import KEY
+from vhost_rpmb.driver.rpmb import RpmbClient
+from vhost_rpmb.engine import Engine
+from vhost_rpmb.storage.fleet.engine import Compare, Get, Put
+
+pytestmark = pytest.mark.etcd
+PREFIX = "/test/"
+A, B, C = b"a" * 256, b"b" * 256, b"c" * 256
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[EtcdCluster]:
+    with EtcdCluster() as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def hosts(cluster: EtcdCluster, tmp_path: Path) -> list[Host]:
+    """Two hosts with a device "vm-1"."""
+    prefix = f"/{tmp_path.name}-{time.monotonic_ns()}/"
+    made = [Host(tmp_path / name, cluster, prefix) for name in ("a", "b")]
+    create_device(made[0])
+    return made
+
+
+@pytest.fixture
+def serve(engine: Engine) -> Iterator[Callable[..., Daemon]]:
+    """Start daemons on each engine, killed at the end."""
+    made: list[Daemon] = []
+
+    def make(host: Host, *options: str) -> Daemon:
+        made.append(host.daemon("vm-1", "--verbose", *options, engine=engine.name))
+        made[-1].start()
+        return made[-1]
+
+    yield make
+    for daemon in made:
+        daemon.kill()
+
+
+def client(daemon: Daemon, key: bytes | None = None) -> RpmbClient:
+    return RpmbClient.connect(daemon.socket_path, key, timeout=60)
+
+
+def test_machine_moves_and_a_failed_move_takes_it_back(
+    hosts: list[Host], serve: Callable[..., Daemon]
+) -> None:
+    source = serve(hosts[0])
+    assert describe(hosts[0])["alive"] is False
+    with client(source) as guest:
+        guest.program_key(KEY)
+        guest.write(0, A)
+        destination = serve(hosts[1])  # before the source stops
+        base = guest.frontend.stop_ring()
+        assert base == guest.ring.used_index
+        assert describe(hosts[0])["alive"] is False
+        guest.frontend.start_ring(guest.ring)  # the move fails before the destination runs
+        guest.write(1, A)
+        guest.frontend.stop_ring()
+        with client(destination, KEY) as moved:
+            assert moved.read(0, 2) == A + A
+            moved.write(0, B)
+            assert describe(hosts[0])["pid"] == destination.pid
+            moved.frontend.stop_ring()
+            guest.frontend.start_ring(guest.ring)  # it fails later
+            assert guest.read(0, 2) == B + A
+            guest.write(1, C)
+            assert describe(hosts[0])["pid"] == source.pid
+            guest.frontend.stop_ring()
+            moved.frontend.start_ring(moved.ring)
+            assert moved.read(0, 2) == B + C
+    for daemon in (source, destination):
+        daemon.stop()
+        assert "warning" not in daemon.log
+
+
+def test_ring_waits_while_another_daemon_owns_the_device(
+    hosts: list[Host], serve: Callable[..., Daemon]
+) -> None:
+    """Its front-end is served meanwhile, and may give up; a disconnect frees the device."""
+    source, destination = serve(hosts[0]), serve(hosts[1])
+    with client(source) as guest:
+        guest.program_key(KEY)
+        guest.write(0, A)
+        with client(destination, KEY) as early:
+            until(lambda: "vm-1 is owned by process" in destination.log)
+            early.frontend.stop_ring()
+            early.frontend.start_ring(early.ring)
+            token = early.submit(early.write_request(0, B, 1), 512)
+            early.flush()
+            assert early.frontend.get_status()
+            assert guest.read(0, 1) == A
+            guest.close()
+            assert [answer.token for answer in early.answers()] == [token]
+            assert early.read(0, 1) == B
+    assert describe(hosts[0])["alive"] is False
+
+
+def test_restarted_guest_takes_the_device_again(
+    hosts: list[Host], serve: Callable[..., Daemon]
+) -> None:
+    with client(serve(hosts[0])) as guest:
+        guest.program_key(KEY)
+        for number in range(3):
+            guest.write(number, A)
+            guest.frontend.stop_ring()
+            guest.frontend.reset_device()
+            assert describe(hosts[0])["epoch"] == number + 1
+            guest.frontend.start_device(guest.setup.features)
+            guest.frontend.start_ring(guest.ring)
+        assert guest.read(0, 3) == 3 * A
+
+
+def test_hand_over_costs_few_transactions(
+    cluster: EtcdCluster,
+    hosts: list[Host],
+    serve: Callable[..., Daemon],
+    record_property: Callable[[str, object], None],
+) -> None:
+    """From the stop of the ring to the first answer elsewhere, against plain transactions."""
+    source, destination = serve(hosts[0]), serve(hosts[1])
+    engine = cluster.connect()
+    took, plain = [], []
+    with client(source) as first:
+        first.program_key(KEY)
+        for number in range(64):
+            first.write(number, A)
+        first.frontend.stop_ring()
+        with client(destination, KEY) as second:
+            second.read_counter()
+            sides = [second, first]
+            for number in range(20):
+                leaving, coming = sides[number % 2], sides[1 - number % 2]
+                leaving.write(number, B)
+                start = time.monotonic()
+                leaving.frontend.stop_ring()
+                coming.frontend.start_ring(coming.ring)
+                counter = coming.read_counter()
+                took.append(time.monotonic() - start)
+                assert counter == 65 + number
+                start = time.monotonic()
+                engine.txn([Compare(b"/plain", None)], [Put(b"/other", A)], [Get(b"/plain")])
+                plain.append(time.monotonic() - start)
+    cluster.disconnect()
+    median, unit = statistics.median(took), statistics.median(plain)
+    record_property("hand_over_ms", round(1000 * median, 1))
+    record_property("transaction_ms", round(1000 * unit, 1))
+    assert median < 40 * unit + 0.05
