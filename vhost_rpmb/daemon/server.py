@@ -116,6 +116,7 @@ def run(options: Options) -> None:
             once=options.once,
             poll_us=options.poll_us,
             shared=shared,
+            reload=device.reload,
         )
         stack.callback(server.close)
         if shared is not None:
@@ -283,6 +284,7 @@ class Server:
         once: bool,
         poll_us: int,
         shared: SharedStore | None = None,
+        reload: Callable[[], None] = lambda: None,
     ) -> None:
         self._loop = loop
         self._listener = sock
@@ -298,6 +300,7 @@ class Server:
         self._replaceable = False  # the next front-end ends this connection
         self._log = LimitedLog(logger)
         self._shared = shared
+        self._reload = reload  # called when the shared device is owned anew
         self.waiting = False  # to own the device: requests stay in the ring
         self.done = False
 
@@ -369,7 +372,7 @@ class Server:
             return True
         self.waiting = not self._shared.begin()
         if not self.waiting:
-            self._device.reload()
+            self._reload()
         return not self.waiting
 
     def _release(self) -> None:

@@ -49,9 +49,6 @@ class Device(Protocol):
     def reset(self) -> None:
         """Return to the initial state (RESET_DEVICE)."""
 
-    def reload(self) -> None:
-        """Take the durable state again: another daemon may have changed it."""
-
     @property
     def journal(self) -> memoryview | None:
         """A writable buffer of 64 bytes that survives the process, for `restore_register`.
