@@ -208,6 +208,7 @@ def test_served_device_is_listed_and_described(
                 "programmed": True,
                 "quarantined": False,
                 "alive": True,
+                "state": "active",
                 "epoch": 1,
                 "host": socket.gethostname(),
                 "pid": daemon.pid,
