@@ -19,7 +19,10 @@ __all__ = ["ServedDevice", "make_device"]
 
 
 class ServedDevice(Device, Protocol):
-    """A device that counts."""
+    """A device that counts, and whose store may be owned anew."""
+
+    def reload(self) -> None:
+        """Take the durable state again: another daemon may have changed it."""
 
     @property
     def served(self) -> int:

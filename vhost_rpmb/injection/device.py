@@ -118,6 +118,10 @@ class InjectedDevice(Closing):
         self._answers.register = None
         self._device.clear_register()
 
+    def reload(self) -> None:
+        """Take the durable state again."""
+        self._device.reload()
+
     def reset(self) -> None:
         """Reset the device; the counts of the rules go on."""
         self._chain = None
