@@ -3,8 +3,12 @@
 
 from __future__ import annotations
 
+import re
+import signal
 import statistics
+import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,13 +17,14 @@ import pytest
 from tests.support.daemon import Daemon, until
 from tests.support.etcd import EtcdCluster
 from tests.support.fleet import Host, create_device, describe
-from tests.support.oracle import KEY
+from tests.support.oracle import KEY, read_data
+from vhost_rpmb.driver.errors import BackendError
 from vhost_rpmb.driver.rpmb import RpmbClient
 from vhost_rpmb.engine import Engine
 from vhost_rpmb.storage.fleet.engine import Compare, Get, Put
 
 pytestmark = pytest.mark.etcd
-PREFIX = "/test/"
+READS = 400
 A, B, C = b"a" * 256, b"b" * 256, b"c" * 256
 
 
@@ -86,7 +91,7 @@ def test_machine_moves_and_a_failed_move_takes_it_back(
             assert moved.read(0, 2) == B + C
     for daemon in (source, destination):
         daemon.stop()
-        assert "warning" not in daemon.log
+        assert "waiting for the end of its lease" not in daemon.log
 
 
 def test_ring_waits_while_another_daemon_owns_the_device(
@@ -124,6 +129,74 @@ def test_restarted_guest_takes_the_device_again(
             guest.frontend.start_device(guest.setup.features)
             guest.frontend.start_ring(guest.ring)
         assert guest.read(0, 3) == 3 * A
+
+
+def test_owner_asleep_beyond_its_lease_answers_nothing(
+    hosts: list[Host], serve: Callable[..., Daemon]
+) -> None:
+    first = serve(hosts[0])
+    with client(first) as guest:
+        guest.program_key(KEY)
+        guest.write(0, A)
+        first.send(signal.SIGSTOP)
+        guest.submit(read_data(0), 512)
+        guest.flush()
+        second = serve(hosts[1])
+        with client(second, KEY) as other:
+            other.write(0, B)
+            first.send(signal.SIGCONT)
+            assert first.wait() == 3, first.log
+            with pytest.raises(BackendError):
+                guest.answers()
+    assert f"found process {second.pid} on host" in first.log.splitlines()[-1]
+
+
+def test_confirmed_read_is_not_answered_by_a_replaced_owner(
+    cluster: EtcdCluster, tmp_path: Path, serve: Callable[..., Daemon]
+) -> None:
+    prefix = f"/confirmed-{tmp_path.name}-{time.monotonic_ns()}/"
+    hosts = [Host(tmp_path / name, cluster, prefix, 'reads = "confirmed"') for name in ("a", "b")]
+    create_device(hosts[0])
+    first, second = serve(hosts[0]), serve(hosts[1], "--take-over=now")
+    with client(first) as guest:
+        guest.program_key(KEY)
+        guest.write(0, A)
+        assert guest.read(0, 1) == A
+        with client(second, KEY) as other:
+            other.write(0, B)
+            with pytest.raises(BackendError):
+                guest.read(0, 1)
+            assert other.read(0, 1) == B
+    assert first.wait() == 3, first.log
+
+
+@pytest.mark.needs_ptrace
+def test_read_makes_no_system_call_for_its_guard(
+    hosts: list[Host], serve: Callable[..., Daemon], tmp_path: Path
+) -> None:
+    daemon = serve(hosts[0])
+    calls = tmp_path / "calls"
+    with client(daemon) as guest:
+        guest.program_key(KEY)
+        guest.write(0, A)
+        trace = ["strace", "-f", "-o", str(calls), "-p", str(daemon.pid)]
+        with subprocess.Popen(trace, stderr=subprocess.DEVNULL) as tracer:
+            until(lambda: calls.exists() and "TracerPid:\t0" not in status_of(daemon.pid))
+            for _ in range(READS):
+                assert guest.read(0, 1) == A
+            tracer.terminate()
+            tracer.wait()
+    names = Counter(re.findall(r"^\d+ +(\w+)\(", calls.read_text(), re.MULTILINE))
+    assert "clock_gettime" not in names
+    # Of a renewal: two requests with their answers. The daemon may be traced for a minute.
+    assert names["sendto"] + names["recvfrom"] < READS / 4, names
+    expected = {"epoll_wait", "poll", "write", "epoll_pwait", "sched_yield", "restart_syscall"}
+    others = sum(count for name, count in names.items() if name not in expected)
+    assert others < READS / 2, names
+
+
+def status_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/status").read_text()
 
 
 def test_hand_over_costs_few_transactions(
