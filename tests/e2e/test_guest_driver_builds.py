@@ -20,6 +20,11 @@ from vhost_rpmb import __version__
 pytestmark = [pytest.mark.qemu, pytest.mark.long, pytest.mark.timeout(900)]
 
 MODULE = "virtio_rpmb.ko"
+# Debian's sparse is older than Linux 7.3. That does not start it unless told twice, in headers
+# without the script that tries it, and has one word that it does not know.
+SPARSE = ("C=2", "KBUILD_CHECKSRC=2", "CF=-D__typeof_unqual__=__typeof__")
+# It takes the length of a text for no constant; Linux 7.3 checks one in each of these.
+MODULE_INFORMATION = re.compile(r"MODULE_\w+\(|module_param_")
 # What a package does to the system is undone: it sees a copy in memory.
 ON_A_COPY = (
     'mount -t tmpfs none "$1" && mkdir "$1/upper" "$1/work" "$1/root" && '
@@ -40,8 +45,7 @@ def workshop(say: Say) -> Workshop:
 def test_driver_builds_without_warnings(
     workshop: Workshop, version: str, architecture: str, routing: bool, tmp_path: Path
 ) -> None:
-    """With the warnings of W=1 as errors, and sparse where the kernel takes Debian's."""
-    checked = version == "6.12"
+    """With the warnings of W=1 as errors, and sparse."""
     headers = workshop.headers(version, architecture)
     log = tmp_path / "log"
     steps = Steps("driver", log, print)
@@ -52,7 +56,7 @@ def test_driver_builds_without_warnings(
         copy(folder, ROOT / "vhost_rpmb/__init__.py")
         inside = workshop.inside(folder)
         make = ("make", f"KDIR={headers.kdir}", *headers.variables)
-        driver: tuple[str | Path, ...] = ("-C", inside / "guest/linux", "W=1e", f"C={2 * checked}")
+        driver: tuple[str | Path, ...] = ("-C", inside / "guest/linux", "W=1e", *SPARSE)
         if routing:
             workshop.copy_rpmb_core(folder / "core")
             shutil.copy(DRIVER_FOLDER / "Makefile", folder / "core")
@@ -68,9 +72,16 @@ def test_driver_builds_without_warnings(
         lines = log.read_text().splitlines()
     # Sparse warns of the kernel's headers too.
     ours = [line for line in lines if re.search(r"(core|ioctl|route)\.c:|virtio_rpmb\.h:", line)]
-    assert not ours
-    assert any("CHECK" in line and "core.c" in line for line in lines) is checked
+    assert not [line for line in ours if not is_module_information(line)]
+    checked = {Path(line.split()[-1]).name for line in lines if "CHECK " in line}
+    assert checked == {"core.c", "ioctl.c", *(["route.c"] if routing else [])}
     assert not any("WARNING: modpost" in line for line in lines)
+
+
+def is_module_information(complaint: str) -> bool:
+    name, line, _, text = complaint.split(":", 3)
+    source = (DRIVER_FOLDER / Path(name).name).read_text().splitlines()[int(line) - 1]
+    return text == " error: bad constant expression" and bool(MODULE_INFORMATION.match(source))
 
 
 def copy(folder: Path, path: Path) -> None:
