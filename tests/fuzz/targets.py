@@ -82,6 +82,7 @@ class Disk:
         self._written: dict[bool, set[int]] = {False: set(), True: set()}
         self._keyed = False
         self.full = False
+        self.confirmed: list[int] = []  # the write counter at each `confirm`
 
     def prepare(
         self,
@@ -95,6 +96,7 @@ class Disk:
         ``replay``: what a process that was killed owed.
         """
         self.full = False
+        self.confirmed.clear()
         self._keyed = keyed
         store = self._stores.get(keyed)
         if store is None or (store.key is not None and not keyed):
@@ -122,7 +124,7 @@ class Disk:
 
     def left_behind(self) -> list[object]:
         """What a restart would find."""
-        return [self.counter, self.key, self.digest(), bytes(self.damaged)]
+        return [self.counter, self.key, self.digest(), bytes(self.damaged), list(self.confirmed)]
 
     def digest(self) -> bytes:
         """Stands for the whole image; cheaper than a copy."""
@@ -154,7 +156,9 @@ class Disk:
     def replay(self) -> Replay:
         return self._store.replay
 
-    confirm = None
+    def confirm(self) -> None:
+        """As of a store that hosts share: engines have to ask at the same times, in this state."""
+        self.confirmed.append(self.counter)
 
     def settle(self) -> None:
         self._store.settle()
