@@ -19,6 +19,7 @@ from typing import Any
 
 from vhost_rpmb import cli
 from vhost_rpmb.daemon import handover
+from vhost_rpmb.storage.fleet.store import FleetStore
 from vhost_rpmb.storage.local import store
 from vhost_rpmb.vhost_user import intake, session
 
@@ -94,6 +95,7 @@ def main() -> int:
     around(handover.Handover, "reply", after=at("replied"))
     around(handover.Handover, "retain", after=at("removed"))
     around(store.Store, "commit", after=at("committed"))
+    around(FleetStore, "commit", after=at("committed"))
     around(handover.Handover, "open", before=at("opening"))
     around(session.Session, "restore", before=at("restoring"), after=at("restored"))
     reach("starting")

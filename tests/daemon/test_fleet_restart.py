@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A daemon on a shared store is killed or restarted under its running virtual machine."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.daemon import SANDBOX
+from tests.support.etcd import EtcdCluster
+from tests.support.faulty import Faults
+from tests.support.fleet import Host, create_device, describe
+from tests.support.oracle import FRAME_SIZE, KEY, OK, split
+from tests.support.supervised import Supervised
+from vhost_rpmb.engine import Engine
+
+pytestmark = pytest.mark.etcd
+WRITES = 16  # in flight
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[Host]:
+    """A host with a device on three members."""
+    with EtcdCluster() as cluster:
+        made = Host(tmp_path / "host", cluster, "/test/")
+        create_device(made)
+        yield made
+
+
+def block(number: int) -> bytes:
+    return bytes([number + 1]) * 256
+
+
+def test_every_write_happens_exactly_once(host: Host, tmp_path: Path, engine: Engine) -> None:
+    """Ends at random instants, and between a commit and its answers: the replay record has them."""
+    faults = Faults(tmp_path)
+    command = faults.command("--fd=3", host.store, "--device=vm-1", "-v", *SANDBOX)
+    with (
+        Supervised(tmp_path, engine=engine.name, command=command) as supervised,
+        supervised.client() as guest,
+    ):
+        guest.program_key(KEY)
+        first = describe(host)
+        counter = 0
+        for end in (signal.SIGTERM, None, signal.SIGKILL, signal.SIGTERM):
+            starts = supervised.manager.starts
+            tokens = []
+            for number in range(counter, counter + WRITES):
+                request = guest.write_request(number % 64, block(number), number)
+                tokens.append(guest.submit(request, FRAME_SIZE))
+            if end is None:
+                faults.arm("committed")
+            guest.flush()
+            if end is not None:
+                supervised.manager.send(end)
+            found: dict[int, bytes] = {}
+            while len(found) < WRITES:
+                for answer in guest.answers():
+                    assert answer.token not in found
+                    found[answer.token] = answer.data
+            for index, token in enumerate(tokens):
+                (frame,) = split(found[token])
+                assert (frame.result, frame.write_counter) == (OK, counter + index + 1)
+            counter += WRITES
+            supervised.manager.wait_ready(starts + 1)
+        assert guest.read_counter() == counter
+        for number in range(counter - 64, counter):
+            assert guest.read(number % 64, 1) == block(number)
+        last = describe(host)
+        assert last["epoch"] == first["epoch"] + 4
+        assert last["counter"] == counter
+    assert "Traceback" not in supervised.manager.log
+    assert "front-end disconnected" not in supervised.manager.log
