@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,8 @@ from tests.e2e.kit import AMD64, Kit
 from tests.e2e.monitor import Monitor
 from tests.e2e.story import KEY
 from tests.e2e.vm import Guest, VirtualMachine, qemu_command_line, succeed
-from tests.support.daemon import environment, installed_program
+from tests.support.daemon import environment, installed_program, until
+from tests.support.faulty import POINTS, Faults
 from tests.support.rig import UNIT_BLOCKS, make_image
 from tests.support.supervisor import Supervisor
 from vhost_rpmb.driver.rpmb import RpmbClient
@@ -53,20 +55,24 @@ touch ended
 """
 
 
+@contextmanager
+def supervised(folder: Path, engine: str, program: list[str]) -> Iterator[Supervisor]:
+    """The daemon of a new image, not yet started; it listens at `rpmb.sock`."""
+    flash = make_image(folder / "rpmb.img")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(folder / "rpmb.sock"))
+        listener.listen()
+        command = [*program, "--fd=3", f"--flash-path={flash}", "--verbose"]
+        variables = environment() | {"VHOST_RPMB_ENGINE": engine}
+        with Supervisor(folder, command, environment=variables, listener=listener) as supervisor:
+            yield supervisor
+
+
 @pytest.fixture
 def supervisor(tmp_path: Path, engine: Engine) -> Iterator[Supervisor]:
-    """The daemon of a new image, not yet started; it listens at `rpmb.sock`."""
-    flash = make_image(tmp_path / "rpmb.img")
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(tmp_path / "rpmb.sock"))
-        listener.listen()
-        command = [
-            *installed_program("vhost-user-rpmb", "vhost_rpmb"),
-            *("--fd=3", f"--flash-path={flash}", "--verbose"),
-        ]
-        variables = environment() | {"VHOST_RPMB_ENGINE": engine.name}
-        with Supervisor(tmp_path, command, environment=variables, listener=listener) as supervisor:
-            yield supervisor
+    program = installed_program("vhost-user-rpmb", "vhost_rpmb")
+    with supervised(tmp_path, engine.name, program) as supervisor:
+        yield supervisor
 
 
 class Killer:
@@ -108,6 +114,45 @@ class Killer:
             finally:
                 stop.set()
         worker.result()
+
+
+class Deaths:
+    """Lets a supervised daemon die at a point of its code, again whenever it has got over that."""
+
+    def __init__(self, supervisor: Supervisor, faults: Faults) -> None:
+        self._supervisor = supervisor
+        self._faults = faults
+        self.kills = 0
+
+    @contextmanager
+    def working(self, point: str) -> Iterator[None]:
+        """Do so until the end of the context, as soon as there is a connection; at least once."""
+        stop = threading.Event()
+        before = self.kills
+
+        def ready() -> bool:
+            return self._supervisor.ready and "rpmb-conn" in self._supervisor.names
+
+        def work() -> None:
+            while not stop.is_set():
+                self._supervisor.wait(lambda: ready() or stop.is_set())
+                starts = self._supervisor.starts
+                self._faults.arm(point)
+                while not stop.is_set() and self._supervisor.starts == starts:
+                    time.sleep(0.005)
+                if stop.is_set():
+                    self._faults.arm("")
+                    self._supervisor.wait_ready()
+                self.kills += self._supervisor.starts - starts
+
+        with ThreadPoolExecutor(1) as pool:
+            worker = pool.submit(work)
+            try:
+                yield
+            finally:
+                stop.set()
+        worker.result()
+        assert self.kills > before, point
 
 
 class Workload:
@@ -169,7 +214,7 @@ def check(supervisor: Supervisor, rounds: int) -> None:
         assert client.read(0, UNIT_BLOCKS) == image_of(rounds)
 
 
-def check_processes(supervisor: Supervisor, killer: Killer) -> None:
+def check_processes(supervisor: Supervisor, killer: Killer | Deaths) -> None:
     """No daemon ended by itself, and none had to connect again."""
     supervisor.wait_ready()
     assert supervisor.starts == killer.kills + 1
@@ -184,6 +229,14 @@ def add_memory(monitor: Monitor, number: int) -> None:
     backend = {"qom_type": "memory-backend-memfd", "size": 128 << 20, "share": True}
     monitor.execute("object-add", id=name, **backend)
     monitor.execute("device_add", driver="pc-dimm", id=f"dimm{number}", memdev=name)
+
+
+def with_slots(kit: Kit, socket_path: Path, monitor_path: Path, slots: int) -> list[str]:
+    """The command line of a machine with a monitor and slots for memory."""
+    line = qemu_command_line(kit, socket_path)
+    number = line.index("-m") + 1
+    line[number] += f",slots={slots},maxmem=2G"
+    return [*line, "-qmp", f"unix:{monitor_path},server=on,wait=off"]
 
 
 def test_killed_at_random_moments(kit: Kit, supervisor: Supervisor) -> None:
@@ -208,11 +261,8 @@ def test_killed_during_boot_and_commands_of_the_monitor(
 ) -> None:
     supervisor.start()
     killer = Killer(supervisor, 2)
-    sizes = ["-m", "256,slots=2,maxmem=1G"]
-    command_line = qemu_command_line(kit, tmp_path / "rpmb.sock")
-    command_line[command_line.index("-m") : command_line.index("-m") + 2] = sizes
     monitor_path = tmp_path / "monitor"
-    command_line += ["-qmp", f"unix:{monitor_path},server=on,wait=off"]
+    command_line = with_slots(kit, tmp_path / "rpmb.sock", monitor_path, 2)
     with killer.working():
         vm = Guest(command_line)
     with vm, Monitor(monitor_path) as monitor:
@@ -239,3 +289,92 @@ def test_killed_during_boot_and_commands_of_the_monitor(
             written = workload.stop()
     check_processes(supervisor, killer)
     check(supervisor, written)
+
+
+@pytest.mark.parametrize(
+    ("points", "engine_name"),
+    [
+        pytest.param(["consumed"], "fast"),
+        # The first point is also that of QEMU's start, which each of them has once.
+        *(
+            pytest.param(list(points), engine, marks=pytest.mark.long)
+            for points, engine in zip(
+                zip(POINTS, [*POINTS[1:], POINTS[0]], strict=True), cycle(["pure", "fast"])
+            )
+        ),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else value,
+)
+def test_killed_at_points_of_messages(
+    kit: Kit, tmp_path: Path, points: list[str], engine_name: str
+) -> None:
+    """Of those of the boot, of `stop` and `cont`, of memory that is plugged in, of a reset."""
+    faults = Faults(tmp_path)
+    monitor_path = tmp_path / "monitor"
+    command_line = with_slots(kit, tmp_path / "rpmb.sock", monitor_path, len(points))
+    with supervised(tmp_path, engine_name, faults.command()) as supervisor:
+        supervisor.start()
+        deaths = Deaths(supervisor, faults)
+        with deaths.working(points[0]):
+            vm = Guest(command_line)
+        with vm, Monitor(monitor_path) as monitor:
+            workload = Workload(vm)
+            workload.prepare()
+            succeed(vm, "mmc rpmb write-key /dev/rpmb0 key")
+            written = 0
+            for number, point in enumerate(points):
+                workload.start()
+                with deaths.working(point):
+                    monitor.execute("stop")
+                    monitor.execute("cont")
+                    workload.progresses(workload.rounds)
+                with deaths.working(point):
+                    add_memory(monitor, number)
+                    workload.progresses(workload.rounds)
+                written = workload.stop()
+                with deaths.working(point):
+                    vm.reboot_by(lambda: monitor.execute("system_reset"))
+                workload.prepare()
+                succeed(vm, f"echo {written} > rounds")
+            assert not re.search("virtio_rpmb.*error|WARNING: |BUG: |Oops: ", succeed(vm, "dmesg"))
+        check_processes(supervisor, deaths)
+        check(supervisor, written)
+
+
+@pytest.mark.long
+def test_plugged_in_again_on_the_same_connection(
+    kit: Kit, supervisor: Supervisor, tmp_path: Path
+) -> None:
+    """QEMU keeps the connection of a removed device; the next one begins with SET_OWNER."""
+    supervisor.start()
+    line = qemu_command_line(kit, tmp_path / "rpmb.sock")
+    number = next(n for n, word in enumerate(line) if word.startswith("vhost-user-test-device-pci"))
+    line[number] += ",id=rpmb,bus=behind-port"
+    device = line[number]
+    line[number - 1 : number - 1] = ["-device", "pcie-root-port,id=behind-port,chassis=1"]
+    monitor_path = tmp_path / "monitor"
+    line += ["-qmp", f"unix:{monitor_path},server=on,wait=off"]
+    with Guest(line) as vm, Monitor(monitor_path) as monitor:
+        vm.put_file("key", KEY)
+        succeed(vm, "mmc rpmb write-key /dev/rpmb0 key")
+        for counter in range(1, 4):
+            monitor.execute("device_del", id="rpmb")
+            succeed(vm, "while test -e /dev/rpmb0; do sleep 0.1; done")
+            plug_in(monitor, device)
+            succeed(vm, "while test ! -c /dev/rpmb0; do sleep 0.1; done")
+            supervisor.kill()
+            succeed(vm, "head -c 256 /dev/zero | mmc rpmb write-block /dev/rpmb0 0 - key")
+            found = succeed(vm, "mmc rpmb read-counter /dev/rpmb0")
+            assert found == f"Counter value: 0x{counter:08x}"
+    supervisor.wait_ready()
+    assert "warning" not in supervisor.log
+    assert supervisor.log.count("front-end connected") == 1
+
+
+def plug_in(monitor: Monitor, device: str) -> None:
+    """Plug a device in, once QEMU has taken the one of its name away."""
+
+    def refused() -> bool:
+        return bool(monitor.execute("human-monitor-command", command_line=f"device_add {device}"))
+
+    until(lambda: not refused())
