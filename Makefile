@@ -151,6 +151,7 @@ endif
 	VHOST_RPMB_FAULT_CASES=0 VHOST_RPMB_HOSTILE_FULL=1 VHOST_RPMB_BLK_KILLS=200 \
 	VHOST_RPMB_FRONTEND_KILLS=100 VHOST_RPMB_RESTART_KILLS=200 VHOST_RPMB_SYSTEMD_RESTARTS=50 \
 	.venv/bin/pytest -o timeout=7200 tests/crash tests/hostile tests/vhost_user/test_frontends.py \
+	tests/daemon/test_handover_messages.py tests/daemon/test_handover_signals.py \
 	tests/e2e/test_blk.py tests/e2e/test_restarts.py tests/e2e/test_systemd_restarts.py \
 	$(if $(filter no,$(QEMU)),-m 'not qemu') $(PYTEST_ARGS)
 ifneq ($(QEMU),no)
