@@ -24,6 +24,7 @@ pytestmark = [pytest.mark.qemu, pytest.mark.timeout(1200 + 60 * ROUNDS)]
 # The last commit with format 1 of the state file, before connections outlived their daemon.
 FORMAT_1 = "75057ab"
 CLIENT = Path(__file__).parent / "guest" / "pipelined.py"
+IN_FLIGHT = 8  # its writes
 # The client's own copy of the package, because updates replace the daemon's.
 COPY = "cp -a /opt/vhost-rpmb /opt/client"
 OLD = "python3 -m venv /opt/old && /opt/old/bin/pip install old/vhost_rpmb-*.whl"
@@ -202,6 +203,33 @@ def test_stop_ends_the_connection(guest: Guest) -> None:
     counter = unit.client("read-counter key")["write_counter"]
     assert isinstance(counter, int)
     assert counter >= acknowledged
+
+
+@pytest.mark.long
+def test_stop_after_a_kill_ends_the_connection(guest: Guest) -> None:
+    """In the pause before the next start, and at moments of that start."""
+    unit = Unit(guest, "killed")
+    unit.start()
+    unit.program()
+    for number in range(max(4, ROUNDS)):
+        client = Client(unit)
+        pid = unit.show("MainPID")["MainPID"]
+        unit.run(f"kill -9 {pid}; sleep {0.3 * (number % 8)}; systemctl stop {unit.unit}.service")
+        assert unit.show("NFileDescriptorStore", "ActiveState", "SubState", "Result") == {
+            "NFileDescriptorStore": "0",
+            "ActiveState": "inactive",
+            "SubState": "dead",
+            "Result": "success",
+        }
+        client.ended()
+        assert "closed the connection" in client.said
+        acknowledged = client.acknowledged
+        # The socket starts the next one, which has every write.
+        counter = unit.client("read-counter key")["write_counter"]
+        assert isinstance(counter, int)
+        assert acknowledged <= counter <= acknowledged + IN_FLIGHT
+        unit.run(f"rm -r {client.folder}")
+    assert not unit.journal("-p", "warning")
 
 
 @pytest.mark.long
