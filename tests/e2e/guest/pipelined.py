@@ -49,7 +49,9 @@ class Writer:
                 expected, nonce = sent.pop(token)
                 if nonce:
                     found = frame.check_counter(answer, nonce, self.authenticator)
-                    assert found == expected, (found, expected)
+                    # After a kill a read is executed again, when the writes behind it, which are
+                    # in flight too, may be durable already.
+                    assert expected <= found <= counter, (expected, found, counter)
                 else:
                     address = expected % BLOCKS
                     frame.check_write(answer, address, expected, self.authenticator)
