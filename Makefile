@@ -32,7 +32,7 @@ SANITIZER_ENV := PYTHONMALLOC=malloc UBSAN_OPTIONS=halt_on_error=1:print_stacktr
 # Excluded: tests that build with other compiler flags or bound time or memory, which the sanitizers
 # multiply. pyproject.toml defines the markers. The tests of stores and of the package, which are not
 # listed, execute next to no compiled code.
-NOT_SANITIZED := etcd or kept or qemu or needs_network or needs_ptrace or needs_sigsegv or timing or \
+NOT_SANITIZED := etcd or kept or long or qemu or needs_network or needs_ptrace or needs_sigsegv or timing or \
 	memory
 SANITIZED := $(addprefix tests/,client crash daemon driver fuzz hostile rpmb vhost_user virtio)
 
