@@ -12,6 +12,7 @@ from vhost_rpmb._pure.mac import Authenticator
 from vhost_rpmb._pure.memory import GuestMemory
 from vhost_rpmb._pure.virtqueue import Virtqueue
 from vhost_rpmb.rpmb import limits, spec
+from vhost_rpmb.rpmb.frame import cut
 from vhost_rpmb.rpmb.replay import Replay
 
 if TYPE_CHECKING:
@@ -83,8 +84,7 @@ class Batch:
 
 def _gather(memory: GuestMemory, readable: list[tuple[int, int]]) -> list[bytes]:
     """Copy the frames of a request."""
-    data = b"".join(memory.read(*buffer) for buffer in readable)
-    return [data[start : start + spec.FRAME_SIZE] for start in range(0, len(data), spec.FRAME_SIZE)]
+    return cut(b"".join(memory.read(*buffer) for buffer in readable))
 
 
 def _scatter(memory: GuestMemory, writable: list[tuple[int, int]], answer: bytes) -> None:

@@ -17,7 +17,7 @@ from vhost_rpmb._pure.journal import Journal
 from vhost_rpmb._pure.mac import Authenticator
 from vhost_rpmb._pure.virtqueue import Virtqueue
 from vhost_rpmb.rpmb import limits, spec
-from vhost_rpmb.rpmb.frame import Frame
+from vhost_rpmb.rpmb.frame import Frame, take_write
 from vhost_rpmb.rpmb.malformed import MalformedLog
 from vhost_rpmb.rpmb.replay import Replay, Window
 from vhost_rpmb.rpmb.results import count_frames, describe_answer, describe_request
@@ -302,12 +302,9 @@ class _ChainRun:
         return 1
 
     def _data_write(self, first: Frame, rest: list[bytes]) -> int:
-        view, count = self._view, first.block_count
-        frames: list[Frame] = []
-        if 0 < count <= self._device._max_write_blocks:
-            frames = [Frame.unpack(raw) for raw in rest[:count]]
-        sound = 0 < len(frames) == count and all(_continues(first, frame) for frame in frames)
-        result = self._judge_write(first, frames, rest[:count], sound)
+        view = self._view
+        frames, sound, length = take_write(first, rest, self._device._max_write_blocks)
+        result = self._judge_write(first, frames, rest[: first.block_count], sound)
         if result == spec.VIRTIO_RPMB_RES_OK:
             view.write(first.address, [frame.data for frame in frames])
             view.accepted.append(_replay_write(frames))
@@ -317,12 +314,7 @@ class _ChainRun:
             result, counter = spec.VIRTIO_RPMB_RES_OK, first.write_counter + 1
         view.register = Register(spec.VIRTIO_RPMB_RESP_DATA_WRITE, result, first.address, counter)
         self._result = result
-        if sound:
-            return count
-        run = 1
-        while run < len(rest) and Frame.unpack(rest[run]).req_resp == first.req_resp:
-            run += 1
-        return run
+        return length
 
     def _judge_write(self, first: Frame, frames: list[Frame], raw: list[bytes], sound: bool) -> int:
         """Name the first check that a write request fails, or OK, or _REPLAYED.
@@ -430,14 +422,4 @@ def _is_written(register: Register) -> bool:
     return (
         register.req_resp == spec.VIRTIO_RPMB_RESP_DATA_WRITE
         and register.result == spec.VIRTIO_RPMB_RES_OK
-    )
-
-
-def _continues(first: Frame, frame: Frame) -> bool:
-    """Tell whether a frame belongs to the write request that ``first`` begins."""
-    return (
-        frame.req_resp == first.req_resp
-        and frame.address == first.address
-        and frame.block_count == first.block_count
-        and frame.write_counter == first.write_counter
     )

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from vhost_rpmb.injection.script import WRITES, Action, Rule
 from vhost_rpmb.rpmb import limits, spec
-from vhost_rpmb.rpmb.frame import Frame
+from vhost_rpmb.rpmb.frame import RESULT_READ, Frame, cut, take_write
 from vhost_rpmb.rpmb.mac import Authenticator
 from vhost_rpmb.storage.interface import DeviceStore
 
@@ -20,7 +20,6 @@ _RESPONSES = {
     spec.VIRTIO_RPMB_REQ_DATA_WRITE: spec.VIRTIO_RPMB_RESP_DATA_WRITE,
     spec.VIRTIO_RPMB_REQ_DATA_READ: spec.VIRTIO_RPMB_RESP_DATA_READ,
 }
-_RESULT_READ = Frame(block_count=1, req_resp=spec.VIRTIO_RPMB_REQ_RESULT_READ).pack()
 
 Run = Callable[[bytes, int], bytes]  # a request and its room in frames, to its answer
 
@@ -46,29 +45,17 @@ def split(raw: bytes, room: int, max_write_blocks: int, max_read_blocks: int) ->
     """
     if len(raw) % spec.FRAME_SIZE or len(raw) > limits.MAX_REQUEST_FRAMES * spec.FRAME_SIZE:
         return
-    frames = _cut(raw)
+    frames = cut(raw)
     while frames:
-        first = frames[0]
+        first = Frame.unpack(frames[0])
         count, blocks = 1, first.block_count
         if first.req_resp == spec.VIRTIO_RPMB_REQ_DATA_WRITE:
-            count = _length_of_write(frames, max_write_blocks)
+            count = take_write(first, frames, max_write_blocks).length
         elif not blocks and first.req_resp == spec.VIRTIO_RPMB_REQ_DATA_READ:
             blocks = min(room, max_read_blocks or room)
         addressed = range(first.address, first.address + max(blocks, 1))
-        yield Request(raw[: count * spec.FRAME_SIZE], first, addressed)
-        raw, frames = raw[count * spec.FRAME_SIZE :], frames[count:]
-
-
-def _length_of_write(frames: Sequence[Frame], max_write_blocks: int) -> int:
-    """Return the number of frames that a write request takes."""
-    first = frames[0]
-    same = [frame[3:6] == first[3:6] for frame in frames]  # write counter, address, block count
-    run = 0
-    while run < len(frames) and frames[run].req_resp == first.req_resp:
-        run += 1
-    count = first.block_count
-    sound = 0 < count <= min(max_write_blocks, run) and all(same[:count])
-    return count if sound else run
+        yield Request(b"".join(frames[:count]), first, addressed)
+        frames = frames[count:]
 
 
 class Answers:
@@ -111,7 +98,7 @@ class Answers:
             run(request.raw, 0)
             if answer is None and not corrupt:
                 return
-            frame = Frame.unpack(run(_RESULT_READ, 1))
+            frame = Frame.unpack(run(RESULT_READ, 1))
         else:
             frame = _failure(first, answer.result)
             if first.req_resp == spec.VIRTIO_RPMB_REQ_DATA_WRITE and self._store.key is not None:
@@ -125,7 +112,7 @@ class Answers:
 
     def _corrupt(self, raw: bytes, field: str) -> bytes:
         """Change one bit of a field in each frame; the MAC covers it, unless it is the MAC."""
-        frames = _cut(raw)
+        frames = [Frame.unpack(each) for each in cut(raw)]
         if not frames:
             return raw
         if field == "mac":
@@ -161,10 +148,3 @@ def _failure(request: Frame, result: int) -> Frame:
     if request.req_resp == spec.VIRTIO_RPMB_REQ_DATA_READ:
         response = response._replace(address=request.address, block_count=request.block_count)
     return response if request.req_resp in WRITES else response._replace(nonce=request.nonce)
-
-
-def _cut(raw: bytes) -> list[Frame]:
-    return [
-        Frame.unpack(raw[start : start + spec.FRAME_SIZE])
-        for start in range(0, len(raw), spec.FRAME_SIZE)
-    ]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RPMB frames: their layout, requests as a driver sends them, and the check of an answer.
+"""RPMB frames: their layout, requests as a driver sends them and a device takes them, answers.
 
 Frames are 512 bytes, big-endian (virtio specification, "RPMB Device"; JEDEC JESD84-B51 section
 6.6.22). Every request asks for its answer in the same chain, so PROGRAM_KEY and DATA_WRITE end in a
@@ -9,6 +9,7 @@ RESULT_READ frame.
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from vhost_rpmb.rpmb import spec
@@ -49,8 +50,49 @@ class Frame(NamedTuple):
         return cls(*_LAYOUT.unpack(raw))
 
 
+def cut(raw: bytes) -> list[bytes]:
+    """Cut whole frames apart."""
+    return [raw[start : start + spec.FRAME_SIZE] for start in range(0, len(raw), spec.FRAME_SIZE)]
+
+
+class TakenWrite(NamedTuple):
+    """The frames that a DATA_WRITE request uses up, from the first one on.
+
+    ``frames``: as many as its block count says, if that is allowed. ``sound``: all of them are
+    there and agree. ``length``: how many it uses up, also if it is not sound.
+    """
+
+    frames: list[Frame]
+    sound: bool
+    length: int
+
+
+def take_write(first: Frame, rest: Sequence[bytes], max_write_blocks: int) -> TakenWrite:
+    """Take a DATA_WRITE request off the frames of a chain, which begin with ``first``."""
+    count = first.block_count
+    frames: list[Frame] = []
+    if 0 < count <= max_write_blocks:
+        frames = [Frame.unpack(raw) for raw in rest[:count]]
+    if 0 < len(frames) == count and all(_continues(first, frame) for frame in frames):
+        return TakenWrite(frames, True, count)
+    run = 1
+    while run < len(rest) and Frame.unpack(rest[run]).req_resp == first.req_resp:
+        run += 1
+    return TakenWrite(frames, False, run)
+
+
+def _continues(first: Frame, frame: Frame) -> bool:
+    """Tell whether a frame belongs to the write request that ``first`` begins."""
+    return (
+        frame.req_resp == first.req_resp
+        and frame.address == first.address
+        and frame.block_count == first.block_count
+        and frame.write_counter == first.write_counter
+    )
+
+
 _EXPIRED = spec.VIRTIO_RPMB_RES_WRITE_COUNTER_EXPIRED
-_RESULT_READ = Frame(block_count=1, req_resp=spec.VIRTIO_RPMB_REQ_RESULT_READ).pack()
+RESULT_READ = Frame(block_count=1, req_resp=spec.VIRTIO_RPMB_REQ_RESULT_READ).pack()
 
 
 def program_key_request(key: bytes) -> bytes:
@@ -58,7 +100,7 @@ def program_key_request(key: bytes) -> bytes:
     if len(key) != spec.KEY_SIZE:
         raise ValueError(f"a key has {spec.KEY_SIZE} bytes, not {len(key)}")
     request = Frame(key_mac=key, block_count=1, req_resp=spec.VIRTIO_RPMB_REQ_PROGRAM_KEY)
-    return request.pack() + _RESULT_READ
+    return request.pack() + RESULT_READ
 
 
 def counter_request(nonce: bytes) -> bytes:
@@ -97,7 +139,7 @@ def write_request(
     if authenticator is not None:
         mac = authenticator.mac(frame.pack() for frame in frames)
         frames[-1] = frames[-1]._replace(key_mac=mac)
-    return b"".join(frame.pack() for frame in frames) + _RESULT_READ
+    return b"".join(frame.pack() for frame in frames) + RESULT_READ
 
 
 def check_program_key(answer: bytes, authenticator: Authenticator) -> None:
@@ -157,9 +199,7 @@ def _check(
         raise VerificationError(
             f"{name}: expected an answer of {count * spec.FRAME_SIZE} bytes, found {len(answer)}"
         )
-    raw = [
-        answer[start : start + spec.FRAME_SIZE] for start in range(0, len(answer), spec.FRAME_SIZE)
-    ]
+    raw = cut(answer)
     frames = [Frame.unpack(part) for part in raw]
     result = frames[0].result
     failed = bool(result & ~_EXPIRED)
