@@ -21,6 +21,7 @@ from contextlib import AbstractContextManager, closing, nullcontext
 from vhost_rpmb.errors import StateError, UsageError
 from vhost_rpmb.rpmb import spec
 from vhost_rpmb.storage.fleet import moving as fleet
+from vhost_rpmb.storage.fleet.administration import NameTaken, taken
 from vhost_rpmb.storage.fleet.layout import Keys
 from vhost_rpmb.storage.fleet.ownership import EXPORTED
 from vhost_rpmb.storage.fleet.requests import Requests
@@ -65,7 +66,7 @@ def import_device(
                     *(requests, keys, kek, mark.record, device.memory, device.counter, device.key),
                     advance,
                 )
-        except fleet.NameTaken:
+        except NameTaken:
             device.database.set_mark(None)
             raise
         device.database.set_mark(mark._replace(state=_MOVED))
@@ -80,7 +81,7 @@ def _begin_import(
     if mark is None:
         owner, _ = fleet.home(requests, keys)
         if owner is not None and owner.state != EXPORTED:
-            raise StateError(f"the device {keys.device} exists already: choose another name")
+            raise taken(keys)
         origin = f"imported from {paths.flash} of host {socket.gethostname()}"
         record = fleet.describe_new(keys, kek, len(device.memory), origin)
         mark = Mark(_MOVING, fleet.place_of(requests, keys), keys.device, record)

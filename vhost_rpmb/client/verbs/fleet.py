@@ -214,7 +214,6 @@ def _export(config: "Config", requests: "Requests", arguments: argparse.Namespac
 
 
 def _take_over(config: "Config", requests: "Requests", arguments: argparse.Namespace) -> Result:
-    from vhost_rpmb.storage.fleet.engine import Refused
     from vhost_rpmb.storage.fleet.layout import Keys
     from vhost_rpmb.storage.fleet.ownership import take_over
 
@@ -224,16 +223,13 @@ def _take_over(config: "Config", requests: "Requests", arguments: argparse.Names
             " seconds for the end of its lease"
         )
 
-    try:
-        owned = take_over(
-            requests,
-            Keys(config.prefix, arguments.device),
-            arguments.take_over,
-            lease_seconds=config.lease_seconds,
-            waiting=say,
-        )
-    except Refused as error:
-        raise StateError(f"the store refused to give out {arguments.device}: {error}") from error
+    owned = take_over(
+        requests,
+        Keys(config.prefix, arguments.device),
+        arguments.take_over,
+        lease_seconds=config.lease_seconds,
+        waiting=say,
+    )
     owned.release()
     return Result({"device": arguments.device, "epoch": owned.owner.epoch})
 

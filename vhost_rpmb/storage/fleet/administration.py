@@ -28,11 +28,12 @@ from vhost_rpmb.storage.fleet.layout import (
     incarnation_key,
 )
 from vhost_rpmb.storage.fleet.ownership import ACTIVE, active_owner
-from vhost_rpmb.storage.fleet.requests import Requests
+from vhost_rpmb.storage.fleet.requests import Requests, named_refusals
 from vhost_rpmb.storage.fleet.seal import KEY_SIZE, KeyEncryptionKey, Sealer
 
 __all__ = [
     "Description",
+    "NameTaken",
     "accept",
     "choose_incarnation",
     "create",
@@ -40,9 +41,14 @@ __all__ = [
     "list_devices",
     "quarantine",
     "replace_kek",
+    "taken",
 ]
 
 _PAGE = 1000  # heads
+
+
+class NameTaken(StateError):
+    """Another device has the name for ever, so this one will never be there."""
 
 
 class Description(NamedTuple):
@@ -67,7 +73,7 @@ def create(requests: Requests, keys: Keys, kek: KeyEncryptionKey, size: int, ori
     """
     if size % spec.CAPACITY_UNIT or not 0 < size <= spec.MAX_CAPACITY:
         raise UsageError(f"the size: expected 1 to 128 times 128 KiB, found {size} bytes")
-    try:
+    with named_refusals(f"to create {keys.device}"):
         incarnation = choose_incarnation(requests, keys)
         secret = os.urandom(KEY_SIZE)
         info = Info(size, secrets.token_hex(8), kek.name, b"", origin)
@@ -80,10 +86,13 @@ def create(requests: Requests, keys: Keys, kek: KeyEncryptionKey, size: int, ori
             [Put(keys.owner, owner.pack()), Put(keys.info, info.pack()), Put(keys.head, head)],
             [Get(keys.info)],
         )
-    except Refused as error:
-        raise StateError(f"the store refused to create {keys.device}: {error}") from error
     if not answer.succeeded and answer.found.get(keys.info) != info.pack():
-        raise StateError(f"the device {keys.device} exists already: choose another name")
+        raise taken(keys)
+
+
+def taken(keys: Keys) -> NameTaken:
+    """Return the error of a name that another device has."""
+    return NameTaken(f"the device {keys.device} exists already: choose another name")
 
 
 def choose_incarnation(requests: Requests, keys: Keys) -> bytes:
@@ -105,7 +114,7 @@ def replace_kek(
     The secret stays: whoever had the old key and a copy of the store can still read that copy.
     Raises StateError.
     """
-    try:
+    with named_refusals(f"to change {keys.device}"):
         device = _open(requests, keys, old)
         secret = old.unwrap_secret(device.info.secret, context(keys, device.info))
         wrapped = new.wrap(secret, context(keys, device.info))
@@ -115,8 +124,6 @@ def replace_kek(
             [Put(keys.info, info.pack())],
             [Get(keys.info)],
         )
-    except Refused as error:
-        raise StateError(f"the store refused to change {keys.device}: {error}") from error
     if not answer.succeeded and answer.found.get(keys.info) != info.pack():
         raise _changed(keys)
 
@@ -127,24 +134,20 @@ def quarantine(requests: Requests, prefix: bytes) -> None:
     A daemon that serves a device goes on; the next start is refused. Raises StateError.
     """
     chosen, key = os.urandom(16), incarnation_key(prefix)
-    try:
+    with named_refusals("the quarantine"):
         before = requests.read([], [key]).found.get(key)
         answer = requests.change([Compare(key, before)], [Put(key, chosen)], [Get(key)])
-    except Refused as error:
-        raise StateError(f"the store refused the quarantine: {error}") from error
     if not answer.succeeded and answer.found.get(key) != chosen:
         raise StateError("the quarantine of the store was changed by another command: repeat it")
 
 
 def describe(requests: Requests, keys: Keys, kek: KeyEncryptionKey) -> Description:
     """Report a device, its head authenticated; a daemon may serve it. Raises StateError."""
-    try:
+    with named_refusals(f"to read {keys.device}"):
         device = _open(requests, keys, kek)
         names = [keys.owner, keys.alive, keys.info, keys.incarnation]
         found = requests.read([], names).found
         return _describe(keys, device.head, found)._replace(size=device.info.size)
-    except Refused as error:
-        raise StateError(f"the store refused to read {keys.device}: {error}") from error
 
 
 def list_devices(requests: Requests, prefix: bytes) -> Iterator[Description]:
@@ -154,14 +157,14 @@ def list_devices(requests: Requests, prefix: bytes) -> Iterator[Description]:
         found = requests.read([], [incarnation_key(prefix)]).found
         pairs = requests.pages(heads, after(heads), _PAGE)
         while page := list(itertools.islice(pairs, _PAGE)):
-            first, last = (page[at][0][len(heads) :] for at in (0, -1))
+            devices = [Keys(prefix, key[len(heads) :].decode()) for key, _ in page]
+            first, last = (
+                (keys.owner, keys.alive, keys.info) for keys in (devices[0], devices[-1])
+            )
             records = dict(found)
-            for kind in (b"o/", b"a/", b"i/"):
-                records |= dict(
-                    requests.pages(prefix + kind + first, prefix + kind + last + b"\0", _PAGE)
-                )
-            for key, record in page:
-                keys = Keys(prefix, key[len(heads) :].decode())
+            for start, end in zip(first, last, strict=True):
+                records |= dict(requests.pages(start, end + b"\0", _PAGE))
+            for keys, (_, record) in zip(devices, page, strict=True):
                 yield _describe(keys, Head.unpack(record), records)
     except (Refused, Malformed, ValueError) as error:
         raise StateError(f"the devices below {prefix.decode()}: {error}") from error
@@ -192,7 +195,7 @@ def accept(requests: Requests, keys: Keys, kek: KeyEncryptionKey) -> None:
 
     Refused while a daemon serves the device. Raises StateError.
     """
-    try:
+    with named_refusals(f"to accept {keys.device}"):
         device = _open(requests, keys, kek)
         found = requests.read([], [keys.owner, keys.alive, keys.incarnation]).found
         if keys.owner not in found or keys.alive in found:
@@ -210,8 +213,6 @@ def accept(requests: Requests, keys: Keys, kek: KeyEncryptionKey) -> None:
             [Put(keys.owner, owner.pack()), Put(keys.head, head)],
             [Get(keys.owner)],
         )
-    except Refused as error:
-        raise StateError(f"the store refused to accept {keys.device}: {error}") from error
     if not answer.succeeded and answer.found.get(keys.owner) != owner.pack():
         raise _changed(keys)
 

@@ -67,6 +67,11 @@ class State(NamedTuple):
     device: Device
     contents: Contents
 
+    def without_head(self) -> State:
+        """Return the same memory as the state of no head that exists: it may be parts of two."""
+        head = self.device.head._replace(incarnation=b"")
+        return self._replace(device=self.device._replace(head_record=b"", head=head))
+
 
 def open_device(
     keys: Keys, info_record: bytes | None, head_record: bytes | None, kek: KeyEncryptionKey

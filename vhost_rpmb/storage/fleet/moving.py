@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from vhost_rpmb.errors import StateError
 from vhost_rpmb.rpmb.replay import NO_REPLAY
-from vhost_rpmb.storage.fleet.administration import choose_incarnation
+from vhost_rpmb.storage.fleet.administration import NameTaken, choose_incarnation, taken
 from vhost_rpmb.storage.fleet.contents import context
-from vhost_rpmb.storage.fleet.engine import Compare, Delete, Get, Operation, Put, Refused
+from vhost_rpmb.storage.fleet.engine import Compare, Delete, Get, Operation, Put
 from vhost_rpmb.storage.fleet.layout import (
     CHUNK,
     CHUNK_BLOCKS,
@@ -32,25 +33,19 @@ from vhost_rpmb.storage.fleet.layout import (
     unpack_chunk,
 )
 from vhost_rpmb.storage.fleet.ownership import ACTIVE, EXPORTED
-from vhost_rpmb.storage.fleet.requests import Requests
+from vhost_rpmb.storage.fleet.requests import Requests, named_refusals
 from vhost_rpmb.storage.fleet.seal import KEY_SIZE, KeyEncryptionKey, Sealer, Unsealable
 
-__all__ = ["NameTaken", "add", "describe_new", "discard", "home", "place_of"]
+__all__ = ["add", "describe_new", "discard", "home", "place_of"]
 
 _CHUNKS_PER_CHANGE = 8  # 128 KiB, as in a checkpoint
 _VERSION = 1  # of the chunks of a device that was added
 
 
-class NameTaken(StateError):
-    """Another device has the name for ever, so this one will never be added."""
-
-
 def place_of(requests: Requests, keys: Keys) -> str:
     """Return a name of the store, for the mark of files. Raises StateError."""
-    try:
+    with _named_errors(keys):
         return f"{keys.prefix.decode()} {choose_incarnation(requests, keys).hex()}"
-    except Refused as error:
-        raise _refused(keys, error) from error
 
 
 def describe_new(keys: Keys, kek: KeyEncryptionKey, size: int, origin: str) -> bytes:
@@ -62,14 +57,10 @@ def describe_new(keys: Keys, kek: KeyEncryptionKey, size: int, origin: str) -> b
 
 def home(requests: Requests, keys: Keys) -> tuple[Owner | None, bytes | None]:
     """Return the owner's record and the description of a device, None: there is none."""
-    try:
+    with _named_errors(keys):
         found = requests.read([], [keys.owner, keys.info]).found
         record = found.get(keys.owner)
         return None if record is None else Owner.unpack(record), found.get(keys.info)
-    except Refused as error:
-        raise _refused(keys, error) from error
-    except Malformed as error:
-        raise StateError(f"the device {keys.device}: {error}: restore the store") from error
 
 
 def add(
@@ -86,23 +77,22 @@ def add(
 
     ``progress`` gets blocks. Raises `NameTaken` and StateError.
     """
-    try:
-        info = Info.unpack(info_record)
-        if info.kek != kek.name:
+    with _named_errors(keys):
+        try:
+            info = Info.unpack(info_record)
+            if info.kek != kek.name:
+                raise StateError(
+                    f"the device {keys.device}: expected the key-encryption key {info.kek} of the"
+                    f" first attempt, found {kek.name}: configure that key"
+                )
+            sealer = kek.unwrap(info.secret, context(keys, info))
+            versions = _put_chunks(requests, keys, info, sealer, memory, progress)
+            _put_device(requests, keys, info_record, sealer, versions, counter, key)
+        except (Malformed, Unsealable) as error:
             raise StateError(
-                f"the device {keys.device}: expected the key-encryption key {info.kek} of the first"
-                f" attempt, found {kek.name}: configure that key"
-            )
-        sealer = kek.unwrap(info.secret, context(keys, info))
-        versions = _put_chunks(requests, keys, info, sealer, memory, progress)
-        _put_device(requests, keys, info_record, sealer, versions, counter, key)
-    except Refused as error:
-        raise _refused(keys, error) from error
-    except (Malformed, Unsealable) as error:
-        raise StateError(
-            f"the device {keys.device}: expected the records of an earlier attempt, found others:"
-            " restore the store"
-        ) from error
+                f"the device {keys.device}: expected the records of an earlier attempt, found"
+                " others: restore the store"
+            ) from error
 
 
 def _put_chunks(
@@ -159,7 +149,7 @@ def _put_device(
     if found.get(keys.info) == info_record:
         return
     if before is not None and Owner.unpack(before).state != EXPORTED:
-        raise _taken(keys)
+        raise taken(keys)
     seq, epoch = 1, 0
     if before is not None:
         epoch, earlier = Owner.unpack(before).epoch + 1, Head.unpack(found.get(keys.head, b""))
@@ -183,12 +173,12 @@ def _put_device(
         puts.append(Put(keys.key(info.life), sealer.seal(key, b"key")))
     answer = requests.change([Compare(keys.owner, before)], puts, [Get(keys.info)])
     if not answer.succeeded and answer.found.get(keys.info) != info_record:
-        raise _taken(keys)
+        raise taken(keys)
 
 
 def discard(requests: Requests, keys: Keys, token: str) -> None:
     """Delete the contents of a device that was exported with a token. Raises StateError."""
-    try:
+    with _named_errors(keys):
         found = requests.read([], [keys.owner, keys.info]).found
         record = found.get(keys.owner, b"")
         if Owner.unpack(record).token != token:
@@ -198,15 +188,13 @@ def discard(requests: Requests, keys: Keys, token: str) -> None:
         deletes: list[Operation] = [Delete(each, after(each)) for each in ranges]
         deletes += [Delete(keys.table(life)), Delete(keys.key(life))]
         requests.change([Compare(keys.owner, record)], deletes, [])
-    except Refused as error:
-        raise _refused(keys, error) from error
+
+
+@contextmanager
+def _named_errors(keys: Keys) -> Iterator[None]:
+    """Turn refusals and malformed records into errors for the operator."""
+    try:
+        with named_refusals(f"to change {keys.device}", ": repeat the command"):
+            yield
     except Malformed as error:
         raise StateError(f"the device {keys.device}: {error}: restore the store") from error
-
-
-def _taken(keys: Keys) -> NameTaken:
-    return NameTaken(f"the device {keys.device} exists already: choose another name")
-
-
-def _refused(keys: Keys, error: Refused) -> StateError:
-    return StateError(f"the store refused to change {keys.device}: {error}: repeat the command")

@@ -18,10 +18,9 @@ from vhost_rpmb.storage.fleet.contents import (
     open_device,
     update,
 )
-from vhost_rpmb.storage.fleet.engine import Refused
 from vhost_rpmb.storage.fleet.layout import Keys, Owner
 from vhost_rpmb.storage.fleet.ownership import Ownership, boot_time, present_owner, take_over
-from vhost_rpmb.storage.fleet.requests import Requests
+from vhost_rpmb.storage.fleet.requests import Requests, named_refusals
 from vhost_rpmb.storage.fleet.seal import KeyEncryptionKey
 from vhost_rpmb.storage.fleet.store import FleetStore
 from vhost_rpmb.storage.fleet.witness import Witness
@@ -50,18 +49,16 @@ class Opening(NamedTuple):
         Raises StateError and `Stopped`.
         """
         device = self._look_once(mode)
-        for _ in range(_LOOKS):
-            try:
-                return State(device, load(self.requests, self.keys, device))
-            except Refused as error:
-                raise _refused(self.keys.device, error) from error
-            except StateError:
-                before = device.head_record
-                device = self._look_once(mode)
-                if device.head_record == before:
-                    raise
-        no_head = device.head._replace(incarnation=b"")
-        return State(device._replace(head_record=b"", head=no_head), blank(device.info.size))
+        with named_refusals(f"to give out {self.keys.device}"):
+            for _ in range(_LOOKS):
+                try:
+                    return State(device, load(self.requests, self.keys, device))
+                except StateError:
+                    before = device.head_record
+                    device = self._look_once(mode)
+                    if device.head_record == before:
+                        raise
+        return State(device, blank(device.info.size)).without_head()
 
     def refresh(self, known: State) -> State:
         """Bring a state that was loaded without owning the device closer to the present one.
@@ -106,12 +103,10 @@ class Opening(NamedTuple):
     ) -> tuple[Device, Witness, int]:
         """Read and check everything but the contents; return it with the engine's revision."""
         keys = self.keys
-        try:
+        with named_refusals(f"to give out {keys.device}"):
             answer = self.requests.read(
                 [], [keys.owner, keys.alive, keys.head, keys.info, keys.incarnation]
             )
-        except Refused as error:
-            raise _refused(keys.device, error) from error
         found = answer.found
         check_owner(found)
         device = open_device(keys, found.get(keys.info), found.get(keys.head), self.kek)
@@ -132,9 +127,9 @@ class Opening(NamedTuple):
         def check_owner() -> None:
             ownership.check(requests.read([], [keys.owner]).found.get(keys.owner))
 
-        try:
-            if known is not None and known.device.head_record == device.head_record:
-                return known.contents
+        if known is not None and known.device.head_record == device.head_record:
+            return known.contents
+        with named_refusals(f"to give out {keys.device}"):
             try:
                 contents = (
                     load(requests, keys, device)
@@ -145,8 +140,6 @@ class Opening(NamedTuple):
                 check_owner()
                 raise
             check_owner()
-        except Refused as error:
-            raise _refused(keys.device, error) from error
         return contents
 
 
@@ -166,22 +159,15 @@ def open_store(
     Raises StateError, `Fenced` if another daemon takes it over meanwhile, and `Stopped`. A refused
     start leaves the device free.
     """
-    try:
-        ownership = take_over(
-            requests,
-            keys,
-            mode,
-            lease_seconds=lease_seconds,
-            clock=clock,
-            waiting=lambda owner: say_waiting(keys.device, owner),
-        )
-    except Refused as error:
-        raise _refused(keys.device, error) from error
+    ownership = take_over(
+        requests,
+        keys,
+        mode,
+        lease_seconds=lease_seconds,
+        clock=clock,
+        waiting=lambda owner: say_waiting(keys.device, owner),
+    )
     return Opening(requests, keys, kek, witness_folder, confirmed_reads).own(ownership, None)
-
-
-def _refused(device: str, error: Refused) -> StateError:
-    return StateError(f"the store refused to give out {device}: {error}")
 
 
 def say_waiting(device: str, owner: Owner) -> None:

@@ -17,7 +17,7 @@ from contextlib import suppress
 from vhost_rpmb.errors import Fenced, StateError, Stopped
 from vhost_rpmb.storage.fleet.engine import Compare, Get, Put, Refused, Unknown
 from vhost_rpmb.storage.fleet.layout import Keys, Malformed, Owner
-from vhost_rpmb.storage.fleet.requests import Requests
+from vhost_rpmb.storage.fleet.requests import Requests, named_refusals
 from vhost_rpmb.storage.interface import TakeOver
 
 __all__ = [
@@ -207,44 +207,45 @@ def try_take_over(
 
     ``mode``: "expired" leaves a device to an owner that is alive, "never" refuses it with an error,
     "now" looks at no lease: writes of the previous owner fail from then on, but it may answer reads
-    until it renews its lease, so it has to be dead. Raises StateError, `Refused` and `Stopped`.
+    until it renews its lease, so it has to be dead. Raises StateError and `Stopped`.
     """
-    while True:
-        found = requests.read([], [keys.owner, keys.alive]).found
-        before = present_owner(keys, found, mode)
-        if keys.alive in found and mode != "now":
-            return before
-        previous = found[keys.owner]
-        token = secrets.token_hex(16)
-        sent = clock()
-        lease = requests.grant(lease_seconds)
-        owner = Owner(before.epoch + 1, token, _HOST, os.getpid(), ACTIVE)
-        compare = [Compare(keys.owner, previous)]
-        if mode != "now":
-            compare.append(Compare(keys.alive, None))
-        try:
-            answer = requests.change(
-                compare,
-                [
-                    Put(keys.owner, owner.pack()),
-                    Put(keys.alive, alive_mark(owner, lease), lease),
-                ],
-                [Get(keys.owner)],
-            )
-        except Stopped:
+    with named_refusals(f"to give out {keys.device}"):
+        while True:
+            found = requests.read([], [keys.owner, keys.alive]).found
+            before = present_owner(keys, found, mode)
+            if keys.alive in found and mode != "now":
+                return before
+            previous = found[keys.owner]
+            token = secrets.token_hex(16)
+            sent = clock()
+            lease = requests.grant(lease_seconds)
+            owner = Owner(before.epoch + 1, token, _HOST, os.getpid(), ACTIVE)
+            compare = [Compare(keys.owner, previous)]
+            if mode != "now":
+                compare.append(Compare(keys.alive, None))
+            try:
+                answer = requests.change(
+                    compare,
+                    [
+                        Put(keys.owner, owner.pack()),
+                        Put(keys.alive, alive_mark(owner, lease), lease),
+                    ],
+                    [Get(keys.owner)],
+                )
+            except Stopped:
+                _revoke(requests, lease)
+                raise
+            if answer.succeeded or answer.found.get(keys.owner) == owner.pack():
+                return Ownership(
+                    requests,
+                    keys,
+                    owner,
+                    lease=lease,
+                    lease_seconds=lease_seconds,
+                    until=sent + reading_time(lease_seconds),
+                    clock=clock,
+                )
             _revoke(requests, lease)
-            raise
-        if answer.succeeded or answer.found.get(keys.owner) == owner.pack():
-            return Ownership(
-                requests,
-                keys,
-                owner,
-                lease=lease,
-                lease_seconds=lease_seconds,
-                until=sent + reading_time(lease_seconds),
-                clock=clock,
-            )
-        _revoke(requests, lease)
 
 
 def present_owner(keys: Keys, found: Mapping[bytes, bytes], mode: TakeOver) -> Owner:

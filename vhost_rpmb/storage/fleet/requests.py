@@ -11,9 +11,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
-from vhost_rpmb.errors import Stopped
+from vhost_rpmb.errors import StateError, Stopped
 from vhost_rpmb.storage.fleet.engine import (
     Answer,
     Compare,
@@ -25,7 +26,7 @@ from vhost_rpmb.storage.fleet.engine import (
     Unknown,
 )
 
-__all__ = ["Requests"]
+__all__ = ["Requests", "named_refusals"]
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,15 @@ _FIRST_PAUSE = 0.005  # seconds
 _LONGEST_PAUSE = 0.5  # seconds
 
 T = TypeVar("T")
+
+
+@contextmanager
+def named_refusals(action: str, remedy: str = "") -> Iterator[None]:
+    """Turn `Refused` into a StateError for the operator: the store refused this action."""
+    try:
+        yield
+    except Refused as error:
+        raise StateError(f"the store refused {action}: {error}{remedy}") from error
 
 
 class Requests:

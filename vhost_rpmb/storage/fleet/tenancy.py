@@ -69,16 +69,13 @@ class Tenancy:
         if self._store is not None:
             return True
         keys = self._opening.keys
-        try:
-            outcome = try_take_over(
-                self._opening.requests,
-                keys,
-                self._mode,
-                lease_seconds=self.lease_seconds,
-                clock=self._clock,
-            )
-        except Refused as error:
-            raise StateError(f"the store refused to give out {keys.device}: {error}") from error
+        outcome = try_take_over(
+            self._opening.requests,
+            keys,
+            self._mode,
+            lease_seconds=self.lease_seconds,
+            clock=self._clock,
+        )
         if not isinstance(outcome, Ownership):
             if not self._told:
                 say_waiting(keys.device, outcome)
@@ -112,12 +109,7 @@ class Tenancy:
         try:
             self._state = self._opening.refresh(self._state)
         except (Refused, StateError):
-            # The memory may hold parts of two states: it belongs to no head.
-            device = self._state.device
-            no_head = device.head._replace(incarnation=b"")
-            self._state = self._state._replace(
-                device=device._replace(head_record=b"", head=no_head)
-            )
+            self._state = self._state.without_head()
 
     # The store
 

@@ -7,10 +7,9 @@ from typing import NamedTuple
 
 from vhost_rpmb.errors import StateError
 from vhost_rpmb.storage.fleet.contents import load, open_device
-from vhost_rpmb.storage.fleet.engine import Refused
 from vhost_rpmb.storage.fleet.layout import Keys
 from vhost_rpmb.storage.fleet.ownership import active_owner
-from vhost_rpmb.storage.fleet.requests import Requests
+from vhost_rpmb.storage.fleet.requests import Requests, named_refusals
 from vhost_rpmb.storage.fleet.seal import KeyEncryptionKey
 
 __all__ = ["Verified", "verify"]
@@ -32,7 +31,7 @@ class Verified(NamedTuple):
 
 def verify(requests: Requests, keys: Keys, kek: KeyEncryptionKey) -> Verified:
     """Read and authenticate head, key, chunks and log. Raises StateError."""
-    try:
+    with named_refusals(f"to read {keys.device}"):
         for _ in range(_TRIES):
             found = requests.read([], [keys.owner, keys.info, keys.head]).found
             if keys.owner in found:
@@ -51,8 +50,6 @@ def verify(requests: Requests, keys: Keys, kek: KeyEncryptionKey) -> Verified:
                 *(keys.device, device.info.size, head.counter, head.programmed),
                 *(len(used), contents.log_bytes),
             )
-    except Refused as error:
-        raise StateError(f"the store refused to read {keys.device}: {error}") from error
     raise StateError(
         f"the device {keys.device}: expected a pause of its daemon's writes, found none: repeat the"
         " command when the virtual machine is idle"
