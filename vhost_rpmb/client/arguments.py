@@ -16,9 +16,9 @@ __all__ = [
     "add_device_files",
     "add_key_file",
     "add_out_file",
+    "add_size",
     "blocks",
     "seconds",
-    "size",
 ]
 
 MAX_BLOCKS = spec.MAX_CAPACITY // spec.BLOCK_SIZE
@@ -59,7 +59,7 @@ def seconds(text: str) -> float:
     return value
 
 
-def size(text: str) -> int:
+def _size(text: str) -> int:
     """Parse the size of an image, in bytes or with K or M behind it."""
     found = _SIZE.fullmatch(text)
     value = int(found[1]) * _UNITS[found[2]] if found else 0
@@ -68,6 +68,17 @@ def size(text: str) -> int:
             f"expected a multiple of 128K, from 128K to 16M, found {text!r}"
         )
     return value
+
+
+def add_size(parser: argparse.ArgumentParser) -> None:
+    """Add --size, of a new device."""
+    parser.add_argument(
+        "--size",
+        metavar="SIZE",
+        type=_size,
+        default="128K",
+        help="a multiple of 128K, up to 16M; default %(default)s",
+    )
 
 
 def add_key_file(

@@ -83,8 +83,7 @@ class Backend:
         for vring in self.vrings:
             vring.close()
         self._memory.clear()
-        if self._inflight is not None:
-            self._inflight.close()
+        self._drop_inflight()
 
     # Another process
 
@@ -180,9 +179,7 @@ class Backend:
                 vring.set_call(-1)
                 vring.set_error(-1)
                 vring.set_record(None)
-            if self._inflight is not None:
-                self._inflight.close()
-                self._inflight = self._saved_inflight = None
+            self._drop_inflight()
             self._memory.clear()
             self._regions.clear()
             self._device.clear_register()
@@ -281,9 +278,14 @@ class Backend:
         region = inflight.Region(self._engine.GuestMemory(1), description, fd)
         for vring in self.vrings:
             vring.set_record(region.record(vring.index))
+        self._drop_inflight()
+        self._inflight, self._saved_inflight = region, found
+
+    def _drop_inflight(self) -> None:
+        """Unmap the in-flight region, which no vring uses any more."""
         if self._inflight is not None:
             self._inflight.close()
-        self._inflight, self._saved_inflight = region, found
+            self._inflight = self._saved_inflight = None
 
     def _set_vring_num(self, message: Message) -> None:
         vring, size = self._vring_state(message)

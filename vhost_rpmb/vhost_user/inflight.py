@@ -36,13 +36,23 @@ from vhost_rpmb.vhost_user import wire
 from vhost_rpmb.vhost_user.interfaces import Memory
 from vhost_rpmb.virtio import spec as virtio
 
-__all__ = ["InvalidRecordError", "Record", "Recovery", "Region", "create", "stride"]
+__all__ = [
+    "VERSION",
+    "InvalidRecordError",
+    "Record",
+    "Recovery",
+    "Region",
+    "check_header",
+    "check_marks",
+    "create",
+    "stride",
+]
 
 _HEADER = struct.Struct("=QHHHH")  # features, version, desc_num, last_batch_head, used_idx
 _ENTRY = struct.Struct("=B5xHQ")  # inflight, next, counter
 _USED_INDEX = 14  # offset of used_idx
 _COUNTER = 8  # offset in an entry
-_VERSION = 1
+VERSION = 1
 _U16 = struct.Struct("=H")
 _U64 = struct.Struct("=Q")
 
@@ -110,6 +120,23 @@ class Region:
         self.memory.clear()
 
 
+def check_header(features: int, version: int, count: int, size: int) -> None:
+    """InvalidRecordError unless the record of a ring of ``size`` begins so, in either layout."""
+    for name, expected, found in (
+        ("version", VERSION, version),
+        ("feature bits", 0, features),
+        ("number of descriptors", size, count),
+    ):
+        if found != expected:
+            raise InvalidRecordError(f"expected {name} {expected}, found {found}")
+
+
+def check_marks(marks: set[int]) -> None:
+    """InvalidRecordError unless these are marks of entries."""
+    if marks - {0, 1}:
+        raise InvalidRecordError(f"expected inflight 0 or 1, found {max(marks)}")
+
+
 class Record:
     """The record of one vring, at ``offset`` of the region."""
 
@@ -132,19 +159,11 @@ class Record:
         features, version, count, last, recorded = _HEADER.unpack_from(raw)
         if not version:
             return self._initialise(size, used_index, base)
-        for name, expected, found in (
-            ("version", _VERSION, version),
-            ("feature bits", 0, features),
-            ("number of descriptors", size, count),
-        ):
-            if found != expected:
-                raise InvalidRecordError(f"expected {name} {expected}, found {found}")
+        check_header(features, version, count, size)
         if last >= size:
             raise InvalidRecordError(f"expected a head below {size}, found {last}")
         entries = [_ENTRY.unpack_from(raw, offset) for offset in _places(size)]
-        marks = {mark for mark, _, _ in entries}
-        if marks - {0, 1}:
-            raise InvalidRecordError(f"expected inflight 0 or 1, found {max(marks)}")
+        check_marks({mark for mark, _, _ in entries})
         ahead = (used_index - recorded) & 0xFFFF
         if ahead > size:
             return self._clear(size, used_index, base)
@@ -173,7 +192,7 @@ class Record:
         if (base - used_index) & 0xFFFF <= size:
             base = used_index
         self._store(0, _HEADER.pack(0, 0, size, 0, used_index) + bytes(size * _ENTRY.size))
-        self._store(8, _U16.pack(_VERSION))
+        self._store(8, _U16.pack(VERSION))
         return Recovery(base, (), 0, cleared=False)
 
     def _clear(self, size: int, used_index: int, base: int) -> Recovery:

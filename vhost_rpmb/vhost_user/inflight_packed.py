@@ -32,7 +32,7 @@ import struct
 from collections.abc import Callable
 from typing import NamedTuple
 
-from vhost_rpmb.vhost_user.inflight import InvalidRecordError
+from vhost_rpmb.vhost_user.inflight import VERSION, InvalidRecordError, check_header, check_marks
 from vhost_rpmb.virtio import spec as virtio
 
 __all__ = ["PackedRecovery", "Position", "initial", "recover"]
@@ -49,7 +49,6 @@ _USED = struct.Struct("=HHBB2x")
 _USED_AT = 16
 _COUNTER = struct.Struct("=Q")
 _COUNTER_AT = 8
-_VERSION = 1
 _AVAILABLE_OR_USED = virtio.VIRTQ_DESC_F_AVAIL | virtio.VIRTQ_DESC_F_USED
 
 
@@ -88,7 +87,7 @@ class _Chain(NamedTuple):
 
 def initial(size: int, used: Position) -> bytes:
     """Return the record of a ring of `size` descriptors with nothing in flight."""
-    header = _HEADER.pack(0, _VERSION, size, 0, 0, used.slot, used.slot, used.wrap, used.wrap)
+    header = _HEADER.pack(0, VERSION, size, 0, 0, used.slot, used.slot, used.wrap, used.wrap)
     entries = (_ENTRY.pack(0, number + 1, 0, 0, 0).ljust(_SIZE, b"\0") for number in range(size))
     return header + b"".join(entries)
 
@@ -103,13 +102,7 @@ def recover(record: bytes, size: int, flags_of: Callable[[int], int]) -> PackedR
     features, version, count, free, old_free, slot, old_slot, wrap, old_wrap = _HEADER.unpack_from(
         record
     )
-    for name, expected, found in (
-        ("version", _VERSION, version),
-        ("feature bits", 0, features),
-        ("number of descriptors", size, count),
-    ):
-        if found != expected:
-            raise InvalidRecordError(f"expected {name} {expected}, found {found}")
+    check_header(features, version, count, size)
     if max(slot, old_slot) >= size or max(wrap, old_wrap) > 1:
         raise InvalidRecordError(
             f"expected used slots below {size} and wrap counters 0 or 1, found {slot} and "
@@ -122,9 +115,7 @@ def recover(record: bytes, size: int, flags_of: Callable[[int], int]) -> PackedR
     else:
         used = new
     entries = [_ENTRY.unpack_from(record, _place(number)) for number in range(size)]
-    marks = {entry[0] for entry in entries}
-    if marks - {0, 1}:
-        raise InvalidRecordError(f"expected inflight 0 or 1, found {max(marks)}")
+    check_marks({entry[0] for entry in entries})
     free_list = _walk([entry[1] for entry in entries], free)
     chains = _chains(record, entries, set(free_list))
     slots = []

@@ -6,7 +6,7 @@ import os
 from contextlib import ExitStack
 
 from vhost_rpmb.arguments import path_argument
-from vhost_rpmb.client.arguments import size
+from vhost_rpmb.client.arguments import add_size
 from vhost_rpmb.client.files import create_file, create_folder
 from vhost_rpmb.client.result import Result
 from vhost_rpmb.rpmb import spec
@@ -27,13 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=path_argument,
         help=f"create a folder for the device, mode 0700, with {_IMAGE_NAME} in it",
     )
-    parser.add_argument(
-        "--size",
-        metavar="SIZE",
-        type=size,
-        default="128K",
-        help="a multiple of 128K, up to 16M; default %(default)s",
-    )
+    add_size(parser)
     parser.add_argument(
         "--random-key",
         metavar="PATH",

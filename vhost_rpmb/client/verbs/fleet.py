@@ -7,7 +7,7 @@ from contextlib import closing
 from typing import TYPE_CHECKING, NamedTuple
 
 from vhost_rpmb.arguments import path_argument
-from vhost_rpmb.client.arguments import add_device_files, size
+from vhost_rpmb.client.arguments import add_device_files, add_size
 from vhost_rpmb.client.device import progress
 from vhost_rpmb.client.files import warn
 from vhost_rpmb.client.result import Result
@@ -43,16 +43,6 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
 def _add_optional_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "device", metavar="DEVICE", nargs="?", help="the name of a device; default: all devices"
-    )
-
-
-def _add_size(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--size",
-        metavar="SIZE",
-        type=size,
-        default="128K",
-        help="a multiple of 128K, up to 16M; default %(default)s",
     )
 
 
@@ -256,7 +246,7 @@ class _Row(NamedTuple):
 
 
 _ACTIONS = {
-    "create": _Row(_create, "create a blank device", (_add_device, _add_size)),
+    "create": _Row(_create, "create a blank device", (_add_device, add_size)),
     "list": _Row(_list, "print write counter and owner of each device"),
     "info": _Row(_info, "print and authenticate the state of a device", (_add_device,)),
     "verify": _Row(

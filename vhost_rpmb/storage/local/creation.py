@@ -11,16 +11,15 @@ from contextlib import closing, contextmanager, suppress
 from vhost_rpmb.errors import StateError
 from vhost_rpmb.rpmb import spec
 from vhost_rpmb.storage.local.database import (
-    MARK_TABLE,
     SCHEMA,
     SET_DIGEST,
     STOPPED,
     Mark,
+    put_mark,
     uri,
 )
 from vhost_rpmb.storage.local.files import published_file, sync_folder
 from vhost_rpmb.storage.local.image import ImageFile, digest
-from vhost_rpmb.storage.local.statefile import AWAY, user_version
 from vhost_rpmb.storage.paths import journal_of, log_of, new_of
 
 __all__ = ["create_arriving", "create_database"]
@@ -55,9 +54,7 @@ def create_arriving(
         _fill(database, len(image), blocks, counter)
         with database:
             database.execute("UPDATE device SET key = ?", (key,))
-            database.execute(MARK_TABLE)
-            database.execute("INSERT INTO mark VALUES (?, ?, ?, ?)", mark)
-            database.execute(f"PRAGMA user_version = {user_version(0, AWAY)}")
+            put_mark(database, 0, mark)
 
 
 @contextmanager

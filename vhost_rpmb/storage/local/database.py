@@ -31,7 +31,6 @@ from vhost_rpmb.storage.local.wal import apply_log
 from vhost_rpmb.storage.paths import log_of
 
 __all__ = [
-    "MARK_TABLE",
     "NO_DIGESTS",
     "SCHEMA",
     "SET_DIGEST",
@@ -41,6 +40,7 @@ __all__ = [
     "Mark",
     "Snapshot",
     "StateReader",
+    "put_mark",
     "uri",
 ]
 
@@ -117,7 +117,7 @@ class Mark(NamedTuple):
     record: bytes
 
 
-MARK_TABLE = """
+_MARK_TABLE = """
 CREATE TABLE mark (
     state TEXT NOT NULL,        -- of the move
     place TEXT NOT NULL,        -- the store
@@ -381,11 +381,7 @@ class Database(StateReader):
         """
         starts = self.device().starts
         with self.transaction():
-            self._execute("DROP TABLE IF EXISTS mark")
-            if mark is not None:
-                self._execute(MARK_TABLE)
-                self._execute("INSERT INTO mark VALUES (?, ?, ?, ?)", mark)
-            self._execute(f"PRAGMA user_version = {user_version(starts, AWAY if mark else FORMAT)}")
+            put_mark(self._connection, starts, mark)
         sync_folder(self._log)
         self._empty_log()
 
@@ -440,6 +436,15 @@ class _Transaction:
             if self._connection.in_transaction:
                 with suppress(sqlite3.Error):
                     self._connection.execute("ROLLBACK")
+
+
+def put_mark(connection: sqlite3.Connection, starts: int, mark: Mark | None) -> None:
+    """Write where a device is, None: here; the caller commits."""
+    connection.execute("DROP TABLE IF EXISTS mark")
+    if mark is not None:
+        connection.execute(_MARK_TABLE)
+        connection.execute("INSERT INTO mark VALUES (?, ?, ?, ?)", mark)
+    connection.execute(f"PRAGMA user_version = {user_version(starts, AWAY if mark else FORMAT)}")
 
 
 def uri(path: str) -> str:
