@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from bench.daemon import KEY, Tools, chains, resident, writes
 from tests.support.etcd import EtcdCluster
-from tests.support.fleet import Host
+from tests.support.fleet import Host, create_device
 from tests.support.rig import make_image
 from vhost_rpmb.driver.rpmb import RpmbClient
 from vhost_rpmb.errors import ClientError
@@ -75,8 +75,13 @@ def transactions(engine: Etcd, size: int) -> list[float]:
 
 
 @contextmanager
-def served(folder: Path, *where: str) -> Iterator[Served]:
-    """Run a daemon until its first answer and longer."""
+def served(
+    folder: Path,
+    *where: str,
+    first: Callable[[RpmbClient], object] = RpmbClient.read_counter,
+    key: bytes | None = KEY,
+) -> Iterator[Served]:
+    """Run a daemon until its first answer, that to ``first``, and longer."""
     path = folder / "bench.sock"
     command = [sys.executable, "-m", "vhost_rpmb", f"--socket-path={path}", *where]
     begin = time.perf_counter()
@@ -84,38 +89,23 @@ def served(folder: Path, *where: str) -> Iterator[Served]:
         try:
             while True:
                 try:
-                    with RpmbClient.connect(path, KEY, timeout=60) as client:
-                        client.read_counter()
+                    with RpmbClient.connect(path, key, timeout=60) as client:
+                        first(client)
                     break
                 except ClientError:
                     if process.poll() is not None:
                         raise SystemExit("bench: the daemon ended") from None
                     time.sleep(0.001)
-            first = (time.perf_counter() - begin) * 1e3
-            yield Served(path, first, resident(process.pid))
+            took = (time.perf_counter() - begin) * 1e3
+            yield Served(path, took, resident(process.pid))
         finally:
             process.terminate()
             process.wait(30)
 
 
-def program(folder: Path, *where: str) -> None:
-    """Program the key of a new device."""
-    path = folder / "bench.sock"
-    command = [sys.executable, "-m", "vhost_rpmb", f"--socket-path={path}", *where]
-    with subprocess.Popen(command) as process:
-        while True:
-            try:
-                with RpmbClient.connect(path, timeout=60) as client:
-                    client.program_key(KEY)
-                break
-            except ClientError:
-                time.sleep(0.01)
-        process.terminate()
-        process.wait(30)
-
-
 def measure_daemon(tools: Tools, folder: Path, name: str, *where: str) -> None:
-    program(folder, *where)
+    with served(folder, *where, first=lambda client: client.program_key(KEY), key=None):
+        pass
     starts = []
     for _ in range(STARTS):
         with served(folder, *where) as daemon:
@@ -174,14 +164,7 @@ def main() -> int:
         folder = Path(name)
         tools = Tools(folder)
         host = Host(folder / "host", cluster, PREFIX)
-        config = load(str(host.config))
-        create(
-            Requests(config.connect()),
-            Keys(config.prefix, "vm-1"),
-            config.key_encryption_key(),
-            spec.CAPACITY_UNIT,
-            "bench",
-        )
+        create_device(host)
         print("| milliseconds unless named otherwise | median | 99 of 100 within |\n|---|---|---|")
         engine = cluster.connect()
         print(f"| plain transaction, as for 1 block | {percentiles(transactions(engine, ENTRY))} |")

@@ -16,7 +16,7 @@ import pytest
 from tests.support.authority import Authority
 from tests.support.daemon import Daemon, environment, until
 from tests.support.etcd import EtcdCluster
-from tests.support.fleet import LEASE, Host, ask, create_device
+from tests.support.fleet import LEASE, Host, ask, create_device, daemons, two_hosts
 from tests.support.oracle import KEY
 from vhost_rpmb.driver.errors import BackendError
 from vhost_rpmb.driver.rpmb import RpmbClient
@@ -36,23 +36,14 @@ def cluster() -> Iterator[EtcdCluster]:
 @pytest.fixture
 def hosts(cluster: EtcdCluster, tmp_path: Path) -> list[Host]:
     """Two hosts with a device "vm-1" that no daemon owns."""
-    made = [Host(tmp_path / name, cluster, PREFIX) for name in ("a", "b")]
-    create_device(made[0])
-    return made
+    return two_hosts(tmp_path, cluster, PREFIX)
 
 
 @pytest.fixture
 def serve(engine: Engine) -> Iterator[Callable[..., Daemon]]:
     """Make daemons on each engine, killed at the end."""
-    made: list[Daemon] = []
-
-    def make(host: Host, *options: str) -> Daemon:
-        made.append(host.daemon("vm-1", *options, engine=engine.name))
-        return made[-1]
-
-    yield make
-    for daemon in made:
-        daemon.kill()
+    with daemons(engine.name) as make:
+        yield make
 
 
 def test_device_moves_from_host_to_host(hosts: list[Host], serve: Callable[..., Daemon]) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from tests.support.daemon import Daemon, until
 from tests.support.etcd import EtcdCluster
-from tests.support.fleet import Host, create_device, describe
+from tests.support.fleet import Host, create_device, daemons, describe, two_hosts
 from tests.support.oracle import KEY, read_data
 from vhost_rpmb.driver.errors import BackendError
 from vhost_rpmb.driver.rpmb import RpmbClient
@@ -37,25 +37,20 @@ def cluster() -> Iterator[EtcdCluster]:
 @pytest.fixture
 def hosts(cluster: EtcdCluster, tmp_path: Path) -> list[Host]:
     """Two hosts with a device "vm-1"."""
-    prefix = f"/{tmp_path.name}-{time.monotonic_ns()}/"
-    made = [Host(tmp_path / name, cluster, prefix) for name in ("a", "b")]
-    create_device(made[0])
-    return made
+    return two_hosts(tmp_path, cluster, f"/{tmp_path.name}-{time.monotonic_ns()}/")
 
 
 @pytest.fixture
 def serve(engine: Engine) -> Iterator[Callable[..., Daemon]]:
     """Start daemons on each engine, killed at the end."""
-    made: list[Daemon] = []
+    with daemons(engine.name, "--verbose") as make:
 
-    def make(host: Host, *options: str) -> Daemon:
-        made.append(host.daemon("vm-1", "--verbose", *options, engine=engine.name))
-        made[-1].start()
-        return made[-1]
+        def start(host: Host, *options: str) -> Daemon:
+            daemon = make(host, *options)
+            daemon.start()
+            return daemon
 
-    yield make
-    for daemon in made:
-        daemon.kill()
+        yield start
 
 
 def client(daemon: Daemon, key: bytes | None = None) -> RpmbClient:

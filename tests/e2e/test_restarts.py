@@ -75,6 +75,19 @@ def supervisor(tmp_path: Path, engine: Engine) -> Iterator[Supervisor]:
         yield supervisor
 
 
+@contextmanager
+def meanwhile(work: Callable[[threading.Event], None]) -> Iterator[None]:
+    """Let a thread work during the context; the event is set at its end."""
+    stop = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        worker = pool.submit(work, stop)
+        try:
+            yield
+        finally:
+            stop.set()
+    worker.result()
+
+
 class Killer:
     """Kills a supervised daemon at random moments, its starts included."""
 
@@ -99,21 +112,15 @@ class Killer:
     @contextmanager
     def working(self) -> Iterator[None]:
         """Kill it again and again as soon as it has a connection, until the end of the context."""
-        stop = threading.Event()
 
-        def work() -> None:
+        def work(stop: threading.Event) -> None:
             # What dies between accept() and the storing of the connection cannot be continued.
             self._supervisor.wait(lambda: bool(self._supervisor.names) or stop.is_set())
             while not stop.is_set():
                 self.kill()
 
-        with ThreadPoolExecutor(1) as pool:
-            worker = pool.submit(work)
-            try:
-                yield
-            finally:
-                stop.set()
-        worker.result()
+        with meanwhile(work):
+            yield
 
 
 class Deaths:
@@ -127,13 +134,12 @@ class Deaths:
     @contextmanager
     def working(self, point: str) -> Iterator[None]:
         """Do so until the end of the context, as soon as there is a connection; at least once."""
-        stop = threading.Event()
         before = self.kills
 
         def ready() -> bool:
             return self._supervisor.ready and "rpmb-conn" in self._supervisor.names
 
-        def work() -> None:
+        def work(stop: threading.Event) -> None:
             while not stop.is_set():
                 self._supervisor.wait(lambda: ready() or stop.is_set())
                 starts = self._supervisor.starts
@@ -145,13 +151,8 @@ class Deaths:
                     self._supervisor.wait_ready()
                 self.kills += self._supervisor.starts - starts
 
-        with ThreadPoolExecutor(1) as pool:
-            worker = pool.submit(work)
-            try:
-                yield
-            finally:
-                stop.set()
-        worker.result()
+        with meanwhile(work):
+            yield
         assert self.kills > before, point
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tests.nemesis.network import Place
-from tests.support.etcd import make_etcd
+from tests.support.etcd import ask, make_etcd
 from vhost_rpmb.storage.fleet.engine import Put
 from vhost_rpmb.storage.fleet.etcd import Endpoint, Etcd
 
@@ -78,14 +78,7 @@ class Member:
             self.process.wait()
 
     def ask(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        connection = http.client.HTTPConnection(self.place.address, CLIENT, timeout=5)
-        try:
-            connection.request("POST", path, json.dumps(body))
-            answer = json.loads(connection.getresponse().read())
-            assert isinstance(answer, dict)
-            return answer
-        finally:
-            connection.close()
+        return ask(self.place.address, CLIENT, path, body)
 
     def leads(self) -> bool:
         with suppress(OSError, http.client.HTTPException, ValueError, KeyError):

@@ -158,16 +158,21 @@ def test_domain_is_one_of_libvirt(tmp_path: Path) -> None:
     assert " ".join(arguments).removesuffix(slot) in commands(by_hand)[0]
 
 
+def run_suite(folder: Path) -> str:
+    """Run the test suite in a folder, which must pass; return what pytest said."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--rootdir", str(folder)]
+    done = subprocess.run(
+        [*command, str(folder)], cwd=folder, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
 def test_fixture_serves_a_test_suite(tmp_path: Path) -> None:
     (_, conftest), (_, tests) = blocks_of_guide("embedding")
     (tmp_path / "conftest.py").write_text(conftest)
     (tmp_path / "test_rollback.py").write_text(tests)
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--rootdir", str(tmp_path)]
-    done = subprocess.run(
-        [*command, str(tmp_path)], cwd=tmp_path, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stdout
-    assert "2 passed" in done.stdout
+    assert "2 passed" in run_suite(tmp_path)
 
 
 def test_script_of_faults_acts_as_described(tmp_path: Path) -> None:
@@ -185,12 +190,7 @@ def test_script_of_faults_acts_as_described(tmp_path: Path) -> None:
 def test_faults_serve_a_test_suite(tmp_path: Path) -> None:
     ((_, tests),) = (block for block in blocks_of_guide("faults") if block.language == "python")
     (tmp_path / "test_faults.py").write_text(tests)
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--rootdir", str(tmp_path)]
-    done = subprocess.run(
-        [*command, str(tmp_path)], cwd=tmp_path, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stdout
-    assert "1 passed" in done.stdout
+    assert "1 passed" in run_suite(tmp_path)
 
 
 def test_every_result_has_its_meaning() -> None:

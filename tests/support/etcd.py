@@ -59,6 +59,18 @@ def free_ports(count: int) -> list[int]:
         return found
 
 
+def ask(address: str, port: int, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    """One request to a member without TLS: POST, without a body GET."""
+    connection = http.client.HTTPConnection(address, port, timeout=5)
+    try:
+        connection.request("GET" if body is None else "POST", path, json.dumps(body or {}))
+        answer = json.loads(connection.getresponse().read())
+        assert isinstance(answer, dict)
+        return answer
+    finally:
+        connection.close()
+
+
 class Member:
     """One server; it keeps its data while it is dead."""
 
@@ -84,14 +96,7 @@ class Member:
 
     def ask(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """One request without credentials, for clusters without TLS."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.client, timeout=5)
-        try:
-            connection.request("GET" if body is None else "POST", path, json.dumps(body or {}))
-            answer = json.loads(connection.getresponse().read())
-            assert isinstance(answer, dict)
-            return answer
-        finally:
-            connection.close()
+        return ask("127.0.0.1", self.client, path, body)
 
     def backup(self) -> bytes:
         """A snapshot of its data, as ``etcdctl snapshot save`` writes it."""

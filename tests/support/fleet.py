@@ -7,6 +7,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -73,6 +75,29 @@ def ask(*arguments: str) -> dict[str, Any]:
 def create_device(host: Host) -> None:
     """Create the device "vm-1"."""
     ask("create", str(host.config), "vm-1")
+
+
+def two_hosts(folder: Path, cluster: Cluster, prefix: str) -> list[Host]:
+    """Two hosts with a device "vm-1" that no daemon owns."""
+    hosts = [Host(folder / name, cluster, prefix) for name in ("a", "b")]
+    create_device(hosts[0])
+    return hosts
+
+
+@contextmanager
+def daemons(engine: str, *more: str) -> Iterator[Callable[..., Daemon]]:
+    """A function that makes daemons of "vm-1" on a host; they are killed at the end."""
+    made: list[Daemon] = []
+
+    def make(host: Host, *options: str) -> Daemon:
+        made.append(host.daemon("vm-1", *more, *options, engine=engine))
+        return made[-1]
+
+    try:
+        yield make
+    finally:
+        for daemon in made:
+            daemon.kill()
 
 
 def describe(host: Host) -> dict[str, Any]:
