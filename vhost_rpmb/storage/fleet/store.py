@@ -110,7 +110,7 @@ class FleetStore:
         """Ask the engine whether the state in memory is the latest one; a commit just did."""
         while not self._confirmed:
             try:
-                # What is read if a compare fails makes etcd ask its other members: a transaction
+                # The reads for a failed compare make etcd ask its other members: a transaction
                 # without any request is answered by one member alone.
                 answer = self._change([])
             except Refused as error:
