@@ -21,7 +21,7 @@ from vhost_rpmb.vhost_user.backend import PROTOCOL_FEATURES
 from vhost_rpmb.vhost_user.interfaces import Device, Keeper
 from vhost_rpmb.vhost_user.session import Session
 from vhost_rpmb.vhost_user.vring import Vring
-from vhost_rpmb.vhost_user.wire import MemoryRegion, Request, VringState
+from vhost_rpmb.vhost_user.wire import MemoryRegion, ProtocolFeature, Request, VringState
 from vhost_rpmb.virtio import spec as virtio
 
 FEATURES = 1 << virtio.VIRTIO_F_VERSION_1 | 1 << virtio.VIRTIO_F_EVENT_IDX
@@ -66,13 +66,23 @@ class EchoDevice:
 class Peer:
     """The front-end's end of a connection to a `Session`, which is driven by a real event loop."""
 
-    def __init__(self, engine: Engine, device: Device, keeper: Keeper | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        device: Device,
+        keeper: Keeper | None = None,
+        protocol_features: ProtocolFeature = PROTOCOL_FEATURES,
+    ) -> None:
         self.sock, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self.sock.setblocking(False)
         self.reader = wire.MessageReader(self.sock)
         self.loop = EventLoop()
         self.log = LimitedLog(logging.getLogger("vhost_rpmb.test"))
-        self.backend = Session(far, device, engine, self.loop, self.log, keeper=keeper)
+        self.backend = Session(
+            *(far, device, engine, self.loop, self.log),
+            keeper=keeper,
+            protocol_features=protocol_features,
+        )
         self.end: Exception | None = None
         self._attention = os.eventfd(1)
         self._far = far.fileno()

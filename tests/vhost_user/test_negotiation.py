@@ -7,15 +7,27 @@ import pytest
 
 from tests.support.peer import OFFERED, EchoDevice, Peer
 from vhost_rpmb.driver.memory import GuestMemory
+from vhost_rpmb.engine import Engine
 from vhost_rpmb.vhost_user import wire
 from vhost_rpmb.vhost_user.backend import PROTOCOL_FEATURES
-from vhost_rpmb.vhost_user.wire import Request
+from vhost_rpmb.vhost_user.wire import ProtocolFeature, Request
 from vhost_rpmb.virtio import spec as virtio
 
 
 def test_offered_features(fresh: Peer) -> None:
     assert fresh.ask_u64(Request.GET_FEATURES) == OFFERED
     assert fresh.ask_u64(Request.GET_PROTOCOL_FEATURES) == PROTOCOL_FEATURES
+
+
+def test_offer_of_protocol_features_is_the_callers(engine: Engine, device: EchoDevice) -> None:
+    offered = PROTOCOL_FEATURES & ~ProtocolFeature.STATUS | ProtocolFeature.DEVICE_STATE
+    peer = Peer(engine, device, protocol_features=offered)
+    try:
+        assert peer.ask_u64(Request.GET_PROTOCOL_FEATURES) == offered
+        peer.negotiate(offered)
+        peer.refused(Request.SET_PROTOCOL_FEATURES, wire.pack_u64(ProtocolFeature.STATUS))
+    finally:
+        peer.close()
 
 
 @pytest.mark.parametrize("bit", [0, virtio.VIRTIO_F_INDIRECT_DESC, 34, 63])

@@ -51,7 +51,7 @@ class Backend:
     """The device's features, memory and vrings; owns every descriptor but those of messages.
 
     The vrings add their kick descriptors to ``watcher``. ``store`` returns the number under which a
-    descriptor is stored for another process, 0 if it is not.
+    descriptor is stored for another process, 0 if it is not. ``offered`` are the protocol features.
     """
 
     def __init__(
@@ -61,10 +61,12 @@ class Backend:
         watcher: Watcher,
         log: Log,
         store: Callable[[int], int],
+        offered: ProtocolFeature,
     ) -> None:
         self._device = device
         self._engine = engine
         self._store = store
+        self._offered = offered
         self._regions: dict[tuple[int, int, int], SavedRegion] = {}
         self._memory = engine.GuestMemory(MAX_MEM_SLOTS)
         self.vrings = [
@@ -131,7 +133,7 @@ class Backend:
                 f"expected the config space {state.config.hex()}, found {self._device.config.hex()}"
             )
         missing = state.offered & ~self._device.features
-        if missing or state.protocol_features & ~int(PROTOCOL_FEATURES):
+        if missing or state.protocol_features & ~int(self._offered):
             raise ValueError("expected all features that were offered, found some missing")
         if len(state.vrings) != len(self.vrings):
             raise ValueError(f"expected {len(state.vrings)} vrings, found {len(self.vrings)}")
@@ -157,11 +159,11 @@ class Backend:
                 vring.enable(True)
 
     def _get_protocol_features(self, _message: Message) -> bytes:
-        return wire.pack_u64(PROTOCOL_FEATURES)
+        return wire.pack_u64(self._offered)
 
     def _set_protocol_features(self, message: Message) -> None:
         features = wire.unpack_u64(message.payload)
-        excess = features & ~int(PROTOCOL_FEATURES)  # the inverse of an IntFlag has its bits only
+        excess = features & ~int(self._offered)  # the inverse of an IntFlag has its bits only
         if excess:
             raise ValueError(f"protocol feature bits 0x{excess:x} were not offered")
         self.protocol_features = ProtocolFeature(features)

@@ -16,7 +16,14 @@ from functools import partial
 
 from vhost_rpmb.errors import PeerError
 from vhost_rpmb.vhost_user import foreign, saved, wire
-from vhost_rpmb.vhost_user.backend import MESSAGES, UNKNOWN, Backend, Reply, Row
+from vhost_rpmb.vhost_user.backend import (
+    MESSAGES,
+    PROTOCOL_FEATURES,
+    UNKNOWN,
+    Backend,
+    Reply,
+    Row,
+)
 from vhost_rpmb.vhost_user.intake import KeptReader
 from vhost_rpmb.vhost_user.interfaces import Device, Engine, Keeper, Log, Watcher
 from vhost_rpmb.vhost_user.saved import Intake, Owed, State
@@ -40,6 +47,8 @@ class Session:
     The caller's event loop calls `receive` when the socket is readable, and `run` while `pending`
     is true, between other events. The vrings add their kick descriptors to `watcher`.
 
+    `protocol_features` are those that are offered.
+
     `stopped` is called after each message while no vring runs, before the reply is sent.
 
     With a `keeper`, another process can continue the connection: the state and the reply to a
@@ -57,6 +66,7 @@ class Session:
         poll_us: int = 0,
         keeper: Keeper | None = None,
         stopped: Callable[[], None] | None = None,
+        protocol_features: ProtocolFeature = PROTOCOL_FEATURES,
     ) -> None:
         self._sock = sock
         self._keeper = keeper
@@ -67,7 +77,7 @@ class Session:
             KeptReader(sock, keeper, self._save_intake) if keeper else wire.MessageReader(sock)
         )
         self._store = partial(_store, keeper)
-        self._backend = Backend(device, engine, watcher, log, self._store)
+        self._backend = Backend(device, engine, watcher, log, self._store, protocol_features)
         self._loop = engine.Loop(device, watcher.epoll, poll_us)
         self._set_state(self._backend.save())
         sock.setblocking(False)
