@@ -12,6 +12,7 @@ from typing import NamedTuple
 __all__ = [
     "MessageHeader",
     "check",
+    "file_system",
     "interval_timer",
     "library",
     "prctl",
@@ -34,6 +35,13 @@ def check(result: int) -> int:
 def prctl(option: int, value: int) -> None:
     """Set an attribute of the process by the system call of this name."""
     check(library.prctl(option, value, 0, 0, 0))
+
+
+def file_system(fd: int) -> int:
+    """Return the type of a file's file system, as <linux/magic.h> names it; may block."""
+    buffer = (ctypes.c_long * 32)()  # struct statfs, which begins with the type
+    check(library.fstatfs(fd, ctypes.byref(buffer)))
+    return buffer[0] & 0xFFFF_FFFF
 
 
 class _IntervalTimer(ctypes.Structure):

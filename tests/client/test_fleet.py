@@ -100,14 +100,23 @@ def test_take_over_fences_a_daemon_and_frees_the_device(host: Host) -> None:
         assert guest.read_counter() == 0
 
 
-def test_take_over_waits_for_the_lease_of_a_dead_daemon(host: Host) -> None:
+def test_take_over_waits_for_the_lease_of_a_daemon_that_died_elsewhere(
+    host: Host, cluster: EtcdCluster, tmp_path: Path
+) -> None:
     client("create", host, "vm-1")
     daemon = host.daemon("vm-1")
     daemon.start()
     with daemon.client() as guest:
         guest.program_key(KEY)
         daemon.kill()
-    result = attempt("fleet", "take-over", str(host.config), "vm-1")
+    here = attempt("fleet", "take-over", str(host.config), "vm-1", "--take-over=never")
+    assert (here.returncode, here.stderr) == (0, "")
+
+    with daemon, daemon.client(KEY) as guest:
+        guest.write(0, A)
+        daemon.kill()
+    other = Host(tmp_path / "other", cluster, f"/{tmp_path.name}/")
+    result = attempt("fleet", "take-over", str(other.config), "vm-1")
     assert result.returncode == 0
     assert re.search(
         r"warning: device vm-1 is owned by process \d+ on host \S+: waiting up to 5 s",

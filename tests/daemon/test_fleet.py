@@ -75,6 +75,22 @@ def test_device_of_a_dead_host_is_taken_over_after_its_lease(
         assert guest.read(0, 1) == A
 
 
+def test_witness_is_kept_although_a_killed_daemon_left_half_of_it(
+    hosts: list[Host], serve: Callable[..., Daemon]
+) -> None:
+    with serve(hosts[0]) as first, first.client() as guest:
+        guest.program_key(KEY)
+    (witness,) = hosts[0].witness.iterdir()
+    half = witness.with_name(witness.name + ".new")
+    half.write_text("half")
+    before = witness.read_text()
+    with serve(hosts[0]) as second, second.client(KEY) as guest:
+        guest.write(0, A)
+    assert "could not be written" not in second.log
+    assert witness.read_text() != before
+    assert not half.exists()
+
+
 @pytest.mark.parametrize("request_", ["none", "write", "read"])
 def test_replaced_daemon_answers_nothing_and_ends(
     hosts: list[Host], serve: Callable[..., Daemon], request_: str

@@ -25,7 +25,8 @@ WRITES = 16  # in flight
 def host(tmp_path: Path) -> Iterator[Host]:
     """A host with a device on three members."""
     with EtcdCluster() as cluster:
-        made = Host(tmp_path / "host", cluster, "/test/")
+        # A process that is killed is not waited for until its lease ends.
+        made = Host(tmp_path / "host", cluster, "/test/", lease=3600)
         create_device(made)
         yield made
 

@@ -40,6 +40,7 @@ MUTANTS: dict[str, tuple[tuple[str, ...], tuple[str, ...], str]] = {
     ),
     "believes-a-read": (("leader_stopped",), (), "a write that failed was applied"),
     "reads-without-lease": ((), ("asleep_beyond_the_lease",), "a stale (read|counter)"),
+    "takes-owners-for-dead": ((), ("asleep",), "a stale (read|counter)"),
 }
 MEMBER_FAULTS = (
     *("leader_killed", "leader_stopped", "leader_isolated", "leader_cut_one_way"),

@@ -25,13 +25,25 @@ class Cluster(Protocol):
 
 
 class Host:
-    """A host in a folder. All hosts of a test have the same key-encryption key."""
+    """A host in a folder. All hosts of a test have the same key-encryption key.
 
-    def __init__(self, folder: Path, cluster: Cluster, prefix: str, *lines: str) -> None:
+    ``witness``: the folder of another one, as containers of one host have it.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        cluster: Cluster,
+        prefix: str,
+        *lines: str,
+        lease: int = LEASE,
+        witness: Path | None = None,
+    ) -> None:
         folder.mkdir()
         self.folder = folder
         self.config = folder / "fleet.toml"
-        (folder / "witness").mkdir()
+        self.witness = witness or folder / "witness"
+        self.witness.mkdir(exist_ok=True)
         key = folder / "kek"
         key.touch(0o600)
         key.write_bytes(bytes(range(32)))
@@ -41,8 +53,8 @@ class Host:
                     f"endpoints = [{', '.join(repr(url) for url in cluster.urls)}]",
                     f'prefix = "{prefix}"',
                     f'key-file = "{key}"',
-                    f'witness = "{folder / "witness"}"',
-                    f"lease = {LEASE}",
+                    f'witness = "{self.witness}"',
+                    f"lease = {lease}",
                     *lines,
                     "",
                 )

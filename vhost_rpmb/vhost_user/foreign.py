@@ -14,7 +14,6 @@ other files. Such a thread exists only while it has work.
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import os
 import signal
@@ -181,7 +180,7 @@ def _query(fd: int) -> tuple[int, os.stat_result | None]:
 
     def job() -> None:
         with suppress(OSError):
-            file_system = _file_system(own)
+            file_system = libc.file_system(own)
             answer.append((file_system, None if file_system in _REMOTE else os.fstat(own)))
         done.set()
         _close(own)
@@ -189,13 +188,6 @@ def _query(fd: int) -> tuple[int, os.stat_result | None]:
     _background.run(job)
     done.wait(_PATIENCE)
     return answer[0] if answer else (0, None)
-
-
-def _file_system(fd: int) -> int:
-    """The type of a file's file system; may block."""
-    buffer = (ctypes.c_long * 32)()  # struct statfs, which begins with the type
-    libc.check(libc.library.fstatfs(fd, ctypes.byref(buffer)))
-    return buffer[0] & 0xFFFF_FFFF
 
 
 def _close(fd: int) -> None:

@@ -21,11 +21,12 @@ def folder() -> Iterator[Path]:
 
 
 @pytest.fixture
-def story(folder: Path) -> MemoryStory:
+def story(folder: Path) -> Iterator[MemoryStory]:
     """A device that was created."""
     made = MemoryStory(Cluster(), folder)
     made.create()
-    return made
+    yield made
+    made.end()
 
 
 @pytest.fixture(scope="session")

@@ -47,8 +47,10 @@ class Story:
     """The device, its model, and the stores that were opened.
 
     ``state`` is what was acknowledged. ``doubtful``: what a commit without an answer, because its
-    client died, would have made of it.
+    client died, would have made of it. ``proof``: the host can prove that a client is dead.
     """
+
+    proof = True
 
     def __init__(self, cluster: AnyCluster, folder: Path, lease: int = LEASE) -> None:
         self.cluster = cluster
@@ -59,6 +61,7 @@ class Story:
         self.state: State = (0, None, {})
         self.doubtful: State | None = None
         self.stores: list[FleetStore] = []
+        self.opened: list[FleetStore] = []
 
     def requests(self) -> Requests:
         return Requests(self.cluster.connect(), sleep=self.cluster.sleep)
@@ -104,10 +107,21 @@ class Story:
         for other in self.stores:
             assert other.until <= self.cluster.now, "two stores may answer reads"
         self.stores.append(store)
+        self.opened.append(store)
         found = self.found(store)
         assert found in (self.state, self.doubtful), "the state is not the acknowledged one"
         self.state, self.doubtful = found, None
         return store
+
+    def bury(self, store: FleetStore) -> None:
+        """Let the process of a store be dead: it answers no read, and its lock is free."""
+        store._ownership._claim.release(keep=self.proof)
+        self.stores = [each for each in self.stores if each is not store]
+
+    def end(self) -> None:
+        """Let all processes be dead."""
+        for store in self.opened:
+            self.bury(store)
 
     @staticmethod
     def found(store: FleetStore) -> State:
@@ -126,6 +140,7 @@ class Story:
             done = store.commit(counter, blocks, key)
         except Crash:
             self.doubtful = after
+            self.bury(store)
             return self.open()
         if done:
             self.state = after
@@ -136,6 +151,7 @@ class Story:
         try:
             step(store)
         except Crash:
+            self.bury(store)
             return self.open()
         return store
 

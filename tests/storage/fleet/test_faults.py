@@ -25,8 +25,15 @@ EngineClass = Callable[[Cluster], FakeEngine]
 
 def quiet_run(folder: Path, engine: EngineClass = FakeEngine) -> Cluster:
     cluster = Cluster(engine=engine)
-    Story(cluster, folder).run()
+    live(Story(cluster, folder))
     return cluster
+
+
+def live(story: Story) -> None:
+    try:
+        story.run()
+    finally:
+        story.end()
 
 
 def single(kind: Kind, folder: Path) -> Iterator[dict[int, Fault]]:
@@ -42,11 +49,17 @@ def single(kind: Kind, folder: Path) -> Iterator[dict[int, Fault]]:
 
 
 def run_each(
-    plans: Iterable[dict[int, Fault]], folder: Path, engine: EngineClass = FakeEngine
+    plans: Iterable[dict[int, Fault]],
+    folder: Path,
+    engine: EngineClass = FakeEngine,
+    *,
+    proof: bool = True,
 ) -> None:
     for plan in plans:
+        story = Story(Cluster(plan, engine), folder)
+        story.proof = proof
         try:
-            Story(Cluster(plan, engine), folder).run()
+            live(story)
         except BaseException as error:
             error.add_note(f"the plan: {plan}")
             raise
@@ -55,6 +68,13 @@ def run_each(
 @pytest.mark.parametrize("kind", Kind, ids=lambda kind: kind.name.lower())
 def test_no_acknowledged_write_is_lost_by_one_fault(kind: Kind, folder: Path) -> None:
     run_each(single(kind, folder), folder)
+
+
+@pytest.mark.parametrize("kind", [Kind.CRASH_BEFORE, Kind.CRASH_AFTER])
+def test_no_acknowledged_write_is_lost_by_a_death_that_nobody_can_prove(
+    kind: Kind, folder: Path
+) -> None:
+    run_each(single(kind, folder), folder, proof=False)
 
 
 def test_no_acknowledged_write_is_lost_by_several_faults(folder: Path) -> None:

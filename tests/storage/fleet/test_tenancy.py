@@ -32,11 +32,21 @@ class Moves(MemoryStory):
         super().__init__(cluster, folder)
         self.daemons: dict[str, Tenancy] = {}
 
+    def bury_daemon(self, name: str) -> None:
+        """Let the process of a daemon be dead, if there is one."""
+        if name in self.daemons and (store := self.daemons[name]._store) is not None:
+            self.bury(store)
+
+    def end(self) -> None:
+        for name in self.daemons:
+            self.bury_daemon(name)
+
     def opening(self) -> Opening:
         return Opening(self.requests(), KEYS, KEK, str(self.folder))
 
     def start(self, name: str, mode: TakeOver = "expired") -> Tenancy:
-        """Start a daemon; again if it is refused or dies."""
+        """Start a daemon in place of one that is dead; again if it is refused or dies."""
+        self.bury_daemon(name)
         for _ in range(10):
             try:
                 made = Tenancy(
@@ -136,7 +146,7 @@ class Moves(MemoryStory):
 
 def plans(kind: Kind, folder: Path) -> Iterator[dict[int, Fault]]:
     quiet = Cluster()
-    Moves(quiet, folder).run()
+    live(Moves(quiet, folder))
     if kind in (Kind.DELAY, Kind.DUPLICATE):
         late = [
             {number: Fault(kind, due)}
@@ -149,10 +159,17 @@ def plans(kind: Kind, folder: Path) -> Iterator[dict[int, Fault]]:
             yield {number: Fault(kind)}
 
 
+def live(moves: Moves) -> None:
+    try:
+        moves.run()
+    finally:
+        moves.end()
+
+
 def run_each(kind: Kind, folder: Path) -> None:
     for plan in plans(kind, folder):
         try:
-            Moves(Cluster(plan), folder).run()
+            live(Moves(Cluster(plan), folder))
         except BaseException as error:
             error.add_note(f"the plan: {plan}")
             raise
@@ -173,11 +190,11 @@ def test_destination_that_trusts_its_memory_is_found(
 
     monkeypatch.setattr(opening, "update", trust)
     with pytest.raises(AssertionError, match="not the acknowledged one"):
-        Moves(Cluster(), folder).run()
+        live(Moves(Cluster(), folder))
 
 
 @pytest.fixture
-def moves(folder: Path) -> Moves:
+def moves(folder: Path) -> Iterator[Moves]:
     """A device with one write; the source owns it, the destination is started."""
     story = Moves(Cluster(), folder)
     story.create()
@@ -186,7 +203,8 @@ def moves(folder: Path) -> Moves:
     story.write("source", key=KEY)
     story.write("source", (0, block(1)))
     story.start("destination")
-    return story
+    yield story
+    story.end()
 
 
 def test_device_is_free_unless_a_ring_runs(moves: Moves) -> None:

@@ -206,6 +206,7 @@ def _export(config: "Config", requests: "Requests", arguments: argparse.Namespac
 def _take_over(config: "Config", requests: "Requests", arguments: argparse.Namespace) -> Result:
     from vhost_rpmb.storage.fleet.layout import Keys
     from vhost_rpmb.storage.fleet.ownership import take_over
+    from vhost_rpmb.storage.fleet.presence import Presence
 
     def say(owner: "Owner") -> None:
         warn(
@@ -217,6 +218,7 @@ def _take_over(config: "Config", requests: "Requests", arguments: argparse.Names
         requests,
         Keys(config.prefix, arguments.device),
         arguments.take_over,
+        Presence(config.witness, arguments.device),
         lease_seconds=config.lease_seconds,
         waiting=say,
     )

@@ -20,6 +20,7 @@ from vhost_rpmb.storage.fleet.contents import (
 )
 from vhost_rpmb.storage.fleet.layout import Keys, Owner
 from vhost_rpmb.storage.fleet.ownership import Ownership, boot_time, present_owner, take_over
+from vhost_rpmb.storage.fleet.presence import Presence
 from vhost_rpmb.storage.fleet.requests import Requests, named_refusals
 from vhost_rpmb.storage.fleet.seal import KeyEncryptionKey
 from vhost_rpmb.storage.fleet.store import FleetStore
@@ -89,6 +90,11 @@ class Opening(NamedTuple):
             undo.pop_all()
             return store
 
+    @property
+    def presence(self) -> Presence:
+        """The owners of the device on this host."""
+        return Presence(self.witness_folder, self.keys.device)
+
     def resources(self) -> Resources:
         """Return the folder of the witness and the ports of the engine."""
         return (
@@ -96,7 +102,7 @@ class Opening(NamedTuple):
         )
 
     def _look_once(self, mode: TakeOver) -> Device:
-        return self._check(lambda found: present_owner(self.keys, found, mode))[0]
+        return self._check(lambda found: present_owner(self.keys, found, mode, self.presence))[0]
 
     def _check(
         self, check_owner: Callable[[Mapping[bytes, bytes]], object]
@@ -159,15 +165,17 @@ def open_store(
     Raises StateError, `Fenced` if another daemon takes it over meanwhile, and `Stopped`. A refused
     start leaves the device free.
     """
+    opening = Opening(requests, keys, kek, witness_folder, confirmed_reads)
     ownership = take_over(
         requests,
         keys,
         mode,
+        opening.presence,
         lease_seconds=lease_seconds,
         clock=clock,
         waiting=lambda owner: say_waiting(keys.device, owner),
     )
-    return Opening(requests, keys, kek, witness_folder, confirmed_reads).own(ownership, None)
+    return opening.own(ownership, None)
 
 
 def say_waiting(device: str, owner: Owner) -> None:

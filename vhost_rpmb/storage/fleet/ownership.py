@@ -12,11 +12,12 @@ import secrets
 import socket
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 from vhost_rpmb.errors import Fenced, StateError, Stopped
 from vhost_rpmb.storage.fleet.engine import Compare, Get, Put, Refused, Unknown
 from vhost_rpmb.storage.fleet.layout import Keys, Malformed, Owner
+from vhost_rpmb.storage.fleet.presence import Claim, Presence
 from vhost_rpmb.storage.fleet.requests import Requests, named_refusals
 from vhost_rpmb.storage.interface import TakeOver
 
@@ -56,6 +57,7 @@ class Ownership:
         requests: Requests,
         keys: Keys,
         owner: Owner,
+        claim: Claim,
         *,
         lease: int,
         lease_seconds: int,
@@ -67,6 +69,7 @@ class Ownership:
         self.until = until
         self._requests = requests
         self._keys = keys
+        self._claim = claim
         self._lease = lease  # 0: none
         self._attached = True  # the key "alive" is on the lease
         self._seconds = lease_seconds
@@ -140,16 +143,20 @@ class Ownership:
     def release(self) -> None:
         """Let another daemon take the device over at once: the end of the lease removes its key."""
         self.until = 0
+        revoked = False
         for _ in range(_RELEASE_TRIES):
             try:
                 if self._lease:
                     self._requests.engine.revoke(self._lease)
+                revoked = True
             except Unknown:
                 continue
             except Refused:
                 pass
             break
         self._lease = 0
+        # If its key stays until the lease ends by itself, this host goes on by the proof.
+        self._claim.release(keep=not revoked)
 
 
 def reading_time(lease_seconds: int) -> float:
@@ -175,6 +182,7 @@ def take_over(
     requests: Requests,
     keys: Keys,
     mode: TakeOver,
+    presence: Presence,
     *,
     lease_seconds: int,
     clock: Callable[[], float] = boot_time,
@@ -186,7 +194,9 @@ def take_over(
     """
     told = False
     while True:
-        outcome = try_take_over(requests, keys, mode, lease_seconds=lease_seconds, clock=clock)
+        outcome = try_take_over(
+            requests, keys, mode, presence, lease_seconds=lease_seconds, clock=clock
+        )
         if isinstance(outcome, Ownership):
             return outcome
         if not told:
@@ -199,6 +209,7 @@ def try_take_over(
     requests: Requests,
     keys: Keys,
     mode: TakeOver,
+    presence: Presence,
     *,
     lease_seconds: int,
     clock: Callable[[], float] = boot_time,
@@ -207,49 +218,63 @@ def try_take_over(
 
     ``mode``: "expired" leaves a device to an owner that is alive, "never" refuses it with an error,
     "now" looks at no lease: writes of the previous owner fail from then on, but it may answer reads
-    until it renews its lease, so it has to be dead. Raises StateError and `Stopped`.
+    until it renews its lease, so it has to be dead. An owner of this host that ``presence`` proves
+    to be dead is replaced without its lease in each mode. Raises StateError and `Stopped`.
     """
     with named_refusals(f"to give out {keys.device}"):
         while True:
             found = requests.read([], [keys.owner, keys.alive]).found
-            before = present_owner(keys, found, mode)
-            if keys.alive in found and mode != "now":
+            before, alive = present_owner(keys, found, mode, presence)
+            if alive and mode != "now":
                 return before
-            previous = found[keys.owner]
-            token = secrets.token_hex(16)
-            sent = clock()
-            lease = requests.grant(lease_seconds)
-            owner = Owner(before.epoch + 1, token, _HOST, os.getpid(), ACTIVE)
-            compare = [Compare(keys.owner, previous)]
-            if mode != "now":
-                compare.append(Compare(keys.alive, None))
-            try:
-                answer = requests.change(
-                    compare,
-                    [
-                        Put(keys.owner, owner.pack()),
-                        Put(keys.alive, alive_mark(owner, lease), lease),
-                    ],
-                    [Get(keys.owner)],
-                )
-            except Stopped:
+            # Of a dead or replaced owner only the token counts: its lease may go on.
+            leased = keys.alive in found
+            with ExitStack() as undo:
+                token = secrets.token_hex(16)
+                claim = presence.claim(token)  # before another daemon can see the token
+                undo.callback(claim.release, keep=True)
+                sent = clock()
+                lease = requests.grant(lease_seconds)
+                owner = Owner(before.epoch + 1, token, _HOST, os.getpid(), ACTIVE)
+                compare = [Compare(keys.owner, found[keys.owner])]
+                if mode != "now" and not leased:
+                    compare.append(Compare(keys.alive, None))
+                try:
+                    answer = requests.change(
+                        compare,
+                        [
+                            Put(keys.owner, owner.pack()),
+                            Put(keys.alive, alive_mark(owner, lease), lease),
+                        ],
+                        [Get(keys.owner)],
+                    )
+                except Stopped:
+                    _revoke(requests, lease)
+                    raise
+                if answer.succeeded or answer.found.get(keys.owner) == owner.pack():
+                    undo.pop_all()
+                    presence.clear()
+                    return Ownership(
+                        requests,
+                        keys,
+                        owner,
+                        claim,
+                        lease=lease,
+                        lease_seconds=lease_seconds,
+                        until=sent + reading_time(lease_seconds),
+                        clock=clock,
+                    )
+                claim.release()
                 _revoke(requests, lease)
-                raise
-            if answer.succeeded or answer.found.get(keys.owner) == owner.pack():
-                return Ownership(
-                    requests,
-                    keys,
-                    owner,
-                    lease=lease,
-                    lease_seconds=lease_seconds,
-                    until=sent + reading_time(lease_seconds),
-                    clock=clock,
-                )
-            _revoke(requests, lease)
 
 
-def present_owner(keys: Keys, found: Mapping[bytes, bytes], mode: TakeOver) -> Owner:
-    """Return the owner in the records. Raises StateError if no daemon may take the device over."""
+def present_owner(
+    keys: Keys, found: Mapping[bytes, bytes], mode: TakeOver, presence: Presence
+) -> tuple[Owner, bool]:
+    """Return the owner in the records, and whether it may be alive.
+
+    Raises StateError if no daemon may take the device over.
+    """
     record = found.get(keys.owner)
     if record is None:
         raise StateError(
@@ -257,9 +282,10 @@ def present_owner(keys: Keys, found: Mapping[bytes, bytes], mode: TakeOver) -> O
             " create it first, or check prefix and name"
         )
     owner = active_owner(record, keys.device)
-    if keys.alive in found and mode == "never":
+    alive = keys.alive in found and not presence.is_dead(owner.token)
+    if alive and mode == "never":
         raise StateError(f"the device {keys.device} is in use by {owner}: stop that daemon first")
-    return owner
+    return owner, alive
 
 
 def active_owner(record: bytes, device: str) -> Owner:

@@ -73,6 +73,7 @@ class Tenancy:
             self._opening.requests,
             keys,
             self._mode,
+            self._opening.presence,
             lease_seconds=self.lease_seconds,
             clock=self._clock,
         )

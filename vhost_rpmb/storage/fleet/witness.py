@@ -92,7 +92,10 @@ class Witness:
         new = path + ".new"
         failure = ""
         try:
-            with open(new, "w", encoding="utf-8") as file:
+            # One that a killed process left: a sandbox does not allow to truncate it.
+            with suppress(FileNotFoundError):
+                os.unlink(new)
+            with open(new, "x", encoding="utf-8") as file:
                 json.dump(seen._asdict(), file)
                 file.flush()
                 os.fdatasync(file.fileno())
