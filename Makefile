@@ -175,16 +175,19 @@ lint: $(STAMP) ## Check style, types, spelling, the compiled modules' stubs, wor
 docs: $(STAMP) ## Build the documentation into build/docs
 	.venv/bin/sphinx-build --quiet --fail-on-warning --keep-going --fresh-env docs build/docs
 
+# --benchmark-save=NAME keeps a run, --benchmark-compare compares with it: docs/performance.md.
+BENCH_ARGS ?=
+BENCH := .venv/bin/pytest -o timeout=0 --benchmark-columns=min,median,iqr,rounds \
+	--benchmark-sort=name bench
 .PHONY: bench
-bench: $(STAMP) ## Measure latency and throughput of both engines against their floors
-	@tools/system-packages $(TEST_PACKAGES)
-	.venv/bin/pytest -o timeout=0 --benchmark-only --benchmark-columns=min,median,iqr,rounds bench
-	.venv/bin/python -m bench
+bench: $(STAMP) ## Measure both engines against their floors, into build/bench.json
+	@tools/system-packages $(TEST_PACKAGES) valgrind
+	$(BENCH) --benchmark-json=build/bench.json $(if $(filter no,$(QEMU)),-m 'not etcd') $(BENCH_ARGS)
 
 .PHONY: bench-gate
 bench-gate: $(STAMP) ## Check the goals of docs/performance.md; BENCH_ARGS=--stable for shared machines
 	@tools/system-packages strace valgrind
-	.venv/bin/python -m bench --gate $(BENCH_ARGS)
+	$(BENCH) -m 'gate$(if $(filter no,$(QEMU)), and not etcd)' $(BENCH_ARGS)
 
 .PHONY: guest-dkms
 guest-dkms: ## Build the Debian package of the Linux guest driver (DKMS) in build

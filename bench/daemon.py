@@ -14,8 +14,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from vhost_rpmb.driver.errors import RpmbResultError
+from vhost_rpmb.driver.rpmb import RpmbClient
 from vhost_rpmb.rpmb import spec
 from vhost_rpmb.rpmb.frame import Frame
 from vhost_rpmb.rpmb.mac import Authenticator
@@ -23,17 +25,25 @@ from vhost_rpmb.rpmb.mac import Authenticator
 KEY = bytes(range(32))
 SAME_CPU = (0, 0)  # processor of the daemon, of the front-end
 TWO_CPUS = (0, 1)
+CPUS = {"same CPU": SAME_CPU, "two CPUs": TWO_CPUS}
 
 
 class Load(NamedTuple):
-    """What the load generator measured; latencies in microseconds, of one round of ``depth``."""
+    """What the load generator measured."""
 
     requests: int
     seconds: float
-    p50: float
-    p90: float
-    p99: float
     own: float  # microseconds a request that the generator itself takes
+    times: list[float]  # microseconds, in their order; of a round of ``depth`` requests each
+
+    @property
+    def p50(self) -> float:
+        return percentile(self.times, 50)
+
+
+def percentile(times: Sequence[float], percent: int) -> float:
+    """The time within which so many of a hundred ended."""
+    return sorted(times)[len(times) * percent // 100]
 
 
 class Tools:
@@ -47,8 +57,10 @@ class Tools:
             subprocess.run(command, check=True)
 
     def load(self, socket: Path, chains: Path, **options: int) -> Load:
-        words = self._run("load", socket, chains, *(f"{k}={v}" for k, v in options.items()))
-        return Load(int(words[0]), *map(float, words[1:]))
+        requests, seconds, own, *times = self._run(
+            "load", socket, chains, *(f"{k}={v}" for k, v in options.items())
+        )
+        return Load(int(requests), float(seconds), float(own), list(map(float, times)))
 
     def floor(self, kind: str, *arguments: object) -> float:
         """Measure a floor (microseconds) three times; the median."""
@@ -93,45 +105,56 @@ def _listens(path: Path) -> bool:
 
 
 @contextmanager
-def daemon(
-    folder: Path,
-    *options: str,
-    engine: str = "fast",
-    cpu: int = 0,
-    units: int = 1,
-    wrapper: Sequence[str] = (),
+def run(
+    path: Path, *options: str, engine: str = "fast", cpu: int = 0, wrapper: Sequence[str] = ()
 ) -> Iterator[Daemon]:
-    """Run a daemon with a fresh programmed device of ``units`` times 128 KiB on one processor."""
+    """Run a daemon that listens at ``path``, from then on on one processor."""
+    command = [*wrapper, sys.executable, "-m", "vhost_rpmb", f"--socket-path={path}", *options]
+    start = time.monotonic()
+    with subprocess.Popen(command, env=os.environ | {"VHOST_RPMB_ENGINE": engine}) as process:
+        try:
+            while not _listens(path):
+                assert process.poll() is None, "the daemon ended"
+                time.sleep(0.001)
+            started = time.monotonic() - start
+            os.sched_setaffinity(process.pid, {cpu})
+            yield Daemon(process.pid, path, started)
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+@contextmanager
+def daemon(
+    folder: Path, *options: str, units: int = 1, blank: bool = False, **how: Any
+) -> Iterator[Daemon]:
+    """Run a daemon with a fresh device of ``units`` times 128 KiB.
+
+    Its key is programmed, unless it is to be ``blank``; the other arguments are those of run().
+    """
     with tempfile.TemporaryDirectory(dir=folder) as name:
         home = Path(name)
-        (home / "key").touch(0o600)
-        (home / "key").write_bytes(KEY)
         (home / "flash").touch()
         os.truncate(home / "flash", units * spec.CAPACITY_UNIT)
-        command = [
-            *wrapper,
-            sys.executable,
-            "-m",
-            "vhost_rpmb",
-            f"--socket-path={home / 'socket'}",
-            f"--flash-path={home / 'flash'}",
-            f"--key-path={home / 'key'}",
-            "--key-set",
-            *options,
-        ]
-        start = time.monotonic()
-        with subprocess.Popen(command, env=os.environ | {"VHOST_RPMB_ENGINE": engine}) as process:
-            try:
-                while not _listens(home / "socket"):
-                    if process.poll() is not None:
-                        raise SystemExit("bench: the daemon ended")
-                    time.sleep(0.001)
-                started = time.monotonic() - start
-                os.sched_setaffinity(process.pid, {cpu})
-                yield Daemon(process.pid, home / "socket", started)
-            finally:
-                process.terminate()
-                process.wait(10)
+        files = [f"--flash-path={home / 'flash'}", f"--key-path={home / 'key'}"]
+        if not blank:
+            (home / "key").touch(0o600)
+            (home / "key").write_bytes(KEY)
+            files.append("--key-set")
+        with run(home / "socket", *files, *options, **how) as running:
+            yield running
+
+
+def counter_of(path: Path, key: bytes = KEY) -> int:
+    """The write counter of the device behind a socket, whose key is programmed if it has none."""
+    with RpmbClient.connect(path, key, timeout=60) as client:
+        try:
+            return client.read_counter()
+        except RpmbResultError as error:
+            if error.result != spec.VIRTIO_RPMB_RES_NO_AUTH_KEY:
+                raise
+            client.program_key(key)
+            return client.read_counter()
 
 
 def counter_reads() -> Iterator[bytes]:
@@ -149,9 +172,9 @@ def reads(count: int = 1, units: int = 1) -> Iterator[bytes]:
             ).pack()
 
 
-def writes(count: int = 1, counter: int = 0) -> Iterator[bytes]:
+def writes(count: int = 1, counter: int = 0, key: bytes = KEY) -> Iterator[bytes]:
     """Writes of ``count`` blocks each, and the request for the result: ``count`` + 1 frames."""
-    authenticator = Authenticator(KEY)
+    authenticator = Authenticator(key)
     result = Frame(block_count=1, req_resp=spec.VIRTIO_RPMB_REQ_RESULT_READ).pack()
     while True:
         frames = [
