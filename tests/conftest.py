@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from tests.support.daemon import SANDBOX, Daemon, DaemonFactory
+from tests.support.etcd import EtcdCluster
 from tests.support.history import has_commit
+from tests.support.homes import Etcd, Files, Home
 from tests.support.rig import Rig, RigFactory, make_image
 from vhost_rpmb import engine as engines
 
@@ -54,6 +56,21 @@ def engine(request: pytest.FixtureRequest) -> engines.Engine:
 def flash(tmp_path: Path) -> Path:
     """A fresh image of 128 KiB."""
     return make_image(tmp_path / "flash.img")
+
+
+@pytest.fixture(scope="session")
+def members() -> Iterator[EtcdCluster]:
+    """Three members of a real etcd that the tests of a worker share; each has its own prefix."""
+    with EtcdCluster() as cluster:
+        yield cluster
+
+
+@pytest.fixture(params=["files", pytest.param("shared", marks=pytest.mark.etcd)])
+def home(request: pytest.FixtureRequest, flash: Path, tmp_path: Path) -> Home:
+    """Each home of a device's state in turn: a crash test runs on both."""
+    if request.param == "files":
+        return Files(flash)
+    return Etcd(tmp_path, request.getfixturevalue("members"))
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import pytest
 
 from tests.support.campaign import DIVISOR
+from tests.support.homes import Files, Home
 from tests.support.lives import DEATH, Guest, Life, keyed
 from tests.support.oracle import (
     AUTH,
@@ -33,7 +34,7 @@ from tests.support.oracle import (
 from tests.support.stores import step, stop_at_changes, trace_me
 from vhost_rpmb.engine import Engine
 from vhost_rpmb.rpmb import spec
-from vhost_rpmb.storage.local.opening import open_store, verify
+from vhost_rpmb.storage.local.opening import verify
 from vhost_rpmb.storage.local.store import MAX_PENDING
 from vhost_rpmb.storage.paths import Paths
 
@@ -44,8 +45,8 @@ TOO_FAR = 100_000  # ahead of every write counter
 
 
 @pytest.fixture
-def guest(engine: Engine, flash: Path) -> Iterator[Guest]:
-    guest = Guest(engine, flash)
+def guest(engine: Engine, home: Home) -> Iterator[Guest]:
+    guest = Guest(engine, home)
     guest.journal = mmap.mmap(-1, 64)
     yield keyed(guest)
     guest.close()
@@ -145,7 +146,7 @@ def test_each_write_is_answered_once(guest: Guest) -> None:
     driver.check()
     assert not driver.expected
     assert driver.answered > LIVES
-    store = open_store(Paths.resolve(str(guest.flash)))
+    store = guest.home.open(None, None)
     assert store.counter == driver.counter
     assert bytes(store.image) == driver.image
     store.close()
@@ -272,7 +273,7 @@ def test_killed_at_every_store_of_the_publication(
     engine: Engine, flash: Path, batch: Batch, tmp_path: Path
 ) -> None:
     """The answers are there, or the chains are executed again; the result register as well."""
-    with Guest(engine, flash, size=512) as guest:
+    with Guest(engine, Files(flash), size=512) as guest:
         guest.journal = mmap.mmap(-1, 64)
         if not batch.key:
             keyed(guest)

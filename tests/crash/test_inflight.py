@@ -18,6 +18,7 @@ import pytest
 
 from tests.support.campaign import DIVISOR
 from tests.support.daemon import DaemonFactory, connect, until
+from tests.support.homes import Home
 from tests.support.oracle import KEY, read_counter, split
 from tests.support.supervised import Supervised
 from vhost_rpmb.driver.memory import GuestMemory
@@ -167,12 +168,12 @@ def test_requests_in_flight_are_answered_after_a_reconnect(
 
 
 def test_region_stays_in_use_after_a_takeover(
-    engine: Engine, tmp_path: Path, memory: GuestMemory
+    engine: Engine, tmp_path: Path, memory: GuestMemory, home: Home
 ) -> None:
     """The service manager keeps the connection, and with it the region."""
     chosen = random.Random(8)
     with (
-        Supervised(tmp_path, engine=engine.name) as supervised,
+        Supervised(tmp_path, engine=engine.name, home=home.options) as supervised,
         Ring(memory, SIZE, features=features.DEFAULT) as ring,
     ):
         program(supervised.path)

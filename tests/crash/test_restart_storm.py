@@ -17,6 +17,7 @@ import pytest
 from tests.support import mortal
 from tests.support.campaign import DIVISOR
 from tests.support.daemon import PATIENCE, SANDBOX
+from tests.support.homes import Home
 from tests.support.oracle import (
     BLOCK_SIZE,
     COUNT,
@@ -253,17 +254,16 @@ def killing(supervised: Supervised, chance: random.Random) -> Iterator[None]:
     [(0, False), (60, False), (60, True)],
     ids=["signals", "steps", "steps with an in-flight region"],
 )
-def test_storm(tmp_path: Path, engine: Engine, odds: int, recorded: bool) -> None:
+def test_storm(tmp_path: Path, engine: Engine, home: Home, odds: int, recorded: bool) -> None:
     seed = random.randrange(1 << 32)
     chance = random.Random(seed)
-    flash = tmp_path / "flash.img"
     fate = tmp_path / "fate"
     mortal.set_odds(fate, 0)
     command = [sys.executable, "-m", "tests.support.mortal", str(fate), "--fd=3"]
     with Supervised(
         tmp_path,
         engine=engine.name,
-        command=[*command, f"--flash-path={flash}", "-v", *SANDBOX],
+        command=[*command, *home.options, "-v", *SANDBOX],
     ) as supervised:
         features = chance.choice(FEATURES)
         protocol = PROTOCOL if recorded else PROTOCOL_FEATURES

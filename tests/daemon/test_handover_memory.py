@@ -44,7 +44,7 @@ def _descriptors() -> Iterator[None]:
 
 def limited(folder: Path) -> list[str]:
     """The command of a daemon with the number of descriptors that a service has."""
-    command = daemon_command(folder / "flash.img", "-v", *SANDBOX)
+    command = daemon_command([f"--flash-path={folder / 'flash.img'}"], "-v", *SANDBOX)
     return ["/bin/sh", "-c", f'ulimit -Sn {DEFAULT_NOFILE}; exec "$@"', "sh", *command]
 
 

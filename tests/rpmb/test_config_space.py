@@ -23,6 +23,7 @@ def test_config_capacity_is_in_units_of_128_kib(
     assert rig.device.config[0] == units
 
 
+@pytest.mark.parametrize("rig_home", ["files"], indirect=True)
 def test_config_capacity_is_at_most_16_mib(make_rig: RigFactory, tmp_path: Path) -> None:
     rig = make_rig(make_image(tmp_path / "large", 256))
     assert rig.device.config[0] == 0x80

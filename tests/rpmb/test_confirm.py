@@ -32,7 +32,7 @@ def confirming(engine: Engine, flash: Path) -> Confirming:
     rig = Rig(engine, flash)
     made = Confirming(rig)
     rig.program()
-    rig.store.confirm = made  # type: ignore[assignment]
+    rig.store.confirm = made  # type: ignore[misc]
     rig.replace_device()
     return made
 

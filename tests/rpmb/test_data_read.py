@@ -149,6 +149,7 @@ def test_read_with_count_0_fails_if_strict(make_rig: RigFactory) -> None:
     check_read_fails(rig, read_data(5, 0), GENERAL, 3)
 
 
+@pytest.mark.parametrize("rig_home", ["files"], indirect=True)
 def test_read_of_a_damaged_block_fails(make_rig: RigFactory, flash: Path) -> None:
     with Rig(make_rig().engine, make_image(flash.with_name("other"))) as first:
         first.program()

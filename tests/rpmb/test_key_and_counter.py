@@ -71,6 +71,7 @@ def test_program_key_checks_the_count_before_the_key(keyed: Rig) -> None:
     assert answer.result == GENERAL
 
 
+@pytest.mark.parametrize("rig_home", ["files"], indirect=True)
 def test_program_key_fails_after_key_set(make_rig: RigFactory, tmp_path: Path) -> None:
     path = tmp_path / "key"
     write_key(path, KEY)
@@ -79,6 +80,7 @@ def test_program_key_fails_after_key_set(make_rig: RigFactory, tmp_path: Path) -
     assert answer == sealed(req_resp=spec.VIRTIO_RPMB_RESP_PROGRAM_KEY, result=WRITE)
 
 
+@pytest.mark.parametrize("rig_home", ["files"], indirect=True)
 def test_program_key_that_cannot_be_made_durable_fails_and_programs_none(
     make_rig: RigFactory, tmp_path: Path
 ) -> None:

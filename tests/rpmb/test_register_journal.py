@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.homes import Files
 from tests.support.lives import DEATH, Guest, Life, LifeFactory, keyed, results
 from tests.support.oracle import GENERAL, OK, A, read_counter, read_result, write_data
 from tests.support.rig import Rig, make_image
@@ -102,7 +103,7 @@ def test_damaged_journal_has_no_register(guest: Guest, alive: LifeFactory, offse
 def test_both_engines_have_the_same_journal(flash: Path, tmp_path: Path) -> None:
     journals = []
     for number, name in enumerate(engines.ENGINES):
-        guest = Guest(engines.load(name), make_image(tmp_path / f"image{number}"))
+        guest = Guest(engines.load(name), Files(make_image(tmp_path / f"image{number}")))
         guest.journal = mmap.mmap(-1, 64)
         keyed(guest)
         written = []

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import lives
+from tests.support.homes import Files
 from tests.support.lives import DEATH, Guest, GuestFactory, Life, LifeFactory, results
 from tests.support.oracle import (
     ADDR,
@@ -37,7 +38,7 @@ from tests.support.raw import RawGuest, lay_out
 from tests.support.rig import Rig
 from vhost_rpmb.engine import Engine
 from vhost_rpmb.rpmb import spec
-from vhost_rpmb.storage.local.opening import open_store, verify
+from vhost_rpmb.storage.local.opening import verify
 from vhost_rpmb.storage.local.store import MAX_PENDING
 from vhost_rpmb.storage.paths import Paths
 from vhost_rpmb.virtio.flags import BROKEN
@@ -66,7 +67,7 @@ def check_written(frames: list[Frame], first: int = 0) -> None:
 
 
 def counter_of(guest: Guest) -> int:
-    return verify(Paths.resolve(str(guest.flash))).counter
+    return guest.home.counter()
 
 
 @pytest.mark.parametrize(("chains", "blocks"), [(1, 1), (2, 1), (64, 1), (4, 32), (1, 32)])
@@ -80,7 +81,7 @@ def test_batch_that_was_not_published_is_answered_by_the_next_process(
     assert counter_of(guest) == chains
     check_written(guest.serve())
     assert counter_of(guest) == chains
-    store = open_store(Paths.resolve(str(guest.flash)))
+    store = guest.home.open(None, None)
     assert store.image[(chains - 1 + blocks - 1) * 256] == chains
     store.close()
 
@@ -142,6 +143,7 @@ def test_key_and_write_in_one_batch(blank: Guest) -> None:
     assert [frame.write_counter for frame in frames] == [1, 0, 1]
 
 
+@pytest.mark.parametrize("home", ["files"], indirect=True)
 def test_key_in_a_key_file_is_compared(blank: Guest, tmp_path: Path) -> None:
     blank.key_path = str(tmp_path / "key")
     blank.submit(program_key() + read_result())
@@ -229,6 +231,7 @@ def test_answers_behind_a_new_commit_stay_owed(guest: Guest) -> None:
     assert [(frame.result, frame.write_counter) for frame in frames] == [(OK, 4), (OK, 2), (OK, 3)]
 
 
+@pytest.mark.parametrize("home", ["files"], indirect=True)
 def test_checkpoint_inside_the_commit(guest: Guest) -> None:
     def fill(life: Life) -> None:
         blocks = [(address % 512, A) for address in range(MAX_PENDING - 1)]
@@ -237,7 +240,8 @@ def test_checkpoint_inside_the_commit(guest: Guest) -> None:
     for number in range(2):
         write(guest, number, number, B)
     guest.live(fill, *DEATH)
-    assert verify(Paths.resolve(str(guest.flash))).pending == []
+    assert isinstance(guest.home, Files)
+    assert verify(Paths.resolve(str(guest.home.flash))).pending == []
     check_written(guest.serve())
 
 
@@ -264,7 +268,7 @@ def test_other_request_with_an_old_counter_is_refused(guest: Guest) -> None:
     guest.live(*DEATH)
     guest.memory.write(chain.readable.address, write_data(0, 0, B))
     assert results(guest.serve()) == [COUNT, OK]
-    store = open_store(Paths.resolve(str(guest.flash)))
+    store = guest.home.open(None, None)
     assert bytes(store.image[:256]) == A
     store.close()
 

@@ -50,8 +50,13 @@ class Daemon(RunningDevice):
         engine: str | None = None,
         sandbox: Sequence[str] = (),
         inject: str | None = None,
+        home: Sequence[str] = (),
     ) -> None:
+        """``home``: options that name the home of the device's state in place of an image."""
         super().__init__(folder, *sandbox, *options, inject=inject)
+        if home:
+            at = self.command_line.index(f"--flash-path={self.flash_path}")
+            self.command_line[at : at + 1] = home
         kept = environment(options)
         self.environment = {k: v for k, v in self.environment.items() if k in kept}
         if engine is not None:

@@ -68,9 +68,8 @@ class Host:
     def daemon(self, device: str, *options: str, engine: str | None = None) -> Daemon:
         """A daemon of this host, not yet started."""
         sandbox = SANDBOX or ["--sandbox=on"]
-        daemon = Daemon(self.folder, *options, engine=engine, sandbox=sandbox)
-        flash = daemon.command_line.index(f"--flash-path={daemon.flash_path}")
-        daemon.command_line[flash : flash + 1] = [self.store, f"--device={device}"]
+        home = [self.store, f"--device={device}"]
+        daemon = Daemon(self.folder, *options, engine=engine, sandbox=sandbox, home=home)
         os.unlink(daemon.flash_path)
         return daemon
 

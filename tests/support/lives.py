@@ -13,9 +13,9 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
+from tests.support.homes import Home
 from tests.support.oracle import FRAME_SIZE, OK, Frame, mac_of, program_key, read_result, split
 from tests.support.rig import ALL_FEATURES
 from vhost_rpmb.closing import Closing
@@ -23,8 +23,6 @@ from vhost_rpmb.driver.memory import GuestMemory
 from vhost_rpmb.driver.ring import Ring, Segment
 from vhost_rpmb.engine import Engine
 from vhost_rpmb.rpmb.replay import NO_REPLAY, Replay
-from vhost_rpmb.storage.local.opening import open_store
-from vhost_rpmb.storage.paths import Paths
 from vhost_rpmb.vhost_user.wire import MemoryRegion
 from vhost_rpmb.virtio.flags import MORE
 
@@ -40,11 +38,11 @@ class Chain(NamedTuple):
 
 
 class Guest(Closing):
-    """The driver's side: memory, ring, image, and a journal that survives like a memfd."""
+    """The driver's side: memory, ring, device, and a journal that survives like a memfd."""
 
-    def __init__(self, engine: Engine, flash: Path, size: int = 256, **options: object) -> None:
+    def __init__(self, engine: Engine, home: Home, size: int = 256, **options: object) -> None:
         self.engine = engine
-        self.flash = flash
+        self.home = home
         self.memory = GuestMemory(REGIONS)
         self.ring = Ring(self.memory, size, features=ALL_FEATURES)
         self.options = options  # of the device
@@ -119,11 +117,7 @@ class Life:
     """One process: store, device and queue."""
 
     def __init__(self, guest: Guest) -> None:
-        self.store = open_store(
-            Paths.resolve(str(guest.flash), key_path=guest.key_path),
-            initial_counter=guest.initial_counter,
-            warn=lambda _: None,
-        )
+        self.store = guest.home.open(guest.initial_counter, guest.key_path)
         self.device = guest.engine.RpmbDevice(self.store, **guest.options)  # type: ignore[arg-type]
         memory = self._memory = guest.engine.GuestMemory()
         for region in guest.memory.regions:

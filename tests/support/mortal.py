@@ -20,6 +20,9 @@ from typing import Any
 from tests.support.faulty import around
 from vhost_rpmb import cli, libc
 from vhost_rpmb.daemon import handover, notify
+from vhost_rpmb.storage.fleet.etcd import Etcd
+from vhost_rpmb.storage.fleet.presence import Presence
+from vhost_rpmb.storage.fleet.store import FleetStore
 from vhost_rpmb.storage.local import database, store
 from vhost_rpmb.vhost_user import inflight, intake, session, vring
 
@@ -42,6 +45,10 @@ STEPS: list[tuple[Any, str]] = [
     (store.Store, "commit"),
     (store.Store, "checkpoint"),
     (database.Database, "clear_pending"),
+    (FleetStore, "commit"),
+    (FleetStore, "checkpoint"),
+    (Presence, "claim"),
+    (Etcd, "txn"),
 ]
 
 

@@ -13,8 +13,8 @@ from vhost_rpmb.driver.memory import DEFAULT_REGIONS, GuestMemory
 from vhost_rpmb.driver.ring import Ring, Segment, Used
 from vhost_rpmb.engine import Engine
 from vhost_rpmb.rpmb import spec
+from vhost_rpmb.storage.interface import Store
 from vhost_rpmb.storage.local.opening import open_store
-from vhost_rpmb.storage.local.store import Store
 from vhost_rpmb.storage.paths import Paths
 from vhost_rpmb.vhost_user import inflight
 from vhost_rpmb.vhost_user.wire import MemoryRegion
@@ -43,6 +43,11 @@ def resolved(flash: Path, options: dict[str, object]) -> Paths:
     return Paths.resolve(str(flash), options.pop("state_path", None), options.pop("key_path", None))  # type: ignore[arg-type]
 
 
+def open_files(flash: Path, options: dict[str, object]) -> Store:
+    """Open a device in files."""
+    return open_store(resolved(flash, options), **options)  # type: ignore[arg-type]
+
+
 class Rig(Closing):
     """One queue between a driver and a device; ``flags`` is what the last batch returned."""
 
@@ -55,12 +60,13 @@ class Rig(Closing):
         features: int = ALL_FEATURES,
         regions: Sequence[MemoryRegion] = DEFAULT_REGIONS,
         store: dict[str, object] | None = None,
+        opened: Callable[[Path, dict[str, object]], Store] = open_files,
         **options: object,
     ) -> None:
         self.engine = engine
         self._options = options
         given = dict(store or {})
-        self.store: Store = open_store(resolved(flash, given), **given)  # type: ignore[arg-type]
+        self.store = opened(flash, given)
         try:
             self.device = engine.RpmbDevice(self.store, **options)  # type: ignore[arg-type]
         except ValueError:

@@ -26,6 +26,7 @@ class Supervised(Closing):
         *options: str,
         engine: str = "pure",
         command: Sequence[str] = (),
+        home: Sequence[str] = (),
         **manager: Any,
     ) -> None:
         self.path = folder / "socket"
@@ -37,7 +38,8 @@ class Supervised(Closing):
         self._listener.listen()
         self.manager = Supervisor(
             folder,
-            command or daemon_command(self.flash, "-v", *SANDBOX, *options),
+            command
+            or daemon_command(home or [f"--flash-path={self.flash}"], "-v", *SANDBOX, *options),
             environment=os.environ | {"VHOST_RPMB_ENGINE": engine},
             listener=self._listener,
             **manager,

@@ -336,6 +336,9 @@ def in_order(moves: dict[int, int]) -> Iterator[tuple[int, int]]:
             yield left.pop(new), new
 
 
-def daemon_command(flash: Path, *options: str) -> list[str]:
-    """The command of a vhost-user-rpmb that gets its socket from the supervisor."""
-    return [sys.executable, "-m", "vhost_rpmb", "--fd=3", f"--flash-path={flash}", *options]
+def daemon_command(home: Sequence[str], *options: str) -> list[str]:
+    """The command of a vhost-user-rpmb that gets its socket from the supervisor.
+
+    ``home``: the options that name the home of the device's state.
+    """
+    return [sys.executable, "-m", "vhost_rpmb", "--fd=3", *home, *options]

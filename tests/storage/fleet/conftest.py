@@ -29,17 +29,11 @@ def story(folder: Path) -> Iterator[MemoryStory]:
     made.end()
 
 
-@pytest.fixture(scope="session")
-def _members() -> Iterator[EtcdCluster]:
-    with EtcdCluster() as cluster:
-        yield cluster
-
-
 @pytest.fixture
-def etcd(_members: EtcdCluster) -> Iterator[EtcdCluster]:
+def etcd(members: EtcdCluster) -> Iterator[EtcdCluster]:
     """Three members of a real etcd that all tests share; each uses a prefix of its own."""
-    yield _members
-    _members.disconnect()
+    yield members
+    members.disconnect()
 
 
 @pytest.fixture
