@@ -3,42 +3,111 @@
 
 Each line names the program and the severity. Where standard error goes to systemd's journal it
 begins with the priority of sd-daemon(3).
+
+The programs do without `logging`, whose import takes 1 MiB of memory and 3 ms of each start. In a
+process that does not call `configure`, such as a test suite, it gets all records, under the names
+of the modules.
 """
 
 from __future__ import annotations
 
-import logging
 import os
+import sys
 import time
+from contextlib import suppress
 
-__all__ = ["FailureLog", "Formatter", "LimitedLog", "configure", "fatal", "warn"]
+__all__ = [
+    "DEBUG",
+    "ERROR",
+    "FRAMES",
+    "INFO",
+    "WARNING",
+    "FailureLog",
+    "LimitedLog",
+    "Logger",
+    "configure",
+    "fatal",
+    "warn",
+]
 
-_LEVELS = (logging.WARNING, logging.INFO, logging.DEBUG, logging.NOTSET + 1)  # by verbosity
-_PRIORITIES = {logging.ERROR: 3, logging.WARNING: 4, logging.INFO: 6, logging.DEBUG: 7}  # syslog
+# Levels, with the numbers of `logging`.
+FRAMES, DEBUG, INFO, WARNING, ERROR = 1, 10, 20, 30, 40
+_LEVELS = (WARNING, INFO, DEBUG, FRAMES)  # by verbosity
+# Of syslog, and the words for the reader; a frame is a detail of debugging.
+_PRIORITIES = {ERROR: 3, WARNING: 4, INFO: 6, DEBUG: 7}
+_SEVERITIES = {ERROR: "error", WARNING: "warning", INFO: "info", DEBUG: "debug", FRAMES: "level 1"}
 _JOURNAL_VARIABLE = "JOURNAL_STREAM"
 
 
-class Formatter(logging.Formatter):
-    """Formats a line as ``program: severity: text``, with its priority for the journal.
+class _Output:
+    """Where the lines of a program go, from a level on."""
 
-    The journal records the time; elsewhere debug lines begin with it.
-    """
-
-    def __init__(self, program: str) -> None:
-        super().__init__()
+    def __init__(self, program: str, level: int) -> None:
         self._program = program
-        journal = _goes_to_journal()
-        self._prefixes = {level: f"<{_PRIORITIES[level]}>" for level in _PRIORITIES if journal}
+        self.level = level
+        self._journal = _goes_to_journal()
 
-    def format(self, record: logging.LogRecord) -> str:
-        """Return the line, without its end."""
-        prefix = self._prefixes.get(record.levelno, "")
-        if record.levelno <= logging.DEBUG and not prefix:
-            # UTC, because the sandbox may have no file of time zones.
-            second = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-            prefix = f"{second}.{int(record.msecs):03}Z "
-        severity = record.levelname.lower()
-        return f"{prefix}{self._program}: {severity}: {super().format(record)}"
+    def write(self, level: int, text: str) -> None:
+        """Write one line, as far as there is a standard error."""
+        line = f"{self._prefix(level)}{self._program}: {_SEVERITIES[level]}: {text}\n"
+        with suppress(OSError, ValueError):  # closed
+            if sys.stderr is not None:
+                sys.stderr.write(line)
+                sys.stderr.flush()
+
+    def _prefix(self, level: int) -> str:
+        """The priority for the journal, which records the time; elsewhere the time, if DEBUG."""
+        if self._journal and level in _PRIORITIES:
+            return f"<{_PRIORITIES[level]}>"
+        if level > DEBUG:
+            return ""
+        now = time.time()
+        # UTC, because the sandbox may have no file of time zones.
+        second = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now))
+        return f"{second}.{int(now % 1 * 1000):03}Z "
+
+
+_output: _Output | None = None
+
+
+class Logger:
+    """Logs the records of a module: texts with arguments in the style of ``%``."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def enabled(self, level: int) -> bool:
+        """Whether records of a level are kept."""
+        if _output is not None:
+            return level >= _output.level
+        import logging  # imported lazily: see above
+
+        return logging.getLogger(self._name).isEnabledFor(level)
+
+    def log(self, level: int, text: str, *arguments: object) -> None:
+        """Log a record of a level."""
+        if _output is None:
+            import logging  # imported lazily: see above
+
+            logging.getLogger(self._name).log(level, text, *arguments)
+        elif level >= _output.level:
+            _output.write(level, text % arguments if arguments else text)
+
+    def error(self, text: str, *arguments: object) -> None:
+        """Log an error."""
+        self.log(ERROR, text, *arguments)
+
+    def warning(self, text: str, *arguments: object) -> None:
+        """Log a warning."""
+        self.log(WARNING, text, *arguments)
+
+    def info(self, text: str, *arguments: object) -> None:
+        """Log what --verbose shows."""
+        self.log(INFO, text, *arguments)
+
+    def debug(self, text: str, *arguments: object) -> None:
+        """Log what a second --verbose shows."""
+        self.log(DEBUG, text, *arguments)
 
 
 class LimitedLog:
@@ -48,7 +117,7 @@ class LimitedLog:
     interval gives the number of omitted lines.
     """
 
-    def __init__(self, target: logging.Logger, interval: float = 10.0) -> None:
+    def __init__(self, target: Logger, interval: float = 10.0) -> None:
         self._target = target
         self._interval = interval  # seconds
         self._next: dict[str, float] = {}
@@ -71,7 +140,7 @@ class FailureLog:
     A guest can repeat the request that fails.
     """
 
-    def __init__(self, target: logging.Logger, recovered: str = "") -> None:
+    def __init__(self, target: Logger, recovered: str = "") -> None:
         self._target = target
         self._recovered = recovered
         self._last = ""
@@ -87,33 +156,23 @@ class FailureLog:
 
 def configure(program: str, verbosity: int) -> None:
     """Send the package's log to standard error, from warnings (0) to everything (3)."""
-    package = logging.getLogger("vhost_rpmb")
-    package.handlers[:] = [_handler(program)]
-    package.propagate = False
-    package.setLevel(_LEVELS[min(verbosity, len(_LEVELS) - 1)])
+    global _output  # noqa: PLW0603
+    _output = _Output(program, _LEVELS[min(verbosity, len(_LEVELS) - 1)])
 
 
 def warn(program: str, text: str) -> None:
     """Print one warning on standard error, whatever is configured."""
-    _print(program, logging.WARNING, text)
+    _print(program, WARNING, text)
 
 
 def fatal(program: str, text: str, status: int) -> int:
     """Print the line that states why the program ends; return its exit status."""
-    _print(program, logging.ERROR, text)
+    _print(program, ERROR, text)
     return status
 
 
 def _print(program: str, level: int, text: str) -> None:
-    line = " ".join(text.splitlines())
-    record = logging.LogRecord("vhost_rpmb", level, __file__, 0, line, None, None)
-    _handler(program).handle(record)
-
-
-def _handler(program: str) -> logging.Handler:
-    handler = logging.StreamHandler()
-    handler.setFormatter(Formatter(program))
-    return handler
+    _Output(program, level).write(level, " ".join(text.splitlines()))
 
 
 def _goes_to_journal() -> bool:

@@ -18,7 +18,7 @@ from tests.support.oracle import program_key, read_counter, read_data, read_resu
 from vhost_rpmb.daemon.eventloop import EventLoop
 from vhost_rpmb.engine import Engine
 from vhost_rpmb.errors import PeerError
-from vhost_rpmb.log import LimitedLog
+from vhost_rpmb.log import LimitedLog, Logger
 from vhost_rpmb.rpmb import spec
 from vhost_rpmb.vhost_user import wire
 from vhost_rpmb.vhost_user.backend import PROTOCOL_FEATURES
@@ -159,7 +159,7 @@ class Stream(Target):
         self._sock.setblocking(False)
         self._loop = EventLoop()
         self._backend = Session(
-            far, device, self.engine, self._loop, LimitedLog(self._logger.getChild("limited"))
+            far, device, self.engine, self._loop, LimitedLog(Logger("vhost_rpmb.limited"))
         )
         self._far = far.fileno()
         self._loop.add(self._far, self._receive)

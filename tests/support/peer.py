@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 import struct
@@ -15,7 +14,7 @@ from vhost_rpmb.driver.memory import GuestMemory
 from vhost_rpmb.driver.ring import Ring
 from vhost_rpmb.engine import Engine
 from vhost_rpmb.errors import PeerError
-from vhost_rpmb.log import LimitedLog
+from vhost_rpmb.log import LimitedLog, Logger
 from vhost_rpmb.vhost_user import wire
 from vhost_rpmb.vhost_user.backend import PROTOCOL_FEATURES
 from vhost_rpmb.vhost_user.interfaces import Device, Keeper
@@ -77,7 +76,7 @@ class Peer:
         self.sock.setblocking(False)
         self.reader = wire.MessageReader(self.sock)
         self.loop = EventLoop()
-        self.log = LimitedLog(logging.getLogger("vhost_rpmb.test"))
+        self.log = LimitedLog(Logger("vhost_rpmb.test"))
         self.backend = Session(
             *(far, device, engine, self.loop, self.log),
             keeper=keeper,

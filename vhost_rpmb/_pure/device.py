@@ -8,7 +8,6 @@ made durable at once, and only then answered.
 from __future__ import annotations
 
 import hmac
-import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -16,6 +15,7 @@ from vhost_rpmb._pure.batch import Batch, Register, View, Work
 from vhost_rpmb._pure.journal import Journal
 from vhost_rpmb._pure.mac import Authenticator
 from vhost_rpmb._pure.virtqueue import Virtqueue
+from vhost_rpmb.log import FRAMES, Logger
 from vhost_rpmb.rpmb import limits, spec
 from vhost_rpmb.rpmb.frame import Frame, take_write
 from vhost_rpmb.rpmb.malformed import MalformedLog
@@ -29,9 +29,8 @@ if TYPE_CHECKING:
 __all__ = ["RpmbDevice"]
 
 _REPLAYED = -1  # a write that is durable, and whose answer is owed
-_FRAMES = 1  # the log level of frames; the compiled engine logs none
 
-logger = logging.getLogger(__name__)
+logger = Logger(__name__)
 
 
 class RpmbDevice:
@@ -187,7 +186,7 @@ class _ChainRun:
         self._answers: list[bytes] = []
         self._left_out = 0  # frames of the answer at hand, if there was no room for it
         self._result = spec.VIRTIO_RPMB_RES_OK  # of the request at hand
-        self._log = logger.isEnabledFor(_FRAMES)
+        self._log = logger.enabled(FRAMES)
 
     def run(self) -> bytes:
         frames = self._work.frames

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import array
 import ctypes
-import logging
 import mmap
 import os
 import socket
@@ -25,6 +24,7 @@ from contextlib import suppress
 
 from vhost_rpmb import libc, memfd
 from vhost_rpmb.daemon.descriptors import PREFIX, DescriptorStore, StoreError
+from vhost_rpmb.log import INFO, WARNING, Logger
 from vhost_rpmb.vhost_user import foreign
 from vhost_rpmb.vhost_user.interfaces import Consumed
 
@@ -54,7 +54,7 @@ _CONTROL = struct.Struct("@Nii")  # struct cmsghdr: length, level, type
 # Ancillary data that precede descriptors: a socket unit can have them enabled (PassCredentials=).
 _ANCILLARY = (socket.SO_PASSCRED, 34, 76)  # SO_PASSSEC and SO_PASSPIDFD, which socket lacks
 
-logger = logging.getLogger(__name__)
+logger = Logger(__name__)
 
 
 class _UnfitError(Exception):
@@ -98,7 +98,7 @@ class Handover:
         if not self._store.limit:
             # By hand a restart is no surprise; a unit was to survive it.
             logger.log(
-                logging.WARNING if self._store.managed else logging.INFO,
+                WARNING if self._store.managed else INFO,
                 "a restart will end the connection: there is no descriptor store%s",
                 ", set FileDescriptorStoreMax=" if self._store.managed else "",
             )

@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import socket
 import stat
 from contextlib import ExitStack, suppress
 
 from vhost_rpmb.errors import UsageError
+from vhost_rpmb.log import Logger
 from vhost_rpmb.vhost_user import foreign
 
 __all__ = ["adopt", "listen", "open_socket"]
@@ -18,7 +18,7 @@ __all__ = ["adopt", "listen", "open_socket"]
 _BACKLOG = 64  # front-ends that wait to be accepted
 _MAX_PATH = 107  # bytes of a UNIX socket's path
 
-logger = logging.getLogger(__name__)
+logger = Logger(__name__)
 
 
 def open_socket(

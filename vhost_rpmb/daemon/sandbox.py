@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
-import logging
 import os
 import socket
 import stat
@@ -21,11 +20,12 @@ from functools import reduce
 from operator import or_
 
 from vhost_rpmb import libc
+from vhost_rpmb.log import Logger
 from vhost_rpmb.storage.interface import Access
 
 __all__ = ["enter"]
 
-logger = logging.getLogger(__name__)
+logger = Logger(__name__)
 
 _PR_SET_NO_NEW_PRIVS = 38  # prctl(2)
 

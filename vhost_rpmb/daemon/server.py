@@ -7,7 +7,6 @@ Follows the "Backend program conventions" of QEMU's ``docs/interop/vhost-user.rs
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import socket
 import struct
@@ -26,7 +25,7 @@ from vhost_rpmb.daemon.handover import Handover
 from vhost_rpmb.daemon.listener import open_socket
 from vhost_rpmb.daemon.notify import Notifier
 from vhost_rpmb.errors import Fenced, PeerError, Stopped, UsageError
-from vhost_rpmb.log import LimitedLog
+from vhost_rpmb.log import LimitedLog, Logger
 from vhost_rpmb.storage.interface import Access, Resources, SharedStore, Store, TakeOver
 from vhost_rpmb.storage.local.opening import open_store
 from vhost_rpmb.storage.paths import Paths
@@ -48,7 +47,7 @@ _PEER = struct.Struct("iII")  # SO_PEERCRED: pid, uid, gid
 _SO_PEERPIDFD = 77  # since Linux 6.5
 _NO_PROCESS = (errno.EINVAL, errno.ESRCH)  # before Linux 6.16: it has ended and was waited for
 
-logger = logging.getLogger(__name__)
+logger = Logger(__name__)
 
 
 class Options(NamedTuple):

@@ -9,7 +9,6 @@ rules, and both engines have the same ones.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from vhost_rpmb.errors import StateError
 from vhost_rpmb.injection.answers import Answers, Request, split
 from vhost_rpmb.injection.private import MAX_BYTES, PrivateQueue
 from vhost_rpmb.injection.script import WRITES, Action, Rule, Script
+from vhost_rpmb.log import Logger
 from vhost_rpmb.rpmb import spec
 from vhost_rpmb.rpmb.results import request_name
 from vhost_rpmb.storage.interface import DeviceStore
@@ -30,7 +30,7 @@ __all__ = ["InjectedDevice"]
 
 _OF_A_REQUEST = (Action.ANSWER, Action.CORRUPT)  # other actions are about its whole chain
 
-logger = logging.getLogger(__name__)
+logger = Logger(__name__)
 
 
 class _Chain:

@@ -8,9 +8,7 @@ follow; the first ones have no device-readable buffers at all.
 
 from __future__ import annotations
 
-import logging
-
-from vhost_rpmb.log import LimitedLog
+from vhost_rpmb.log import LimitedLog, Logger
 from vhost_rpmb.rpmb import limits, spec
 
 __all__ = ["MalformedLog"]
@@ -23,7 +21,7 @@ _EARLY = (
     " ACRN, or for Linux 2018 to 2020): use one that follows the specification"
 )
 
-logger = logging.getLogger(__name__)
+logger = Logger(__name__)
 
 
 class MalformedLog:

@@ -9,12 +9,12 @@ could not distinguish an error from an answer.
 
 from __future__ import annotations
 
-import logging
 import socket
 from collections.abc import Callable, Sequence
 from functools import partial
 
 from vhost_rpmb.errors import PeerError
+from vhost_rpmb.log import Logger
 from vhost_rpmb.vhost_user import foreign, saved, wire
 from vhost_rpmb.vhost_user.backend import (
     MESSAGES,
@@ -38,7 +38,7 @@ _ACK_FAILURE = 1
 _UNREAD = "the front-end does not read the replies it asks for"
 _MESSAGES_AT_A_TIME = 32  # before vrings and signals are served
 
-logger = logging.getLogger(__name__)
+logger = Logger(__name__)
 
 
 class Session:

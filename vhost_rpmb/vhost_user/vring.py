@@ -8,12 +8,12 @@ back-end that was killed may have consumed the kick, or may not have given the s
 
 from __future__ import annotations
 
-import logging
 import os
 import select
 from collections.abc import Callable
 
 from vhost_rpmb.errors import PeerError
+from vhost_rpmb.log import Logger
 from vhost_rpmb.vhost_user import foreign
 from vhost_rpmb.vhost_user.inflight import InvalidRecordError, Record
 from vhost_rpmb.vhost_user.interfaces import Log, Virtqueue, Watcher
@@ -24,7 +24,7 @@ __all__ = ["Vring"]
 
 _BLOCKED = "the front-end made a write to an eventfd wait"
 
-logger = logging.getLogger(__name__)
+logger = Logger(__name__)
 
 
 class Vring:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import http.client
 import json
-import logging
 import socket
 import ssl
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +16,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar
 
 from vhost_rpmb.errors import StateError
+from vhost_rpmb.log import Logger
 from vhost_rpmb.storage.fleet.engine import (
     Answer,
     Compare,
@@ -31,7 +31,7 @@ from vhost_rpmb.storage.fleet.engine import (
 
 __all__ = ["Endpoint", "Etcd", "resolve"]
 
-logger = logging.getLogger(__name__)
+logger = Logger(__name__)
 
 TIMEOUT = 2.0  # seconds, of each step of a request; an election takes 1 to 2
 _FIRST_SAFE_VERSION = (3, 5, 13)  # before, a former leader could end leases that live

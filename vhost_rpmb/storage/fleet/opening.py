@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import NamedTuple
 
 from vhost_rpmb.errors import StateError
+from vhost_rpmb.log import Logger
 from vhost_rpmb.storage.fleet.contents import (
     Contents,
     Device,
@@ -29,7 +29,7 @@ from vhost_rpmb.storage.interface import Resources, TakeOver
 
 __all__ = ["Opening", "open_store", "say_waiting"]
 
-logger = logging.getLogger(__name__)
+logger = Logger(__name__)
 
 _LOOKS = 3  # at a device that its owner changes meanwhile
 

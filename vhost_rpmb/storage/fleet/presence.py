@@ -11,16 +11,16 @@ docs/decisions/0033-presence.md has the reasons.
 from __future__ import annotations
 
 import fcntl
-import logging
 import os
 import re
 from contextlib import suppress
 
 from vhost_rpmb import libc
+from vhost_rpmb.log import Logger
 
 __all__ = ["Claim", "Presence"]
 
-logger = logging.getLogger(__name__)
+logger = Logger(__name__)
 
 # <linux/magic.h>: file systems whose locks the kernel of this host keeps, and in which two files
 # that exist at one time differ in device or inode number.

@@ -8,13 +8,13 @@ definite answer; the compares of a change make that safe: at most one copy can a
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
 from vhost_rpmb.errors import StateError, Stopped
+from vhost_rpmb.log import Logger
 from vhost_rpmb.storage.fleet.engine import (
     Answer,
     Compare,
@@ -28,7 +28,7 @@ from vhost_rpmb.storage.fleet.engine import (
 
 __all__ = ["Requests", "named_refusals"]
 
-logger = logging.getLogger(__name__)
+logger = Logger(__name__)
 
 _FIRST_PAUSE = 0.005  # seconds
 _LONGEST_PAUSE = 0.5  # seconds

@@ -7,12 +7,11 @@ that a copy of the request that arrives later applies nothing.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from contextlib import suppress
 
 from vhost_rpmb.errors import Fenced, Stopped
-from vhost_rpmb.log import FailureLog
+from vhost_rpmb.log import FailureLog, Logger
 from vhost_rpmb.rpmb import spec
 from vhost_rpmb.rpmb.replay import NO_REPLAY, Replay
 from vhost_rpmb.storage.fleet.contents import Contents, Device, State
@@ -34,7 +33,7 @@ from vhost_rpmb.storage.interface import Resources
 
 __all__ = ["FleetStore"]
 
-logger = logging.getLogger(__name__)
+logger = Logger(__name__)
 
 _CHUNKS_PER_CHANGE = 8  # 128 KiB: the engine keeps thousands of requests in memory
 _PAUSE = 0.1  # seconds between two tries to renew a lease that has ended

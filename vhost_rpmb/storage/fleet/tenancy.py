@@ -7,10 +7,10 @@ gives it up. Whoever starts a ring takes the device over, and a move that fails 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 
 from vhost_rpmb.errors import StateError
+from vhost_rpmb.log import Logger
 from vhost_rpmb.rpmb import spec
 from vhost_rpmb.rpmb.replay import NO_REPLAY, Replay
 from vhost_rpmb.storage.fleet.engine import Refused
@@ -21,7 +21,7 @@ from vhost_rpmb.storage.interface import Resources, TakeOver
 
 __all__ = ["Tenancy"]
 
-logger = logging.getLogger(__name__)
+logger = Logger(__name__)
 
 
 class Tenancy:

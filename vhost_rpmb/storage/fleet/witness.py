@@ -10,20 +10,19 @@ incarnation is the operator's statement that a restore was intended.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 from contextlib import suppress
 from typing import NamedTuple
 
 from vhost_rpmb.errors import StateError
-from vhost_rpmb.log import FailureLog
+from vhost_rpmb.log import FailureLog, Logger
 from vhost_rpmb.storage.fleet.layout import Head
 from vhost_rpmb.storage.interface import Access, Resources
 
 __all__ = ["Witness"]
 
-logger = logging.getLogger(__name__)
+logger = Logger(__name__)
 
 
 class _Seen(NamedTuple):

@@ -8,7 +8,6 @@ different devices or times are recognised.
 from __future__ import annotations
 
 import hmac
-import logging
 import os
 import sqlite3
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from typing import NamedTuple
 
 from vhost_rpmb.errors import StateError, UsageError
+from vhost_rpmb.log import Logger
 from vhost_rpmb.rpmb import spec
 from vhost_rpmb.storage.local.contents import Contents, load
 from vhost_rpmb.storage.local.creation import create_database
@@ -28,7 +28,7 @@ from vhost_rpmb.storage.paths import Paths
 
 __all__ = ["Report", "choose_key", "mismatch", "named_errors", "open_store", "verify"]
 
-logger = logging.getLogger(__name__)
+logger = Logger(__name__)
 
 _PAGE_BLOCKS = 16  # 4 KiB: the unit in which disks and file systems lose data
 

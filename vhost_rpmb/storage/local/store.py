@@ -6,12 +6,11 @@ An acknowledged commit is never lost; docs/durability.md lists the guarantees an
 
 from __future__ import annotations
 
-import logging
 import os
 import sqlite3
 from contextlib import suppress
 
-from vhost_rpmb.log import FailureLog
+from vhost_rpmb.log import FailureLog, Logger
 from vhost_rpmb.rpmb import spec
 from vhost_rpmb.rpmb.replay import NO_REPLAY, Replay
 from vhost_rpmb.storage.interface import Access, Resources
@@ -23,7 +22,7 @@ from vhost_rpmb.storage.paths import Paths
 
 __all__ = ["FAILURES", "Store", "resources"]
 
-logger = logging.getLogger(__name__)
+logger = Logger(__name__)
 
 MAX_PENDING = 4096  # blocks stored in the database before a checkpoint writes them into the image
 
