@@ -7,17 +7,19 @@ validated. The man page is made from ``build_parser()`` at build time, with noth
 library installed.
 """
 
+from __future__ import annotations
+
 import argparse
 import gc
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from vhost_rpmb import __version__
 from vhost_rpmb.arguments import Parser, nearest, path_argument
 from vhost_rpmb.errors import OperatorError, UsageError
 from vhost_rpmb.rpmb.spec import MAX_WRITE_COUNTER
+from vhost_rpmb.typed import TYPE_CHECKING
 from vhost_rpmb.virtio import features
 
 if TYPE_CHECKING:
@@ -273,7 +275,7 @@ def _engine(debug: bool, environment: Mapping[str, str]) -> str:
     return "pure" if debug else asked
 
 
-def parse_options(arguments: Sequence[str], environment: Mapping[str, str]) -> "Options":
+def parse_options(arguments: Sequence[str], environment: Mapping[str, str]) -> Options:
     """Return the options in `arguments` (without the program's name), validated.
 
     Each field of `Options` is the value that the parser stores under the same name. Raises
@@ -319,7 +321,7 @@ def _check_home(namespace: argparse.Namespace) -> None:
             )
 
 
-def _script(namespace: argparse.Namespace, environment: Mapping[str, str]) -> "Script | None":
+def _script(namespace: argparse.Namespace, environment: Mapping[str, str]) -> Script | None:
     """Return the script of --inject, which is refused with what is a sign of production."""
     if namespace.inject is None:
         return None

@@ -1,8 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The context manager protocol for objects that have to be closed."""
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
-from typing import Self
+
+from vhost_rpmb.typed import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing import Self
 
 __all__ = ["Closing"]
 

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Functions of the C library that Python's ``os`` module lacks, through ctypes."""
 
+from __future__ import annotations
+
 import ctypes
 import errno
 import fcntl
 import os
 import socket
 import time
-from typing import NamedTuple
+
+from vhost_rpmb.typed import NamedTuple
 
 __all__ = [
     "MessageHeader",

@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, MutableMapping
-from typing import NamedTuple
 
 from vhost_rpmb import libc
 from vhost_rpmb.daemon.notify import Notifier
+from vhost_rpmb.typed import NamedTuple
 
 __all__ = ["DescriptorStore", "StoreError"]
 

@@ -6,27 +6,27 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
 
 from vhost_rpmb.engine import Engine
 from vhost_rpmb.storage.interface import Store
-from vhost_rpmb.vhost_user.interfaces import Device
+from vhost_rpmb.typed import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from vhost_rpmb.daemon.server import Options
+    from vhost_rpmb.vhost_user.interfaces import Device
 
-__all__ = ["ServedDevice", "make_device"]
+    class ServedDevice(Device, Protocol):
+        """A device that counts, and whose store may be owned anew."""
+
+        def reload(self) -> None:
+            """Take the durable state again: another daemon may have changed it."""
+
+        @property
+        def served(self) -> int:
+            """The number of chains that were served."""
 
 
-class ServedDevice(Device, Protocol):
-    """A device that counts, and whose store may be owned anew."""
-
-    def reload(self) -> None:
-        """Take the durable state again: another daemon may have changed it."""
-
-    @property
-    def served(self) -> int:
-        """The number of chains that were served."""
+__all__ = ["make_device"]
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from vhost_rpmb import libc, memfd
 from vhost_rpmb.daemon.descriptors import PREFIX, DescriptorStore, StoreError
 from vhost_rpmb.log import INFO, WARNING, Logger
 from vhost_rpmb.vhost_user import foreign
-from vhost_rpmb.vhost_user.interfaces import Consumed
+from vhost_rpmb.vhost_user.intake import Consumed
 
 __all__ = ["Handover"]
 

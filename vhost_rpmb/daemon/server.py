@@ -14,12 +14,11 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
 
 from vhost_rpmb import engine, process
 from vhost_rpmb.daemon import sandbox
 from vhost_rpmb.daemon.descriptors import DescriptorStore
-from vhost_rpmb.daemon.device import ServedDevice, make_device
+from vhost_rpmb.daemon.device import make_device
 from vhost_rpmb.daemon.eventloop import EventLoop, StopSignals
 from vhost_rpmb.daemon.handover import Handover
 from vhost_rpmb.daemon.listener import open_socket
@@ -29,11 +28,13 @@ from vhost_rpmb.log import LimitedLog, Logger
 from vhost_rpmb.storage.interface import Access, Resources, SharedStore, Store, TakeOver
 from vhost_rpmb.storage.local.opening import open_store
 from vhost_rpmb.storage.paths import Paths
-from vhost_rpmb.vhost_user.interfaces import Device
+from vhost_rpmb.typed import TYPE_CHECKING, NamedTuple
 from vhost_rpmb.vhost_user.session import Session
 
 if TYPE_CHECKING:
+    from vhost_rpmb.daemon.device import ServedDevice
     from vhost_rpmb.injection.script import Script
+    from vhost_rpmb.vhost_user.interfaces import Device
 
 __all__ = ["Options", "Server", "Status", "folders", "run", "serve"]
 

@@ -10,9 +10,12 @@ the rule, docs/security.md why it gives nothing away.
 from __future__ import annotations
 
 import struct
-from typing import NamedTuple, Self
 
 from vhost_rpmb.rpmb.limits import MAX_REPLAY_WRITES, REPLAY_WRITE_SIZE
+from vhost_rpmb.typed import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from typing import Self
 
 __all__ = ["NO_REPLAY", "Replay", "Window"]
 

@@ -9,14 +9,21 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Mapping
-from typing import Literal, NamedTuple, Protocol
 
 from vhost_rpmb.rpmb.replay import NO_REPLAY, Replay
+from vhost_rpmb.typed import TYPE_CHECKING, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from typing import Literal
 
 __all__ = ["Access", "DeviceStore", "Resources", "SharedStore", "Store", "TakeOver"]
 
 
-TakeOver = Literal["expired", "now", "never"]  # from the present owner, see docs/fleet.md
+# From the present owner, see docs/fleet.md.
+if TYPE_CHECKING:
+    TakeOver = Literal["expired", "now", "never"]
+else:
+    TakeOver = str
 
 
 class Access(enum.Flag):

@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 import os
-from typing import NamedTuple, Self
 
 from vhost_rpmb.errors import UsageError
+from vhost_rpmb.typed import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from typing import Self
 
 __all__ = ["Paths", "journal_of", "log_of", "new_of"]
 

@@ -22,15 +22,17 @@ Behaviour that the protocol leaves open:
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import NamedTuple
 
 from vhost_rpmb.errors import PeerError
+from vhost_rpmb.typed import TYPE_CHECKING, NamedTuple
 from vhost_rpmb.vhost_user import foreign, inflight, saved, wire
-from vhost_rpmb.vhost_user.interfaces import Device, Engine, Log, Watcher
 from vhost_rpmb.vhost_user.saved import SavedRegion, State
 from vhost_rpmb.vhost_user.vring import Vring
 from vhost_rpmb.vhost_user.wire import Message, ProtocolFeature, Request
 from vhost_rpmb.virtio import spec as virtio
+
+if TYPE_CHECKING:
+    from vhost_rpmb.vhost_user.interfaces import Device, Engine, Log, Watcher
 
 __all__ = ["MAX_MEM_SLOTS", "MESSAGES", "PROTOCOL_FEATURES", "UNKNOWN", "Backend", "Reply", "Row"]
 

@@ -14,13 +14,13 @@ other files. Such a thread exists only while it has work.
 
 from __future__ import annotations
 
+import _thread
 import fcntl
 import os
 import signal
 import socket
 import stat
 import struct
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -175,18 +175,19 @@ def _is_dax(status: os.stat_result) -> bool:
 def _query(fd: int) -> tuple[int, os.stat_result | None]:
     """Type of the file system, and status of a file: None without an answer within _PATIENCE."""
     answer: list[tuple[int, os.stat_result | None]] = []
-    done = threading.Event()
+    answering = _thread.allocate_lock()
+    answering.acquire()
     own = os.dup(fd)  # without an answer in time, the caller closes its own
 
     def job() -> None:
         with suppress(OSError):
             file_system = libc.file_system(own)
             answer.append((file_system, None if file_system in _REMOTE else os.fstat(own)))
-        done.set()
+        answering.release()
         _close(own)
 
     _background.run(job)
-    done.wait(_PATIENCE)
+    answering.acquire(timeout=_PATIENCE)
     return answer[0] if answer else (0, None)
 
 
@@ -206,7 +207,7 @@ class _Background:
     """Runs jobs that may block without limit, in threads that end without jobs."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = _thread.allocate_lock()
         self._jobs: deque[Callable[[], None]] = deque()
         self._threads = 0
 
@@ -220,7 +221,7 @@ class _Background:
         # Signals are for the main thread, whose system calls they interrupt.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
-            threading.Thread(target=self._work, daemon=True).start()
+            _thread.start_new_thread(self._work, ())  # 0.1 MiB less than threading
         except RuntimeError:
             self._work()
         finally:

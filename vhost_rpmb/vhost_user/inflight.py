@@ -29,12 +29,14 @@ from __future__ import annotations
 
 import mmap
 import struct
-from typing import NamedTuple
 
 from vhost_rpmb import memfd
+from vhost_rpmb.typed import TYPE_CHECKING, NamedTuple
 from vhost_rpmb.vhost_user import wire
-from vhost_rpmb.vhost_user.interfaces import Memory
 from vhost_rpmb.virtio import spec as virtio
+
+if TYPE_CHECKING:
+    from vhost_rpmb.vhost_user.interfaces import Memory
 
 __all__ = [
     "VERSION",

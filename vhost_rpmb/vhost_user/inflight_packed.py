@@ -30,8 +30,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from typing import NamedTuple
 
+from vhost_rpmb.typed import NamedTuple
 from vhost_rpmb.vhost_user.inflight import VERSION, InvalidRecordError, check_header, check_marks
 from vhost_rpmb.virtio import spec as virtio
 

@@ -16,14 +16,25 @@ import os
 import socket
 from collections.abc import Callable, Sequence
 
+from vhost_rpmb.typed import TYPE_CHECKING, NamedTuple
 from vhost_rpmb.vhost_user import foreign, wire
-from vhost_rpmb.vhost_user.interfaces import Consumed, Keeper
 from vhost_rpmb.vhost_user.saved import Intake
 from vhost_rpmb.vhost_user.wire import Message, Request
 
-__all__ = ["KeptReader"]
+if TYPE_CHECKING:
+    from vhost_rpmb.vhost_user.interfaces import Keeper
+
+__all__ = ["Consumed", "KeptReader"]
 
 _MEMORY = (Request.SET_MEM_TABLE, Request.ADD_MEM_REG, Request.SET_INFLIGHT_FD)
+
+
+class Consumed(NamedTuple):
+    """What was taken out of a socket: bytes, file descriptors, and whether none was lost."""
+
+    length: int
+    fds: int
+    complete: bool
 
 
 class KeptReader(wire.MessageReader):

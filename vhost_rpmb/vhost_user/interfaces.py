@@ -7,16 +7,18 @@ An engine's objects go from one of its classes to another, so that their types a
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from vhost_rpmb.typed import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     import select
     import socket
+    from typing import Any
 
+    from vhost_rpmb.vhost_user.intake import Consumed
     from vhost_rpmb.virtio.flags import Unanswered
 
 __all__ = [
-    "Consumed",
     "Device",
     "Engine",
     "Keeper",
@@ -95,14 +97,6 @@ class Log(Protocol):
 
     def report(self, rule: str, text: str) -> None:
         """Log `text`, with a limit on the lines for one `rule`."""
-
-
-class Consumed(NamedTuple):
-    """What was taken out of a socket: bytes, file descriptors, and whether none was lost."""
-
-    length: int
-    fds: int
-    complete: bool
 
 
 class Keeper(Protocol):

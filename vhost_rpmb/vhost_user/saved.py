@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from typing import NamedTuple
 
+from vhost_rpmb.typed import NamedTuple
 from vhost_rpmb.vhost_user.wire import MemoryRegion
 
 __all__ = ["Inflight", "Intake", "Owed", "Record", "SavedRegion", "SavedVring", "State"]

@@ -15,6 +15,7 @@ from functools import partial
 
 from vhost_rpmb.errors import PeerError
 from vhost_rpmb.log import Logger
+from vhost_rpmb.typed import TYPE_CHECKING
 from vhost_rpmb.vhost_user import foreign, saved, wire
 from vhost_rpmb.vhost_user.backend import (
     MESSAGES,
@@ -25,11 +26,13 @@ from vhost_rpmb.vhost_user.backend import (
     Row,
 )
 from vhost_rpmb.vhost_user.intake import KeptReader
-from vhost_rpmb.vhost_user.interfaces import Device, Engine, Keeper, Log, Watcher
 from vhost_rpmb.vhost_user.saved import Intake, Owed, State
 from vhost_rpmb.vhost_user.vring import Vring
 from vhost_rpmb.vhost_user.wire import Message, ProtocolFeature
 from vhost_rpmb.virtio import flags
+
+if TYPE_CHECKING:
+    from vhost_rpmb.vhost_user.interfaces import Device, Engine, Keeper, Log, Watcher
 
 __all__ = ["Session"]
 

@@ -14,11 +14,14 @@ from collections.abc import Callable
 
 from vhost_rpmb.errors import PeerError
 from vhost_rpmb.log import Logger
+from vhost_rpmb.typed import TYPE_CHECKING
 from vhost_rpmb.vhost_user import foreign
 from vhost_rpmb.vhost_user.inflight import InvalidRecordError, Record
-from vhost_rpmb.vhost_user.interfaces import Log, Virtqueue, Watcher
 from vhost_rpmb.vhost_user.saved import SavedVring
 from vhost_rpmb.virtio import flags
+
+if TYPE_CHECKING:
+    from vhost_rpmb.vhost_user.interfaces import Log, Virtqueue, Watcher
 
 __all__ = ["Vring"]
 

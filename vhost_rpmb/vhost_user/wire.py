@@ -9,16 +9,21 @@ File descriptors are plain integers. Exactly one object owns each: the reader un
 complete, then the `Message`, which closes at `Message.close` those that were not taken.
 """
 
+from __future__ import annotations
+
 import array
 import socket
 import struct
 from collections.abc import Sequence
 from enum import IntEnum, IntFlag
-from typing import NamedTuple, Self
 
 from vhost_rpmb.closing import Closing
 from vhost_rpmb.errors import PeerError
+from vhost_rpmb.typed import TYPE_CHECKING, NamedTuple
 from vhost_rpmb.vhost_user import foreign
+
+if TYPE_CHECKING:
+    from typing import Self
 
 
 class Request(IntEnum):

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Set as AbstractSet
-from typing import NamedTuple
 
 from vhost_rpmb.rpmb import spec
 from vhost_rpmb.storage.local.database import NO_DIGESTS, StateReader
 from vhost_rpmb.storage.local.image import ImageFile, digest, is_zeros
+from vhost_rpmb.typed import NamedTuple
 
 __all__ = ["Contents", "load"]
 

@@ -7,7 +7,6 @@ import os
 import sqlite3
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from typing import NamedTuple
 
 from vhost_rpmb.errors import StateError
 from vhost_rpmb.rpmb import spec
@@ -29,6 +28,7 @@ from vhost_rpmb.storage.local.statefile import (
 )
 from vhost_rpmb.storage.local.wal import apply_log
 from vhost_rpmb.storage.paths import log_of
+from vhost_rpmb.typed import NamedTuple
 
 __all__ = [
     "NO_DIGESTS",

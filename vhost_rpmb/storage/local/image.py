@@ -9,11 +9,11 @@ import hashlib
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
 
 from vhost_rpmb.errors import StateError, UsageError
 from vhost_rpmb.rpmb import spec
 from vhost_rpmb.storage.local.files import cannot_lock
+from vhost_rpmb.typed import NamedTuple
 
 __all__ = ["ImageFile", "Stamp", "digest", "is_zeros", "ranges", "runs"]
 

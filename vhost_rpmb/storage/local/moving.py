@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from typing import NamedTuple
 
 from vhost_rpmb.errors import StateError, UsageError
 from vhost_rpmb.rpmb import spec
@@ -23,6 +22,7 @@ from vhost_rpmb.storage.local.keyfile import read_key_file
 from vhost_rpmb.storage.local.opening import choose_key, mismatch, named_errors, open_store
 from vhost_rpmb.storage.local.statefile import is_marked
 from vhost_rpmb.storage.paths import Paths, log_of
+from vhost_rpmb.typed import NamedTuple
 
 __all__ = ["LocalDevice", "Mark", "complete", "create_files", "locked", "mark_of", "unmark"]
 

@@ -12,7 +12,6 @@ import os
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
-from typing import NamedTuple
 
 from vhost_rpmb.errors import StateError, UsageError
 from vhost_rpmb.log import Logger
@@ -25,6 +24,7 @@ from vhost_rpmb.storage.local.keyfile import fingerprint, read_key_file, require
 from vhost_rpmb.storage.local.statefile import check_neighbours, has_log, trouble
 from vhost_rpmb.storage.local.store import FAILURES, Store
 from vhost_rpmb.storage.paths import Paths
+from vhost_rpmb.typed import NamedTuple
 
 __all__ = ["Report", "choose_key", "mismatch", "named_errors", "open_store", "verify"]
 

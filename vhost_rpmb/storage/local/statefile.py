@@ -12,11 +12,14 @@ import os
 import sqlite3
 import stat
 from contextlib import suppress
-from typing import BinaryIO
 
 from vhost_rpmb.errors import StateError
 from vhost_rpmb.storage.local.files import cannot_lock, open_regular
 from vhost_rpmb.storage.paths import journal_of, log_of
+from vhost_rpmb.typed import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing import BinaryIO
 
 __all__ = [
     "APPLICATION_ID",
