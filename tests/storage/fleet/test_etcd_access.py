@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import http.client
 import http.server
+import json
 import socket
 import threading
 import time
@@ -66,7 +67,7 @@ def secured(authority: Authority) -> Iterator[EtcdCluster]:
             ("enable", {}),
         ]
         for path, body in steps:
-            admin._call(f"/v3/auth/{path}", body, dict)
+            admin._call(f"/v3/auth/{path}", json.dumps(body), dict)
         yield cluster
 
 

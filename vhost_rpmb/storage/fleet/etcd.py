@@ -7,13 +7,13 @@ docs/decisions/0024-etcd-client.md explains why no client library is used.
 from __future__ import annotations
 
 import base64
-import http.client
+import binascii
 import json
 import socket
 import ssl
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from vhost_rpmb.errors import StateError
 from vhost_rpmb.log import Logger
@@ -28,6 +28,7 @@ from vhost_rpmb.storage.fleet.engine import (
     Refused,
     Unknown,
 )
+from vhost_rpmb.storage.fleet.http import Connection, Endpoint, Unreadable
 
 __all__ = ["Endpoint", "Etcd", "resolve"]
 
@@ -35,8 +36,8 @@ logger = Logger(__name__)
 
 TIMEOUT = 2.0  # seconds, of each step of a request; an election takes 1 to 2
 _FIRST_SAFE_VERSION = (3, 5, 13)  # before, a former leader could end leases that live
-_JSON = {"Content-Type": "application/json"}
 
+_OK, _BAD_REQUEST = 200, 400  # of HTTP
 # Codes of gRPC. With one of these the request was not applied and never will be.
 _INVALID_ARGUMENT, _NOT_FOUND, _EXHAUSTED, _UNAUTHENTICATED = 3, 5, 8, 16
 _DEFINITE = frozenset({_INVALID_ARGUMENT, _NOT_FOUND, 7, 9, 11, 12})
@@ -47,15 +48,6 @@ _TOKEN_TEXTS = ("user name is empty", "revision in header is old")
 
 _Fields = dict[str, Any]
 T = TypeVar("T")
-
-
-class Endpoint(NamedTuple):
-    """A member of the cluster, its name resolved: a sandbox has no resolver."""
-
-    host: str
-    port: int
-    address: str
-    family: int = socket.AF_INET
 
 
 def resolve(host: str, port: int) -> Endpoint:
@@ -89,7 +81,7 @@ class Etcd:
         self._password = password
         self._timeout = timeout
         self._token: str | None = None
-        self._connection: _Connection | None = None
+        self._connection: Connection | None = None
 
     def __repr__(self) -> str:
         return f"Etcd({', '.join(f'{each.host}:{each.port}' for each in self._endpoints)})"
@@ -108,11 +100,10 @@ class Etcd:
         """Send a transaction; see `Engine`."""
         return self._call(
             "/v3/kv/txn",
-            {
-                "compare": [_compare(each) for each in compare],
-                "success": [_operation(each) for each in success],
-                "failure": [_operation(each) for each in failure],
-            },
+            # All values are numbers and base64: no encoder is needed.
+            f'{{"compare":[{",".join(map(_compare, compare))}],'
+            f'"success":[{",".join(map(_operation, success))}],'
+            f'"failure":[{",".join(map(_operation, failure))}]}}',
             _answer,
         )
 
@@ -120,26 +111,28 @@ class Etcd:
         """Read a range; see `Engine`."""
         return self._call(
             "/v3/kv/range",
-            {"key": _text(key), "range_end": _text(end), "limit": limit},
+            json.dumps({"key": _text(key), "range_end": _text(end), "limit": limit}),
             lambda fields: Page(_pairs(fields), fields.get("more", False)),
         )
 
     def grant(self, seconds: int) -> int:
         """Create a lease; see `Engine`."""
-        return self._call("/v3/lease/grant", {"TTL": seconds}, lambda fields: int(fields["ID"]))
+        return self._call(
+            "/v3/lease/grant", json.dumps({"TTL": seconds}), lambda fields: int(fields["ID"])
+        )
 
     def keepalive(self, lease: int) -> bool:
         """Start the time of a lease again; see `Engine`."""
         return self._call(
             "/v3/lease/keepalive",
-            {"ID": str(lease)},
+            json.dumps({"ID": str(lease)}),
             lambda fields: int(fields["result"].get("TTL", 0)) > 0,
         )
 
     def revoke(self, lease: int) -> None:
         """End a lease; see `Engine`."""
         with suppress(_LeaseNotFound):  # it has ended
-            self._call("/v3/lease/revoke", {"ID": str(lease)}, lambda _: None)
+            self._call("/v3/lease/revoke", json.dumps({"ID": str(lease)}), lambda _: None)
 
     def check_version(self) -> None:
         """Log a warning about a version whose leases are not safe. Raises as the requests do."""
@@ -158,7 +151,7 @@ class Etcd:
             self._connection.close()
             self._connection = None
 
-    def _call(self, path: str, body: _Fields, read: Callable[[_Fields], T]) -> T:
+    def _call(self, path: str, body: str, read: Callable[[_Fields], T]) -> T:
         """Send a request, with a new token if the present one is refused; ``read`` its answer."""
         if self._user is not None and self._token is None:
             self._authenticate()
@@ -173,34 +166,28 @@ class Etcd:
 
     def _authenticate(self) -> None:
         self._token = None
-        fields = {"name": self._user, "password": self._password}
-        self._token = self._exchange(
-            "POST", "/v3/auth/authenticate", fields, lambda answer: str(answer["token"])
-        )
+        body = json.dumps({"name": self._user, "password": self._password})
+        self._token = self._exchange("POST", "/v3/auth/authenticate", body, _token)
 
     def _exchange(
-        self, method: str, path: str, body: _Fields | None, read: Callable[[_Fields], T]
+        self, method: str, path: str, body: str | None, read: Callable[[_Fields], T]
     ) -> T:
-        headers = _JSON if self._token is None else _JSON | {"Authorization": self._token}
-        data = None if body is None else json.dumps(body)
         try:
             if self._connection is None:
-                self._connection = _Connection(self._endpoints[0], self._tls, self._timeout)
-            self._connection.request(method, path, data, headers)
-            response = self._connection.getresponse()
-            answer = response.read()
-        except (OSError, http.client.HTTPException) as error:
+                self._connection = Connection(self._endpoints[0], self._tls, self._timeout)
+            status, answer = self._connection.exchange(method, path, body, self._token)
+        except (OSError, Unreadable) as error:
             raise self._unknown(str(error) or type(error).__name__) from error
         try:
             fields = json.loads(answer)
-            if response.status == http.client.OK:
+            if status == _OK:
                 return read(fields)
             refusal = self._judge(fields)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            if response.status == http.client.BAD_REQUEST:
+            if status == _BAD_REQUEST:
                 # The gateway itself refuses certificates with a name, and not in JSON.
                 raise Refused(answer.decode(errors="replace").strip()) from error
-            raise self._unknown(f"an invalid answer of status {response.status}") from error
+            raise self._unknown(f"an invalid answer of status {status}") from error
         raise refusal
 
     def _judge(self, fields: Mapping[str, Any]) -> Exception:
@@ -233,31 +220,8 @@ class _LeaseNotFound(Refused):
     pass
 
 
-class _Connection(http.client.HTTPConnection):
-    """HTTP to a resolved address, with TLS to the name that the certificate has."""
-
-    def __init__(self, endpoint: Endpoint, tls: ssl.SSLContext | None, timeout: float) -> None:
-        super().__init__(endpoint.host, endpoint.port, timeout=timeout)
-        self._endpoint = endpoint
-        self._tls = tls
-
-    def connect(self) -> None:
-        # Not create_connection(), which asks the resolver also for an address.
-        sock = socket.socket(self._endpoint.family, socket.SOCK_STREAM)
-        try:
-            sock.settimeout(self.timeout)
-            sock.connect((self._endpoint.address, self._endpoint.port))
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if self._tls is not None:
-                sock = self._tls.wrap_socket(sock, server_hostname=self.host)
-        except BaseException:
-            sock.close()
-            raise
-        self.sock = sock
-
-
 def _text(data: bytes) -> str:
-    return base64.b64encode(data).decode()
+    return binascii.b2a_base64(data, newline=False).decode()
 
 
 def _answer(fields: _Fields) -> Answer:
@@ -275,21 +239,28 @@ def _pairs(fields: Mapping[str, Any]) -> list[tuple[bytes, bytes]]:
     ]
 
 
-def _compare(compare: Compare) -> _Fields:
-    fields: _Fields = {"key": _text(compare.key), "result": "EQUAL"}
-    if compare.value is None:
-        return fields | {"target": "CREATE", "create_revision": "0"}
-    return fields | {"target": "VALUE", "value": _text(compare.value)}
+def _compare(compare: Compare) -> str:
+    key, value = compare
+    if value is None:
+        return f'{{"key":"{_text(key)}","target":"CREATE","create_revision":"0"}}'
+    return f'{{"key":"{_text(key)}","target":"VALUE","value":"{_text(value)}"}}'
 
 
-def _operation(operation: Operation) -> _Fields:
-    fields: _Fields = {"key": _text(operation.key)}
+def _operation(operation: Operation) -> str:
     match operation:
-        case Put(_, value, lease):
-            more = {"lease": str(lease)} if lease else {}
-            return {"request_put": fields | {"value": _text(value)} | more}
-        case Delete(_, end):
-            more = {} if end is None else {"range_end": _text(end)}
-            return {"request_delete_range": fields | more}
-        case Get():
-            return {"request_range": fields}
+        case Put(key, value, lease):
+            more = f',"lease":"{lease}"' if lease else ""
+            return f'{{"request_put":{{"key":"{_text(key)}","value":"{_text(value)}"{more}}}}}'
+        case Delete(key, end):
+            more = "" if end is None else f',"range_end":"{_text(end)}"'
+            return f'{{"request_delete_range":{{"key":"{_text(key)}"{more}}}}}'
+        case Get(key):
+            return f'{{"request_range":{{"key":"{_text(key)}"}}}}'
+
+
+def _token(fields: _Fields) -> str:
+    """Return a token that can be a field of HTTP."""
+    token = fields["token"]
+    if not (isinstance(token, str) and token.isascii() and token.isprintable()):
+        raise ValueError
+    return token
