@@ -4,12 +4,13 @@
 import argparse
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from vhost_rpmb.errors import UsageError
+from vhost_rpmb.values import WrongValue, path
 
-__all__ = ["Parser", "nearest", "parsers", "path_argument"]
+__all__ = ["Parser", "converted", "nearest", "parsers", "path_argument"]
 
 _WRONG_CHOICE = re.compile(r"invalid choice: '([^']*)'")
 
@@ -85,8 +86,23 @@ def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser
                 yield from parsers(command)
 
 
+def converted(convert: Callable[[str], object]) -> Callable[[str], Any]:
+    """Return the type of an argument, of which the parser prints the errors."""
+    if convert is path:
+        return path_argument
+
+    def argument(text: str) -> object:
+        try:
+            return convert(text)
+        except WrongValue as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return argument
+
+
 def path_argument(text: str) -> str:
     """Return ``text`` if it is usable as a path."""
-    if not text:
-        raise argparse.ArgumentTypeError("expected a path, found an empty string")
-    return text
+    try:
+        return path(text)
+    except WrongValue as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

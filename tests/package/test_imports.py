@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The modules that a daemon holds in memory, times the number of virtual machines of a host."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import vhost_rpmb
+from tests.support.daemon import SANDBOX
+from vhost_rpmb.testing import RunningDevice
+
+PARENT = str(Path(vhost_rpmb.__file__).parents[1])
+# The environment of the tests imports some of these by itself: -S -I.
+PROGRAM = f"""
+import sys
+sys.path.insert(0, {PARENT!r})
+from vhost_rpmb import cli
+status = cli.main()
+print("modules:", *sys.modules)
+sys.exit(status)
+"""
+# Each with those that it brings; with their sizes in private memory.
+AVOIDED = {
+    "argparse",  # 0.3 MiB
+    "cryptography",  # 7 MiB
+    "dataclasses",  # 1 MiB
+    "importlib",  # 0.1 MiB
+    "json",
+    "logging",  # 0.5 MiB
+    "pathlib",
+    "random",
+    "re",  # 0.3 MiB
+    "subprocess",
+    "tempfile",
+    "threading",  # 0.1 MiB
+    "tomllib",
+    "typing",  # 0.5 MiB
+    "urllib",
+}
+
+
+def test_daemon_does_without_large_modules(tmp_path: Path) -> None:
+    device = RunningDevice(tmp_path, "--once", *SANDBOX)
+    device.command_line[: device.command_line.index("vhost_rpmb") + 1] = [
+        *(sys.executable, "-S", "-I", "-c", PROGRAM)
+    ]
+    with device, device.client() as client:
+        client.program_key(os.urandom(32))
+    _, found, modules = device.log.rpartition("modules: ")
+    assert found, device.log
+    assert "vhost_rpmb.vhost_user.session" in modules.split()
+    assert AVOIDED.isdisjoint(modules.split())
