@@ -10,7 +10,7 @@ from vhost_rpmb._fast.virtqueue cimport Virtqueue
 
 cdef struct Work:
     # One chain of a batch: where its frames and answer are in the arenas.
-    uint16_t head
+    uint64_t token
     bint broken
     uint64_t length  # of its request, bytes
     bint whole  # its device-readable bytes are whole frames, and were copied

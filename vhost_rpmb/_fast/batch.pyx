@@ -63,8 +63,8 @@ cdef class Batch:
             work = self._add_work()
             work.segment = self._buffers.writable.count
             if not queue.take(&chain, &self._buffers):
-                return False
-            work.head = chain.head
+                break
+            work.token = chain.token
             work.broken = chain.fault != CHAIN_GOOD
             work.room = <uint32_t>min(
                 chain.writable // FRAME_SIZE, <uint64_t>MAX_RESPONSE_FRAMES
@@ -91,7 +91,7 @@ cdef class Batch:
         cdef size_t index
         for index in range(self.count):
             self._scatter(queue.memory, &self.work[index])
-            queue.put(self.work[index].head, self.work[index].answered * FRAME_SIZE)
+            queue.put(self.work[index].token, self.work[index].answered * FRAME_SIZE)
 
     cdef void wipe(self) noexcept:
         """Erase the requests: one of them had a key."""

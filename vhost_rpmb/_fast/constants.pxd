@@ -45,6 +45,7 @@ cdef enum:  # vhost_rpmb.virtio.rules
     RING_HEAD = 6
     RING_MEMORY_LOST = 7
     RING_INFLIGHT_LOST = 8
+    RING_SPLIT_SIZE = 9
 
 cdef enum:  # vhost_rpmb.virtio.flags
     NOTIFY = 1

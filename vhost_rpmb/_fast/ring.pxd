@@ -2,12 +2,12 @@
 from libc.stddef cimport size_t
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 
-from vhost_rpmb._fast.inflight cimport Inflight
 from vhost_rpmb._fast.memory cimport GuestMemory
 
 
 cdef enum:
     CHAIN_GOOD = -1  # it breaks none of the rules
+    NO_CHAIN = -2  # none is available
 
 
 cdef struct Segment:
@@ -31,7 +31,7 @@ cdef struct Buffers:
 
 
 cdef struct Chain:
-    uint16_t head
+    uint64_t token
     int fault  # CHAIN_GOOD, or the number of the rule that it breaks
     uint32_t count  # descriptors
     uint64_t readable  # bytes
@@ -46,20 +46,20 @@ cdef class Ring:
     cdef bint event_index
     cdef bint mapped  # the parts were found when ``generation`` was the memory's
     cdef uint64_t generation
-    cdef Inflight inflight
-    cdef bint tracked  # there is ``inflight``
+    cdef GuestMemory region
+    cdef bint tracked  # there is ``region``
     cdef size_t walked
     cdef size_t crossings
 
-    cdef uint16_t base(self) noexcept
-    cdef void set_base(self, uint16_t index) noexcept
-    cdef uint16_t used(self) noexcept nogil
+    cdef uint32_t base(self) noexcept
+    cdef int set_base(self, uint32_t base) except -1
+    cdef uint32_t used(self) noexcept nogil
     cdef int map(self) noexcept nogil
-    cdef void resume(self, uint16_t used_index) noexcept nogil
+    cdef void resume(self, uint32_t used) noexcept nogil
     cdef int look(self, uint32_t *available) noexcept nogil
     cdef int take(self, Chain *chain, Buffers *buffers) except -1 nogil
-    cdef void take_back(self, uint16_t head) noexcept nogil
-    cdef void put(self, uint16_t head, uint32_t length) noexcept nogil
+    cdef void take_back(self, uint64_t token) noexcept nogil
+    cdef void put(self, uint64_t token, uint32_t length) noexcept nogil
     cdef uint32_t position(self) noexcept nogil
     cdef void publish(self) noexcept nogil
     cdef void ask_for_kick(self) noexcept nogil

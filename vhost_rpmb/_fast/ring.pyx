@@ -21,37 +21,37 @@ cdef class Ring:
 
     # A format implements these. map(), look() and take() return a number of rules.RING_RULES.
 
-    cdef uint16_t base(self) noexcept:
+    cdef uint32_t base(self) noexcept:
         return 0
 
-    cdef void set_base(self, uint16_t index) noexcept:
-        pass
+    cdef int set_base(self, uint32_t base) except -1:
+        return 0
 
-    cdef uint16_t used(self) noexcept nogil:
+    cdef uint32_t used(self) noexcept nogil:
         return 0
 
     cdef int map(self) noexcept nogil:
         """Find the parts, if they or the memory table changed."""
         return RING_NO_SIZE
 
-    cdef void resume(self, uint16_t used_index) noexcept nogil:
+    cdef void resume(self, uint32_t used) noexcept nogil:
         pass
 
     cdef int look(self, uint32_t *available) noexcept nogil:
         return RING_OK
 
     cdef int take(self, Chain *chain, Buffers *buffers) except -1 nogil:
-        """Take the next available chain.
+        """Take the next available chain; NO_CHAIN if there is none.
 
         The pieces of its buffers are appended to ``buffers``, as far as the first ``wanted`` bytes;
         the lengths in ``chain`` are of all of them. A broken chain appends nothing.
         """
         return RING_OK
 
-    cdef void take_back(self, uint16_t head) noexcept nogil:
+    cdef void take_back(self, uint64_t token) noexcept nogil:
         pass
 
-    cdef void put(self, uint16_t head, uint32_t length) noexcept nogil:
+    cdef void put(self, uint64_t token, uint32_t length) noexcept nogil:
         pass
 
     cdef uint32_t position(self) noexcept nogil:

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 
+from vhost_rpmb._fast.inflight cimport Inflight
 from vhost_rpmb._fast.ring cimport Buffers, Chain, Ring
 
 
 cdef class SplitRing(Ring):
+    cdef Inflight inflight
     cdef uint16_t _next_available
     cdef uint16_t _next_used
     cdef uint16_t _published  # the used index before the batch published last
@@ -15,5 +17,6 @@ cdef class SplitRing(Ring):
     cdef unsigned char *_used
     cdef uint64_t _used_address  # guest physical
 
-    cdef int _walk(self, Chain *chain, Buffers *buffers) except -2 nogil
+    cdef void record(self, Inflight inflight) noexcept
+    cdef int _walk(self, Chain *chain, Buffers *buffers, uint32_t index) except -2 nogil
     cdef void _store_used(self, size_t offset, uint16_t value) noexcept nogil

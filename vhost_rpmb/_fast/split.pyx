@@ -26,22 +26,26 @@ cdef extern from "ring.h" nogil:
 
 @cython.final
 cdef class SplitRing(Ring):
-    cdef uint16_t base(self) noexcept:
+    cdef uint32_t base(self) noexcept:
         if self.tracked:
             return <uint16_t>(self._next_available - self.inflight.waiting)
         return self._next_available
 
-    cdef uint16_t used(self) noexcept nogil:
+    cdef uint32_t used(self) noexcept nogil:
         return self._next_used if self._started else load_index(self._used + 2)
 
-    cdef void set_base(self, uint16_t index) noexcept:
+    cdef int set_base(self, uint32_t base) except -1:
+        if base > 0xFFFF:
+            raise ValueError(f"an available index has 16 bits, {base} has more")
         self.inflight = None
+        self.region = None
         self.tracked = False
-        self._next_available = index
+        self._next_available = <uint16_t>base
         self._next_used = 0
         self._published = 0
         self._unpublished = 0
         self._started = False
+        return 0
 
     cdef int map(self) noexcept nogil:
         cdef uint64_t size = self.size
@@ -51,6 +55,8 @@ cdef class SplitRing(Ring):
         self.mapped = False
         if not size:
             return RING_NO_SIZE
+        if size & (size - 1):
+            return RING_SPLIT_SIZE
         self._descriptors = self.memory.ring_part(
             self.addresses[0], size * VIRTQ_DESC_SIZE, 16, &address
         )
@@ -68,10 +74,15 @@ cdef class SplitRing(Ring):
         self.generation = self.memory.generation
         return RING_OK
 
-    cdef void resume(self, uint16_t used_index) noexcept nogil:
-        self._next_used = used_index
-        self._published = used_index
+    cdef void resume(self, uint32_t used) noexcept nogil:
+        self._next_used = <uint16_t>used
+        self._published = <uint16_t>used
         self._started = True
+
+    cdef void record(self, Inflight inflight) noexcept:
+        self.inflight = inflight
+        self.region = inflight.memory
+        self.tracked = True
 
     cdef int look(self, uint32_t *available) noexcept nogil:
         self.walked = 0
@@ -88,19 +99,21 @@ cdef class SplitRing(Ring):
         cdef size_t slot = self._next_available & (self.size - 1)
         cdef size_t readable = buffers.readable.count
         cdef size_t writable = buffers.writable.count
+        cdef uint16_t head
         if self.tracked and self.inflight.waiting:
-            chain.head = self.inflight.take_again()
+            head = self.inflight.take_again()
         else:
-            chain.head = load_index(self._available + 4 + 2 * slot)
-            if chain.head >= self.size:
+            head = load_index(self._available + 4 + 2 * slot)
+            if head >= self.size:
                 return RING_HEAD
             self._next_available += 1
             if self.tracked:
-                self.inflight.take(chain.head)
+                self.inflight.take(head)
+        chain.token = head
         chain.count = 0
         chain.readable = 0
         chain.writable = 0
-        chain.fault = self._walk(chain, buffers)
+        chain.fault = self._walk(chain, buffers, head)
         if chain.fault != CHAIN_GOOD:
             chain.readable = 0
             chain.writable = 0
@@ -108,13 +121,12 @@ cdef class SplitRing(Ring):
             buffers.writable.count = writable
         return RING_OK
 
-    cdef int _walk(self, Chain *chain, Buffers *buffers) except -2 nogil:
-        """Follow a chain; return CHAIN_GOOD, or the rule that it breaks."""
+    cdef int _walk(self, Chain *chain, Buffers *buffers, uint32_t index) except -2 nogil:
+        """Follow the chain from a head on; return CHAIN_GOOD, or the rule that it breaks."""
         cdef descriptor entry
         cdef unsigned char raw[VIRTQ_DESC_SIZE]
         cdef bint indirect = False
         cdef uint64_t table = 0
-        cdef uint32_t index = chain.head
         cdef uint32_t entries = self.size
         cdef int rule
         self.crossings = 0
@@ -146,22 +158,22 @@ cdef class SplitRing(Ring):
                 return CHAIN_NEXT
             index = entry.next
 
-    cdef void take_back(self, uint16_t head) noexcept nogil:
+    cdef void take_back(self, uint64_t token) noexcept nogil:
         if self.tracked:
-            self.inflight.take_back(head)
+            self.inflight.take_back(<uint16_t>token)
         else:
             self._next_available -= 1
 
-    cdef void put(self, uint16_t head, uint32_t length) noexcept nogil:
+    cdef void put(self, uint64_t token, uint32_t length) noexcept nogil:
         cdef size_t slot = (self._next_used + self._unpublished) & (self.size - 1)
         cdef size_t offset = 4 + 8 * slot
-        cdef used_element element = make_used(head, length)
+        cdef used_element element = make_used(<uint32_t>token, length)
         self.memory.put(
             self._used_address + offset, self._used + offset, &element, sizeof(element)
         )
         self._unpublished += 1
         if self.tracked:
-            self.inflight.put(head)
+            self.inflight.put(<uint16_t>token)
 
     cdef uint32_t position(self) noexcept nogil:
         return <uint16_t>(self._next_used + self._unpublished)

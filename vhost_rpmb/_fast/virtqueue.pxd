@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-from libc.stdint cimport uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint32_t, uint64_t
 
 from vhost_rpmb._fast.constants cimport NUM_CHAIN_RULES
 from vhost_rpmb._fast.memory cimport GuestMemory
@@ -23,8 +23,8 @@ cdef class Virtqueue:
     cdef bint take(self, Chain *chain, Buffers *buffers) except -1 nogil
     cdef inline size_t walked(self) noexcept nogil:
         return self._ring.walked
-    cdef inline void put(self, uint16_t head, uint32_t length) noexcept nogil:
-        self._ring.put(head, length)
+    cdef inline void put(self, uint64_t token, uint32_t length) noexcept nogil:
+        self._ring.put(token, length)
     cdef inline uint32_t position(self) noexcept nogil:
         return self._ring.position()
     cdef int close(self, bint drained) noexcept nogil

@@ -3,7 +3,7 @@
 """The twin of vhost_rpmb._pure.virtqueue, where the docstrings are."""
 
 cimport cython
-from libc.stdint cimport uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport free
 from libc.string cimport memcpy, memset
 
@@ -12,7 +12,7 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from vhost_rpmb._fast.constants cimport *
 from vhost_rpmb._fast.inflight cimport Inflight
 from vhost_rpmb._fast.memory cimport GuestMemory
-from vhost_rpmb._fast.ring cimport CHAIN_GOOD, Buffers, Chain, Segment, Segments
+from vhost_rpmb._fast.ring cimport CHAIN_GOOD, NO_CHAIN, Buffers, Chain, Segment, Segments
 from vhost_rpmb._fast.split cimport SplitRing
 
 from vhost_rpmb.virtio import rules
@@ -37,8 +37,8 @@ cdef class Virtqueue:
         self._rule = RING_OK
 
     def set_size(self, size):
-        if not 0 < size <= VIRTQ_MAX_SIZE or size & (size - 1):
-            raise ValueError(f"a queue size is a power of two from 1 to 32768, not {size}")
+        if not 0 < size <= VIRTQ_MAX_SIZE:
+            raise ValueError(f"a queue size is a number from 1 to 32768, not {size}")
         self._ring.size = size
         self._ring.mapped = False
 
@@ -48,10 +48,10 @@ cdef class Virtqueue:
         self._ring.addresses[2] = used_ring
         self._ring.mapped = False
 
-    def set_base(self, index):
-        if not 0 <= index <= 0xFFFF:
-            raise ValueError(f"an available index has 16 bits, {index} has more")
-        self._ring.set_base(index)
+    def set_base(self, base):
+        if not 0 <= base <= 0xFFFFFFFF:
+            raise ValueError(f"a vring base has 32 bits, {base} has more")
+        self._ring.set_base(base)
         self._rule = RING_OK
 
     def set_features(self, features):
@@ -64,7 +64,7 @@ cdef class Virtqueue:
 
     @property
     def used(self):
-        cdef uint16_t used
+        cdef uint32_t used
         if self._ring.map():
             return None
         used = self._ring.used()
@@ -85,8 +85,8 @@ cdef class Virtqueue:
         return faults
 
     def resume(self, used_index, GuestMemory region not None, offset, last, heads):
-        self._ring.inflight = Inflight(region, offset, self._ring.size, last, heads)
-        self._ring.tracked = True
+        cdef SplitRing ring = self._ring
+        ring.record(Inflight(region, offset, ring.size, last, heads))
         self._ring.resume(used_index)
 
     def answer_chains(self, answer, uint64_t max_bytes, uint32_t max_chains):
@@ -103,6 +103,7 @@ cdef class Virtqueue:
             for _ in range(min(available, max_chains)):
                 buffers.readable.count = buffers.writable.count = 0
                 if not self.take(&chain, &buffers):
+                    drained = True
                     break
                 request = self._gather(&buffers.readable, min(chain.readable, max_bytes))
                 if self.memory_lost():
@@ -111,12 +112,12 @@ cdef class Virtqueue:
                 if chain.fault == CHAIN_GOOD:
                     written = answer(request, min(chain.writable, max_bytes))
                 if written is Unanswered.LATER:
-                    self._ring.take_back(chain.head)
+                    self._ring.take_back(chain.token)
                     break
                 if isinstance(written, Unanswered):
                     continue
                 self._scatter(&buffers.writable, written)
-                self.put(chain.head, <uint32_t>len(written))
+                self.put(chain.token, <uint32_t>len(written))
         finally:
             free(buffers.readable.items)
             free(buffers.writable.items)
@@ -153,7 +154,7 @@ cdef class Virtqueue:
     cdef bint memory_lost(self) noexcept nogil:
         cdef int rule = RING_MEMORY_LOST
         if not self.memory.lost():
-            if not self._ring.tracked or not self._ring.inflight.memory.lost():
+            if not self._ring.tracked or not self._ring.region.lost():
                 return False
             rule = RING_INFLIGHT_LOST
         if not self._rule:
@@ -195,7 +196,7 @@ cdef class Virtqueue:
     cdef bint take(self, Chain *chain, Buffers *buffers) except -1 nogil:
         cdef int rule = self._ring.take(chain, buffers)
         if rule:
-            if not self.memory_lost():
+            if rule != NO_CHAIN and not self.memory_lost():
                 self._rule = rule
             return False
         if chain.fault != CHAIN_GOOD:

@@ -36,7 +36,7 @@ class Work(NamedTuple):
     ``length``: of its request, in bytes.
     """
 
-    head: int
+    token: int
     writable: list[tuple[int, int]]
     length: int
     frames: list[bytes] | None
@@ -62,7 +62,7 @@ class Batch:
                 return False
             chain = queue._take()
             if chain is None:
-                return False
+                break
             length = sum(length for _, length in chain.readable)
             room = sum(length for _, length in chain.writable) // spec.FRAME_SIZE
             room = min(room, limits.MAX_RESPONSE_FRAMES)
@@ -72,14 +72,14 @@ class Batch:
                 request = _gather(queue._memory, chain.readable)
             frames += room + len(request or ())
             broken = chain.fault is not None
-            self.work.append(Work(chain.head, chain.writable, length, request, room, broken))
+            self.work.append(Work(chain.token, chain.writable, length, request, room, broken))
         return True
 
     def answer(self, queue: Virtqueue, answers: list[bytes]) -> None:
         """Write the answer of each chain into guest memory and return the chain."""
         for work, answer in zip(self.work, answers, strict=True):
             _scatter(queue._memory, work.writable, answer)
-            queue._put(work.head, len(answer))
+            queue._put(work.token, len(answer))
 
 
 def _gather(memory: GuestMemory, readable: list[tuple[int, int]]) -> list[bytes]:

@@ -32,7 +32,7 @@ class Inflight:
     def __init__(
         self, memory: GuestMemory, offset: int, size: int, last: int, heads: Sequence[int]
     ) -> None:
-        self._memory = memory
+        self.memory = memory
         self._offset = offset
         self._length = _HEADER + _ENTRY * size
         self._last = last
@@ -42,7 +42,7 @@ class Inflight:
 
     def map(self) -> None:
         """Find the record in the region, whose memory is mapped."""
-        found = self._memory._ring_part(self._offset, self._length, 8)
+        found = self.memory._ring_part(self._offset, self._length, 8)
         assert found is not None
         self._bytes = found[1]
         self._halves = self._bytes.cast("H")
@@ -53,11 +53,6 @@ class Inflight:
         self._words.release()
         self._halves.release()
         self._bytes.release()
-
-    @property
-    def lost(self) -> bool:
-        """Whether the file behind the region was truncated."""
-        return self._memory._lost
 
     @property
     def waiting(self) -> int:

@@ -3,7 +3,8 @@
 
 A format (`vhost_rpmb._pure.split`) knows where descriptors, indices and flags are in guest memory.
 The virtqueue calls it, in this order: map, look, take ..., put ..., publish, ask_for_kick or
-refuse_kicks, wants_notification, changed, unmap. The device sees neither.
+refuse_kicks, wants_notification, changed, unmap. The device sees neither: it returns a chain by the
+token that the format gave it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass, field
 
-from vhost_rpmb._pure.inflight import Inflight
 from vhost_rpmb._pure.memory import GuestMemory, GuestMemoryError
 from vhost_rpmb.virtio import limits, rules
 from vhost_rpmb.virtio import spec as virtio
@@ -37,13 +37,13 @@ def full_barrier() -> None:
 
 @dataclass(slots=True)
 class Chain:
-    """One descriptor chain: its head and buffers, or the number of the chain rule that it breaks.
+    """One descriptor chain: its buffers, or the number of the chain rule that it breaks.
 
-    ``readable`` and ``writable`` are lists of (guest physical address, length in bytes), ``length``
-    is their sum.
+    ``token`` is the format's name of it, for put() and take_back(). ``readable`` and ``writable``
+    are lists of (guest physical address, length in bytes), ``length`` is their sum.
     """
 
-    head: int
+    token: int
     readable: list[tuple[int, int]] = field(default_factory=list)
     writable: list[tuple[int, int]] = field(default_factory=list)
     length: int = 0
@@ -69,9 +69,9 @@ class BrokenRingError(Exception):
 class Ring:
     """A ring of ``size`` descriptors in guest memory, with its negotiated features.
 
-    ``addresses`` are the user addresses of its three parts. ``inflight`` records the chains in
-    flight, if the front-end has a region for that; set_base() ends it. ``walked`` counts the
-    descriptors since the last look().
+    ``addresses`` are the user addresses of its three parts. ``region`` has the record of the chains
+    in flight, if there is one; set_base() ends it. ``walked`` counts the descriptors since the last
+    look().
     """
 
     def __init__(self, memory: GuestMemory) -> None:
@@ -80,7 +80,7 @@ class Ring:
         self.addresses = (0, 0, 0)
         self.indirect = False
         self.event_index = False
-        self.inflight: Inflight | None = None
+        self.region: GuestMemory | None = None
         self.walked = 0
         self._crossings = 0
 
@@ -88,16 +88,16 @@ class Ring:
 
     @property
     def base(self) -> int:
-        """The position of the next chain, as GET_VRING_BASE has it."""
+        """The position of the next chain: the 32 bits of GET_VRING_BASE."""
         raise NotImplementedError
 
-    def set_base(self, index: int) -> None:
-        """Set the position of the next chain, as SET_VRING_BASE has it."""
+    def set_base(self, base: int) -> None:
+        """Set the position of the next chain: the 32 bits of SET_VRING_BASE; ValueError."""
         raise NotImplementedError
 
     @property
     def used(self) -> int:
-        """The used index; of a ring that was not served yet from its memory, which is mapped."""
+        """The used position; of a ring that was not served yet from its memory, if it is there."""
         raise NotImplementedError
 
     def map(self) -> None:
@@ -113,28 +113,28 @@ class Ring:
         """Whether the parts are mapped."""
         raise NotImplementedError
 
-    def resume(self, used_index: int) -> None:
-        """Continue behind that used index, whatever guest memory says by now."""
+    def resume(self, used: int) -> None:
+        """Continue behind that used position, whatever guest memory says by now."""
         raise NotImplementedError
 
     def look(self) -> int:
-        """Begin a batch: return how many chains are available; BrokenRingError."""
+        """Begin a batch: return how many chains are available at most; BrokenRingError."""
         raise NotImplementedError
 
-    def take(self) -> Chain:
-        """Take the next available chain; BrokenRingError where its head is invalid."""
+    def take(self) -> Chain | None:
+        """Take the next available chain; None if there is none, BrokenRingError."""
         raise NotImplementedError
 
-    def take_back(self, head: int) -> None:
+    def take_back(self, token: int) -> None:
         """Make the chain that was taken last the next one to be taken."""
         raise NotImplementedError
 
-    def put(self, head: int, length: int) -> None:
+    def put(self, token: int, length: int) -> None:
         """Return a chain, ``length`` bytes of which were written; visible after publish()."""
         raise NotImplementedError
 
     def position(self) -> int:
-        """Return the used index that publish() will store."""
+        """Return the used position after publish()."""
         raise NotImplementedError
 
     def publish(self) -> None:

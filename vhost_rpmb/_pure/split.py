@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 import sys
 
+from vhost_rpmb._pure.inflight import Inflight
 from vhost_rpmb._pure.memory import GuestMemory
 from vhost_rpmb._pure.ring import BrokenChainError, BrokenRingError, Chain, Ring, full_barrier
 from vhost_rpmb.virtio import rules
@@ -51,6 +52,7 @@ class SplitRing(Ring):
 
     def __init__(self, memory: GuestMemory) -> None:
         super().__init__(memory)
+        self.inflight: Inflight | None = None
         self._parts: tuple[memoryview, memoryview, memoryview] | None = None
         self.set_base(0)
 
@@ -63,9 +65,11 @@ class SplitRing(Ring):
     def used(self) -> int:
         return self._next_used if self._started else self._used_index.load()
 
-    def set_base(self, index: int) -> None:
-        self.inflight = None
-        self._next_available = index
+    def set_base(self, base: int) -> None:
+        if base > 0xFFFF:
+            raise ValueError(f"an available index has 16 bits, {base} has more")
+        self.inflight = self.region = None
+        self._next_available = base
         self._next_used = 0
         self._published = 0  # the used index before the batch published last
         self._unpublished = 0
@@ -75,6 +79,8 @@ class SplitRing(Ring):
         if not self.size:
             raise BrokenRingError(rules.RING_NO_SIZE)
         size = self.size
+        if size & (size - 1):
+            raise BrokenRingError(rules.RING_SPLIT_SIZE)
         wanted = (
             (rules.RING_DESCRIPTOR_TABLE, size * virtio.VIRTQ_DESC_SIZE, 16),
             (rules.RING_AVAILABLE, 6 + 2 * size, 2),
@@ -127,9 +133,14 @@ class SplitRing(Ring):
     def mapped(self) -> bool:
         return self._parts is not None
 
-    def resume(self, used_index: int) -> None:
-        self._next_used = self._published = used_index
+    def resume(self, used: int) -> None:
+        self._next_used = self._published = used
         self._started = True
+
+    def record(self, inflight: Inflight) -> None:
+        """Record what is in flight from now on."""
+        self.inflight = inflight
+        self.region = inflight.memory
 
     def look(self) -> int:
         self.walked = 0
@@ -169,7 +180,7 @@ class SplitRing(Ring):
         """Follow a chain through the descriptor table and at most one indirect table."""
         indirect = False
         table = b""
-        index, entries = chain.head, self.size
+        index, entries = chain.token, self.size
         self._crossings = 0
         while True:
             self.walked += 1
@@ -189,18 +200,18 @@ class SplitRing(Ring):
                 raise BrokenChainError(rules.CHAIN_NEXT)
             index = following
 
-    def take_back(self, head: int) -> None:
+    def take_back(self, token: int) -> None:
         if self.inflight is not None:
-            self.inflight.take_back(head)
+            self.inflight.take_back(token)
         else:
             self._next_available = (self._next_available - 1) & 0xFFFF
 
-    def put(self, head: int, length: int) -> None:
+    def put(self, token: int, length: int) -> None:
         slot = (self._next_used + self._unpublished) % self.size
-        self.memory.write(self._used_address + 4 + 8 * slot, _USED_ELEMENT.pack(head, length))
+        self.memory.write(self._used_address + 4 + 8 * slot, _USED_ELEMENT.pack(token, length))
         self._unpublished += 1
         if self.inflight is not None:
-            self.inflight.put(head)
+            self.inflight.put(token)
 
     def position(self) -> int:
         return (self._next_used + self._unpublished) & 0xFFFF

@@ -35,20 +35,26 @@ class Virtqueue:
         self._rule = rules.RING_OK
 
     def set_size(self, size: int) -> None:
-        """Set the number of descriptors; ValueError unless a power of two from 1 to 32768."""
-        if not 0 < size <= virtio.VIRTQ_MAX_SIZE or size & (size - 1):
-            raise ValueError(f"a queue size is a power of two from 1 to 32768, not {size}")
+        """Set the number of descriptors; ValueError unless from 1 to 32768.
+
+        A split ring takes a power of two: another size breaks it when it starts.
+        """
+        if not 0 < size <= virtio.VIRTQ_MAX_SIZE:
+            raise ValueError(f"a queue size is a number from 1 to 32768, not {size}")
         self._ring.size = size
 
     def set_addresses(self, descriptor_table: int, available_ring: int, used_ring: int) -> None:
         """Set the user addresses of the three parts; the next batch checks them."""
         self._ring.addresses = (descriptor_table, available_ring, used_ring)
 
-    def set_base(self, index: int) -> None:
-        """Set the available index to continue at, 0 to 65535; a broken queue works again."""
-        if not 0 <= index <= 0xFFFF:
-            raise ValueError(f"an available index has 16 bits, {index} has more")
-        self._ring.set_base(index)
+    def set_base(self, base: int) -> None:
+        """Set the position to continue at, as SET_VRING_BASE has it; a broken queue works again.
+
+        ValueError unless it has at most 32 bits, of a split ring 16.
+        """
+        if not 0 <= base <= 0xFFFF_FFFF:
+            raise ValueError(f"a vring base has 32 bits, {base} has more")
+        self._ring.set_base(base)
         self._rule = rules.RING_OK
 
     def set_features(self, features: int) -> None:
@@ -58,12 +64,15 @@ class Virtqueue:
 
     @property
     def base(self) -> int:
-        """The available index that the next batch begins at."""
+        """The position that the next batch begins at, as GET_VRING_BASE has it."""
         return self._ring.base
 
     @property
     def used(self) -> int | None:
-        """The used index, of a ring that was not served yet from its memory; None without it."""
+        """The used position, of a ring that was not served yet from its memory.
+
+        None if a part of it is not there.
+        """
         try:
             self._ring.map()
         except BrokenRingError:
@@ -91,7 +100,8 @@ class Virtqueue:
         The record is at ``offset`` of ``region`` (`vhost_rpmb.vhost_user.inflight`), which stays
         mapped until set_base() or reset(). ``heads`` are served again, before all others.
         """
-        self._ring.inflight = Inflight(region, offset, self._ring.size, last, heads)
+        assert isinstance(self._ring, SplitRing)
+        self._ring.record(Inflight(region, offset, self._ring.size, last, heads))
         self._ring.resume(used_index)
 
     def answer_chains(
@@ -113,6 +123,7 @@ class Virtqueue:
         for _ in range(min(available, max_chains)):
             chain = self._take()
             if chain is None:
+                drained = True
                 break
             request = self._gather(chain.readable, max_bytes)
             if self._memory_lost():
@@ -122,12 +133,12 @@ class Virtqueue:
                 room = sum(length for _, length in chain.writable)
                 written = answer(request, min(room, max_bytes))
             if written is Unanswered.LATER:
-                self._ring.take_back(chain.head)
+                self._ring.take_back(chain.token)
                 break
             if isinstance(written, Unanswered):
                 continue
             self._scatter(chain.writable, written)
-            self._put(chain.head, len(written))
+            self._put(chain.token, len(written))
         return self._close(drained)
 
     def _gather(self, readable: list[tuple[int, int]], max_bytes: int) -> bytes:
@@ -152,7 +163,7 @@ class Virtqueue:
         """Tell whether earlier reads may be invalid, and break the ring then."""
         if self._memory._lost:
             rule = rules.RING_MEMORY_LOST
-        elif self._ring.inflight is not None and self._ring.inflight.lost:
+        elif self._ring.region is not None and self._ring.region._lost:
             rule = rules.RING_INFLIGHT_LOST
         else:
             return False
@@ -181,7 +192,7 @@ class Virtqueue:
     # For the device of this engine, in this order: _open, _take ..., _put ..., _close.
 
     def _open(self) -> int:
-        """Look at the ring and return how many chains are available; 0 and an error if broken.
+        """Look at the ring and return how many chains are available at most; 0 if it is broken.
 
         Guest memory may have moved since the last batch, so the ring is mapped anew.
         """
@@ -200,13 +211,13 @@ class Virtqueue:
         return 0 if self._memory_lost() else available
 
     def _take(self) -> Chain | None:
-        """Take the next available chain; None (and an error) if its head breaks the ring."""
+        """Take the next available chain; None if there is none, or if the ring is broken."""
         try:
             chain = self._ring.take()
         except BrokenRingError as broken:
             self._break(broken.rule)
             return None
-        if chain.fault is not None:
+        if chain is not None and chain.fault is not None:
             self._faults[chain.fault] += 1
         return chain
 
@@ -214,12 +225,12 @@ class Virtqueue:
         """Return how many descriptors the batch has cost so far."""
         return self._ring.walked
 
-    def _put(self, head: int, length: int) -> None:
+    def _put(self, token: int, length: int) -> None:
         """Return a chain, ``length`` bytes of which were written; visible after _close()."""
-        self._ring.put(head, length)
+        self._ring.put(token, length)
 
     def _position(self) -> int:
-        """Return the used index after what was put."""
+        """Return the used position after what was put."""
         return self._ring.position()
 
     def _close(self, drained: bool) -> int:

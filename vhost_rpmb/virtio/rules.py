@@ -47,6 +47,7 @@ RING_RULES = (
     "a head index is not below the queue size",
     "guest memory went away: the file behind it was truncated",
     "the in-flight region went away: the file behind it was truncated",
+    "the size of a split ring is not a power of two",
 )
 (
     RING_OK,
@@ -58,4 +59,5 @@ RING_RULES = (
     RING_HEAD,
     RING_MEMORY_LOST,
     RING_INFLIGHT_LOST,
+    RING_SPLIT_SIZE,
 ) = range(len(RING_RULES))
