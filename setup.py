@@ -25,6 +25,7 @@ MODULES: dict[str, list[str]] = {
     "inflight": [],
     "ring": [],
     "split": [],
+    "packed": [],
     "virtqueue": [],
     "loop": [],
     "mac": ["crypto"],

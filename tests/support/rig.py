@@ -10,7 +10,8 @@ from pathlib import Path
 from tests.support.oracle import KEY, Frame, program_key, read_data, read_result, split, write_data
 from vhost_rpmb.closing import Closing
 from vhost_rpmb.driver.memory import DEFAULT_REGIONS, GuestMemory
-from vhost_rpmb.driver.ring import Ring, Segment, Used
+from vhost_rpmb.driver.packed import make_ring
+from vhost_rpmb.driver.ring import Segment, Used
 from vhost_rpmb.engine import Engine
 from vhost_rpmb.rpmb import spec
 from vhost_rpmb.storage.interface import Store
@@ -73,7 +74,7 @@ class Rig(Closing):
             self.store.close()
             raise
         self.guest = GuestMemory(regions)
-        self.ring = Ring(self.guest, size, features=features)
+        self.ring = make_ring(self.guest, size, features=features)
         self.memory = engine.GuestMemory()
         for region in self.guest.regions:
             place = region.place
@@ -85,8 +86,11 @@ class Rig(Closing):
         self.flags = 0
         self._region: inflight.Region | None = None
 
-    def start(self, features: int, base: int = 0) -> None:
-        """Give the queue what a front-end would give it before the first kick."""
+    def start(self, features: int, base: int | None = None) -> None:
+        """Give the queue what a front-end would give it before the first kick.
+
+        ``base``: where the ring is to start, if not where the driver is.
+        """
         self.queue.set_size(self.ring.size)
         self.queue.set_features(features)
         self.queue.set_addresses(
@@ -94,7 +98,7 @@ class Rig(Closing):
             self.guest.user_address(self.ring.available_ring),
             self.guest.user_address(self.ring.used_ring),
         )
-        self.queue.set_base(base)
+        self.queue.set_base(self.ring.base if base is None else base)
 
     def replace_device(self) -> None:
         """Serve with the device that a process would make if this one were killed now."""
@@ -102,7 +106,9 @@ class Rig(Closing):
         self.device = self.engine.RpmbDevice(self.store, **self._options)  # type: ignore[arg-type]
         if journal is not None:
             self.device.journal = journal
-            self.device.restore_register(self.ring.used_index)
+            used = self.queue.used
+            assert used is not None
+            self.device.restore_register(used)
 
     def track(self) -> None:
         """Record what is in flight from now on; nothing is at present."""

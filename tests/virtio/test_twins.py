@@ -15,7 +15,10 @@ from vhost_rpmb import _fast, _pure, engine
 from vhost_rpmb.errors import OperatorError
 
 PACKAGE = Path(vhost_rpmb.__file__).parent
-MODULES = ("memory", "inflight", "ring", "split", "virtqueue", "loop", "mac", "batch", "device")
+MODULES = (
+    *("memory", "inflight", "ring", "split", "packed", "virtqueue", "loop", "mac", "batch"),
+    "device",
+)
 CLASSES = ("Authenticator", "GuestMemory", "Loop", "Virtqueue", "RpmbDevice")
 
 

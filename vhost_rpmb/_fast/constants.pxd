@@ -5,6 +5,7 @@ cdef enum:  # vhost_rpmb.virtio.spec
     VIRTIO_F_INDIRECT_DESC = 28
     VIRTIO_F_EVENT_IDX = 29
     VIRTIO_F_VERSION_1 = 32
+    VIRTIO_F_RING_PACKED = 34
     VIRTIO_F_IN_ORDER = 35
     VIRTIO_STATUS_ACKNOWLEDGE = 1
     VIRTIO_STATUS_DRIVER = 2
@@ -21,6 +22,10 @@ cdef enum:  # vhost_rpmb.virtio.spec
     VIRTQ_USED_F_NO_NOTIFY = 1
     VIRTQ_DESC_F_AVAIL = 128
     VIRTQ_DESC_F_USED = 32768
+    VIRTQ_EVENT_SIZE = 4
+    RING_EVENT_FLAGS_ENABLE = 0
+    RING_EVENT_FLAGS_DISABLE = 1
+    RING_EVENT_FLAGS_DESC = 2
 
 cdef enum:  # vhost_rpmb.virtio.rules
     CHAIN_TOO_LONG = 0
@@ -46,6 +51,10 @@ cdef enum:  # vhost_rpmb.virtio.rules
     RING_MEMORY_LOST = 7
     RING_INFLIGHT_LOST = 8
     RING_SPLIT_SIZE = 9
+    RING_DRIVER_AREA = 10
+    RING_DEVICE_AREA = 11
+    RING_POSITION = 12
+    RING_ENDLESS_CHAIN = 13
 
 cdef enum:  # vhost_rpmb.virtio.flags
     NOTIFY = 1

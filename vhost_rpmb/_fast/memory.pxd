@@ -7,6 +7,7 @@ from vhost_rpmb._fast.constants cimport TOUCHED_AREA_BITS
 
 cdef extern from "ring.h" nogil:
     void store_index(unsigned char *, uint16_t)
+    void store_word(unsigned char *, uint32_t)
 
 cdef enum:
     KNOWN_AREAS = 256  # how many of the latest areas are told from new ones
@@ -46,7 +47,7 @@ cdef class GuestMemory:
     cdef void renew(self) noexcept nogil
     cdef void _limit_touched(self) noexcept nogil
 
-    # Buffers and rings are written by these two only. ``host`` is where the address is mapped.
+    # Buffers and rings are written by these three only. ``host`` is where the address is mapped.
     cdef inline void put(
         self,
         uint64_t guest_address,
@@ -61,6 +62,11 @@ cdef class GuestMemory:
     ) noexcept nogil:
         """Store 16 bits in one access, after all writes before it."""
         store_index(host, value)
+    cdef inline void put_word(
+        self, uint64_t guest_address, unsigned char *host, uint32_t value
+    ) noexcept nogil:
+        """Store 32 bits in one access, after all writes before it."""
+        store_word(host, value)
 
     cdef size_t _position(self, uint64_t guest_address) noexcept nogil
     cdef unsigned char *find(self, uint64_t guest_address, uint64_t *left) noexcept nogil

@@ -19,6 +19,10 @@ static inline void store_index(unsigned char *field, uint16_t value) {
     __atomic_store_n((uint16_t *)field, htole16(value), __ATOMIC_RELEASE);
 }
 
+static inline void store_word(unsigned char *field, uint32_t value) {
+    __atomic_store_n((uint32_t *)field, htole32(value), __ATOMIC_RELEASE);
+}
+
 struct descriptor {
     uint64_t address;
     uint32_t length;

@@ -55,7 +55,6 @@ cdef class Ring:
     cdef int set_base(self, uint32_t base) except -1
     cdef uint32_t used(self) noexcept nogil
     cdef int map(self) noexcept nogil
-    cdef void resume(self, uint32_t used) noexcept nogil
     cdef int look(self, uint32_t *available) noexcept nogil
     cdef int take(self, Chain *chain, Buffers *buffers) except -1 nogil
     cdef void take_back(self, uint64_t token) noexcept nogil

@@ -34,9 +34,6 @@ cdef class Ring:
         """Find the parts, if they or the memory table changed."""
         return RING_NO_SIZE
 
-    cdef void resume(self, uint32_t used) noexcept nogil:
-        pass
-
     cdef int look(self, uint32_t *available) noexcept nogil:
         return RING_OK
 

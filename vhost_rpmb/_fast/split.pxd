@@ -17,6 +17,6 @@ cdef class SplitRing(Ring):
     cdef unsigned char *_used
     cdef uint64_t _used_address  # guest physical
 
-    cdef void record(self, Inflight inflight) noexcept
+    cdef void resume(self, uint16_t used, Inflight inflight) noexcept
     cdef int _walk(self, Chain *chain, Buffers *buffers, uint32_t index) except -2 nogil
     cdef void _store_used(self, size_t offset, uint16_t value) noexcept nogil

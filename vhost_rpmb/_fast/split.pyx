@@ -74,12 +74,10 @@ cdef class SplitRing(Ring):
         self.generation = self.memory.generation
         return RING_OK
 
-    cdef void resume(self, uint32_t used) noexcept nogil:
-        self._next_used = <uint16_t>used
-        self._published = <uint16_t>used
+    cdef void resume(self, uint16_t used, Inflight inflight) noexcept:
+        self._next_used = used
+        self._published = used
         self._started = True
-
-    cdef void record(self, Inflight inflight) noexcept:
         self.inflight = inflight
         self.region = inflight.memory
         self.tracked = True

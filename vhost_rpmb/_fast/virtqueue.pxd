@@ -9,6 +9,7 @@ from vhost_rpmb._fast.ring cimport Buffers, Chain, Ring, Segments
 cdef class Virtqueue:
     cdef GuestMemory memory
     cdef Ring _ring
+    cdef bint _packed
     cdef int _rule  # of rules.RING_RULES
     cdef uint64_t[NUM_CHAIN_RULES] _faults
     cdef bint _faulty

@@ -10,9 +10,10 @@ from libc.string cimport memcpy, memset
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 
 from vhost_rpmb._fast.constants cimport *
-from vhost_rpmb._fast.inflight cimport Inflight
+from vhost_rpmb._fast.inflight cimport Inflight, PackedInflight
 from vhost_rpmb._fast.memory cimport GuestMemory
-from vhost_rpmb._fast.ring cimport CHAIN_GOOD, NO_CHAIN, Buffers, Chain, Segment, Segments
+from vhost_rpmb._fast.packed cimport PackedRing
+from vhost_rpmb._fast.ring cimport CHAIN_GOOD, NO_CHAIN, Buffers, Chain, Ring, Segment, Segments
 from vhost_rpmb._fast.split cimport SplitRing
 
 from vhost_rpmb.virtio import rules
@@ -32,14 +33,19 @@ cdef class Virtqueue:
 
     def reset(self):
         self._ring = SplitRing(self.memory)
+        self._packed = False
         self.watched = False
         self.take_faults()
         self._rule = RING_OK
 
     def set_size(self, size):
+        cdef uint32_t base
         if not 0 < size <= VIRTQ_MAX_SIZE:
             raise ValueError(f"a queue size is a number from 1 to 32768, not {size}")
-        self._ring.size = size
+        if size != self._ring.size:
+            base = self._ring.base()
+            self._ring.size = size
+            self._ring.set_base(base)
         self._ring.mapped = False
 
     def set_addresses(self, descriptor_table, available_ring, used_ring):
@@ -55,8 +61,19 @@ cdef class Virtqueue:
         self._rule = RING_OK
 
     def set_features(self, features):
+        cdef Ring before = self._ring
+        cdef bint packed = features >> VIRTIO_F_RING_PACKED & 1
+        if packed != self._packed:
+            self._packed = packed
+            self._ring = PackedRing(self.memory) if packed else SplitRing(self.memory)
+            self._ring.size = before.size
+            self._ring.addresses = before.addresses
         self._ring.indirect = bool(features >> VIRTIO_F_INDIRECT_DESC & 1)
         self._ring.event_index = bool(features >> VIRTIO_F_EVENT_IDX & 1)
+
+    @property
+    def packed(self):
+        return self._packed
 
     @property
     def base(self):
@@ -86,8 +103,25 @@ cdef class Virtqueue:
 
     def resume(self, used_index, GuestMemory region not None, offset, last, heads):
         cdef SplitRing ring = self._ring
-        ring.record(Inflight(region, offset, ring.size, last, heads))
-        self._ring.resume(used_index)
+        ring.resume(used_index, Inflight(region, offset, ring.size, last, heads))
+
+    def resume_packed(self, GuestMemory region not None, offset, bytes record, heads):
+        cdef PackedRing ring = self._ring
+        ring.resume(PackedInflight(region, offset, ring.size, record, heads))
+
+    def read_slot(self, uint32_t slot):
+        cdef PackedRing ring = self._ring
+        cdef uint64_t address
+        assert not ring.map() and slot < ring.size
+        return PyBytes_FromStringAndSize(<const char *>ring.slot(slot, &address), VIRTQ_DESC_SIZE)
+
+    def write_slot(self, uint32_t slot, bytes descriptor):
+        cdef PackedRing ring = self._ring
+        cdef uint64_t address
+        cdef unsigned char *place
+        assert not ring.map() and slot < ring.size and len(descriptor) == VIRTQ_DESC_SIZE
+        place = ring.slot(slot, &address)
+        self.memory.put(address, place, PyBytes_AS_STRING(descriptor), VIRTQ_DESC_SIZE)
 
     def answer_chains(self, answer, uint64_t max_bytes, uint32_t max_chains):
         cdef uint32_t available = self.open()

@@ -113,10 +113,6 @@ class Ring:
         """Whether the parts are mapped."""
         raise NotImplementedError
 
-    def resume(self, used: int) -> None:
-        """Continue behind that used position, whatever guest memory says by now."""
-        raise NotImplementedError
-
     def look(self) -> int:
         """Begin a batch: return how many chains are available at most; BrokenRingError."""
         raise NotImplementedError

@@ -133,12 +133,10 @@ class SplitRing(Ring):
     def mapped(self) -> bool:
         return self._parts is not None
 
-    def resume(self, used: int) -> None:
+    def resume(self, used: int, inflight: Inflight) -> None:
+        """Continue behind a used index, and record what is in flight."""
         self._next_used = self._published = used
         self._started = True
-
-    def record(self, inflight: Inflight) -> None:
-        """Record what is in flight from now on."""
         self.inflight = inflight
         self.region = inflight.memory
 

@@ -6,8 +6,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from vhost_rpmb._pure.inflight import Inflight
+from vhost_rpmb._pure.inflight import Inflight, PackedInflight
 from vhost_rpmb._pure.memory import GuestMemory
+from vhost_rpmb._pure.packed import PackedRing
 from vhost_rpmb._pure.ring import BrokenRingError, Chain, Ring, full_barrier
 from vhost_rpmb._pure.split import SplitRing
 from vhost_rpmb.virtio import rules
@@ -31,6 +32,7 @@ class Virtqueue:
     def reset(self) -> None:
         """Reset everything but the guest memory: the state of a new queue."""
         self._ring: Ring = SplitRing(self._memory)
+        self._packed = False
         self._faults: Counter[int] = Counter()
         self._rule = rules.RING_OK
 
@@ -41,7 +43,10 @@ class Virtqueue:
         """
         if not 0 < size <= virtio.VIRTQ_MAX_SIZE:
             raise ValueError(f"a queue size is a number from 1 to 32768, not {size}")
-        self._ring.size = size
+        if size != self._ring.size:
+            base = self._ring.base
+            self._ring.size = size
+            self._ring.set_base(base)  # without the record of a ring of another size
 
     def set_addresses(self, descriptor_table: int, available_ring: int, used_ring: int) -> None:
         """Set the user addresses of the three parts; the next batch checks them."""
@@ -58,9 +63,19 @@ class Virtqueue:
         self._rule = rules.RING_OK
 
     def set_features(self, features: int) -> None:
-        """Set the negotiated virtio feature bits."""
+        """Set the negotiated virtio feature bits; another ring format begins a new ring."""
+        packed = bool(features >> virtio.VIRTIO_F_RING_PACKED & 1)
+        if packed != self._packed:
+            before, self._packed = self._ring, packed
+            self._ring = PackedRing(self._memory) if packed else SplitRing(self._memory)
+            self._ring.size, self._ring.addresses = before.size, before.addresses
         self._ring.indirect = bool(features >> virtio.VIRTIO_F_INDIRECT_DESC & 1)
         self._ring.event_index = bool(features >> virtio.VIRTIO_F_EVENT_IDX & 1)
+
+    @property
+    def packed(self) -> bool:
+        """Whether the ring is a packed one."""
+        return self._packed
 
     @property
     def base(self) -> int:
@@ -95,14 +110,41 @@ class Virtqueue:
     def resume(
         self, used_index: int, region: GuestMemory, offset: int, last: int, heads: Sequence[int]
     ) -> None:
-        """Continue at a used index, after set_base(), and keep a record of what is in flight.
+        """Continue a split ring at a used index, after set_base(), and record what is in flight.
 
         The record is at ``offset`` of ``region`` (`vhost_rpmb.vhost_user.inflight`), which stays
         mapped until set_base() or reset(). ``heads`` are served again, before all others.
         """
         assert isinstance(self._ring, SplitRing)
-        self._ring.record(Inflight(region, offset, self._ring.size, last, heads))
-        self._ring.resume(used_index)
+        inflight = Inflight(region, offset, self._ring.size, last, heads)
+        self._ring.resume(used_index, inflight)
+
+    def resume_packed(
+        self, region: GuestMemory, offset: int, record: bytes, heads: Sequence[int]
+    ) -> None:
+        """Continue a packed ring where its record says, after set_base(), and keep the record.
+
+        It is at ``offset`` of ``region`` (`vhost_rpmb.vhost_user.inflight_packed`), which stays
+        mapped until set_base() or reset(). ``record`` is its content, checked; the chains that
+        begin at the entries ``heads`` are served again, before all others.
+        """
+        assert isinstance(self._ring, PackedRing)
+        self._ring.resume(PackedInflight(region, offset, self._ring.size, record, heads))
+
+    def read_slot(self, slot: int) -> bytes:
+        """Return the descriptor of a slot of a packed ring, all of whose memory is there."""
+        assert isinstance(self._ring, PackedRing)
+        self._ring.map()
+        descriptor = self._ring.read_slot(slot)
+        self._ring.unmap()
+        return descriptor
+
+    def write_slot(self, slot: int, descriptor: bytes) -> None:
+        """Store the descriptor of a slot of a packed ring, all of whose memory is there."""
+        assert isinstance(self._ring, PackedRing)
+        self._ring.map()
+        self._ring.write_slot(slot, descriptor)
+        self._ring.unmap()
 
     def answer_chains(
         self,

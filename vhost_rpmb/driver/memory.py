@@ -144,6 +144,19 @@ class GuestMemory(Closing):
         region = self._region(address)
         region.words[(address - region.start) >> 1] = _little_endian(value)
 
+    def load32(self, address: int) -> int:
+        """One 32-bit little-endian load, of an address that is a multiple of four."""
+        return int.from_bytes(self._cell(address)[0].to_bytes(4, sys.byteorder), "little")
+
+    def store32(self, address: int, value: int) -> None:
+        """One 32-bit little-endian store, at an address that is a multiple of four."""
+        self._cell(address)[0] = int.from_bytes(value.to_bytes(4, "little"), sys.byteorder)
+
+    def _cell(self, address: int) -> "memoryview[int]":
+        region = self._region(address)
+        offset = address - region.start
+        return region.view[offset : offset + 4].cast("I")
+
     def user_address(self, address: int) -> int:
         """The user address of a guest physical address; IndexError outside."""
         region = self._region(address)

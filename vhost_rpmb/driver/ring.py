@@ -67,8 +67,16 @@ class Ring(Closing):
     event index. ``first_index`` is where both ring indices start. A context manager.
     """
 
+    _first_index = 0
+    _alignments = (16, 2, 4)  # of the three parts
+
     def __init__(
-        self, memory: GuestMemory, size: int = 64, *, features: int = 0, first_index: int = 0
+        self,
+        memory: GuestMemory,
+        size: int = 64,
+        *,
+        features: int = 0,
+        first_index: int | None = None,
     ) -> None:
         self.memory = memory
         self.size = size
@@ -79,10 +87,10 @@ class Ring(Closing):
         # Edge-triggered, so that the eventfds are never read: the back-end shares their flags and
         # counters, and could make a read block.
         self._events = select.epoll()
-        self._lengths = (virtio.VIRTQ_DESC_SIZE * size, 6 + 2 * size, 6 + 8 * size)
-        self.descriptor_table = memory.allocate(self._lengths[0], 16)
-        self.available_ring = memory.allocate(self._lengths[1], 2)
-        self.used_ring = memory.allocate(self._lengths[2], 4)
+        self._lengths = self._part_lengths()
+        self.descriptor_table, self.available_ring, self.used_ring = map(
+            memory.allocate, self._lengths, self._alignments
+        )
         self._chains: dict[int, _Chain] = {}
         self._offered: Counter[int] = Counter()
         self.reset(first_index)
@@ -98,6 +106,9 @@ class Ring(Closing):
         for fd in (self.call_fd, self.error_fd):
             self._events.register(fd, select.EPOLLIN | select.EPOLLET)
 
+    def _part_lengths(self) -> tuple[int, int, int]:
+        return virtio.VIRTQ_DESC_SIZE * self.size, 6 + 2 * self.size, 6 + 8 * self.size
+
     def close(self) -> None:
         """Close the eventfds and free the ring memory."""
         self._events.close()
@@ -107,11 +118,12 @@ class Ring(Closing):
         for address in (self.descriptor_table, self.available_ring, self.used_ring):
             self.memory.free(address)
 
-    def reset(self, first_index: int = 0) -> None:
+    def reset(self, first_index: int | None = None) -> None:
         """Drop all chains and signals of the device, and zero the ring memory.
 
         Only while the back-end has the vring stopped.
         """
+        first = self._first_index if first_index is None else first_index
         self._drop_chains()
         self._consume_events()
         self._broken = False
@@ -119,11 +131,15 @@ class Ring(Closing):
         for address, length in zip(addresses, self._lengths, strict=True):
             self.memory.write(address, bytes(length))
         self._free = list(reversed(range(self.size)))
-        self._next_available = first_index
-        self._published = first_index
-        self._next_used = first_index
-        self.memory.store16(self.available_ring + 2, first_index)
-        self.memory.store16(self.used_ring + 2, first_index)
+        self._start(first)
+
+    def _start(self, first: int) -> None:
+        """Begin at an index, in memory of zeros."""
+        self._next_available = first
+        self._published = first
+        self._next_used = first
+        self.memory.store16(self.available_ring + 2, first)
+        self.memory.store16(self.used_ring + 2, first)
 
     # Operations of a driver
 
@@ -158,10 +174,10 @@ class Ring(Closing):
         if indirect is None:
             indirect = self.indirect and len(segments) > 1
         needed = 1 if indirect else len(segments)
-        if not 0 < needed <= len(self._free):
+        if not 0 < needed <= self.free_descriptors:
             raise QueueError(
-                f"a chain of {needed} descriptors does not fit: {len(self._free)} of {self.size} "
-                "descriptors are free"
+                f"a chain of {needed} descriptors does not fit: {self.free_descriptors} of "
+                f"{self.size} descriptors are free"
             )
         table = (
             self.memory.allocate(virtio.VIRTQ_DESC_SIZE * len(segments), 16) if indirect else None

@@ -19,6 +19,7 @@ from typing import NamedTuple, Self
 from vhost_rpmb.driver.errors import BackendError, QueueError
 from vhost_rpmb.driver.frontend import PROTOCOL_FEATURES, Frontend
 from vhost_rpmb.driver.memory import DEFAULT_REGIONS, GuestMemory
+from vhost_rpmb.driver.packed import make_ring
 from vhost_rpmb.driver.ring import Ring, Segment
 from vhost_rpmb.rpmb import frame, spec
 from vhost_rpmb.rpmb.mac import Authenticator
@@ -30,6 +31,7 @@ FEATURES = (
     1 << virtio.VIRTIO_F_VERSION_1
     | 1 << virtio.VIRTIO_F_INDIRECT_DESC
     | 1 << virtio.VIRTIO_F_EVENT_IDX
+    | 1 << virtio.VIRTIO_F_RING_PACKED
 )
 
 _NO_LIMIT = 255  # blocks; the largest limit in the config space, used where a device has none (0)
@@ -65,15 +67,16 @@ class Setup:
     """Feature negotiation and the shape of the chains; the defaults are those of a VM.
 
     ``features`` and ``protocol_features`` are accepted as far as they are offered. The ring has
-    ``queue_size`` descriptors and its indices start at ``first_index``. A descriptor covers at
-    most ``segment_size`` bytes; None: one descriptor for the request, one for the answer.
+    ``queue_size`` descriptors and starts at ``first_index``, of a packed ring a vring base (None:
+    at the beginning). A descriptor covers at most ``segment_size`` bytes; None: one descriptor for
+    the request, one for the answer.
     """
 
     features: int = FEATURES
     protocol_features: ProtocolFeature = PROTOCOL_FEATURES
     regions: tuple[MemoryRegion, ...] = DEFAULT_REGIONS
     queue_size: int = 64
-    first_index: int = 0
+    first_index: int | None = None
     segment_size: int | None = None
 
 
@@ -113,8 +116,8 @@ class RpmbClient:
                     f"expected a capacity of at most {spec.MAX_CAPACITY_UNITS} units of 128 KiB, "
                     f"found {self.config.capacity}: is this an RPMB device?"
                 )
-            self.ring = stack.enter_context(
-                Ring(
+            self.ring: Ring = stack.enter_context(
+                make_ring(
                     self.memory,
                     setup.queue_size,
                     features=frontend.features,

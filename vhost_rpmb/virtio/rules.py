@@ -12,7 +12,7 @@ CHAIN_RULES = (
     "a buffer lies outside every memory region",
     "a device-readable descriptor follows a device-writable one",
     "an indirect descriptor was used without VIRTIO_F_INDIRECT_DESC",
-    "an indirect descriptor is flagged NEXT or stands in an indirect table",
+    "an indirect descriptor is flagged NEXT, is in an indirect table or follows another (packed)",
     "an indirect table's length is zero or not a multiple of 16 bytes",
     "an indirect table has more descriptors than the queue",
     "an indirect table lies outside every memory region",
@@ -48,6 +48,10 @@ RING_RULES = (
     "guest memory went away: the file behind it was truncated",
     "the in-flight region went away: the file behind it was truncated",
     "the size of a split ring is not a power of two",
+    "the driver event area is not 4-byte aligned guest memory of one region",
+    "the device event area is not 4-byte aligned guest memory of one region",
+    "a slot of the vring base is not below the queue size",
+    "a descriptor chain does not end within the slots that are not in flight",
 )
 (
     RING_OK,
@@ -60,4 +64,8 @@ RING_RULES = (
     RING_MEMORY_LOST,
     RING_INFLIGHT_LOST,
     RING_SPLIT_SIZE,
+    RING_DRIVER_AREA,
+    RING_DEVICE_AREA,
+    RING_POSITION,
+    RING_ENDLESS_CHAIN,
 ) = range(len(RING_RULES))

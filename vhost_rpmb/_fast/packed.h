@@ -1,0 +1,42 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Access to a packed ring in guest memory, little-endian, which the driver accesses at the same
+   time. */
+#ifndef VHOST_RPMB_PACKED_H
+#define VHOST_RPMB_PACKED_H
+
+#include <endian.h>
+#include <stdint.h>
+#include <string.h>
+
+struct packed_descriptor {
+    uint64_t address;
+    uint32_t length;
+    uint16_t id;
+    uint16_t flags;
+};
+
+/* Copy a descriptor out of guest memory; the compiler must not go back there for it. */
+static inline void load_packed(struct packed_descriptor *target, const unsigned char *source) {
+    memcpy(target, source, sizeof *target);
+    __asm__ __volatile__("" : "+m"(*target) : : "memory");
+    target->address = le64toh(target->address);
+    target->length = le32toh(target->length);
+    target->id = le16toh(target->id);
+    target->flags = le16toh(target->flags);
+}
+
+/* The second half of a used descriptor: length, id and flags. */
+static inline uint64_t make_packed_used(uint32_t length, uint16_t id, uint16_t flags) {
+    return htole64(length | (uint64_t)id << 32 | (uint64_t)flags << 48);
+}
+
+/* An event area: a position and flags, in one access. */
+static inline uint32_t load_area(const unsigned char *area) {
+    return le32toh(__atomic_load_n((const uint32_t *)area, __ATOMIC_ACQUIRE));
+}
+
+static inline uint32_t make_area(uint16_t position, uint16_t flags) {
+    return position | (uint32_t)flags << 16;
+}
+
+#endif

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+from libc.stdint cimport uint16_t, uint32_t, uint64_t
+
+from vhost_rpmb._fast.inflight cimport PackedInflight, packed_descriptor
+from vhost_rpmb._fast.ring cimport Buffers, Chain, Ring
+
+cdef extern from "packed.h" nogil:
+    uint64_t make_packed_used(uint32_t length, uint16_t id, uint16_t flags)
+    uint32_t load_area(const unsigned char *)
+    uint32_t make_area(uint16_t position, uint16_t flags)
+
+
+cdef struct Position:
+    uint32_t slot
+    uint32_t wrap  # 0 or 1
+
+
+cdef struct Put:
+    # A chain that is to be published.
+    uint64_t token
+    uint32_t length
+
+
+cdef class PackedRing(Ring):
+    cdef PackedInflight inflight
+    cdef Position _available
+    cdef Position _used
+    cdef uint32_t _outstanding  # slots of chains that were taken and not published
+    cdef Put *_waiting  # room for the largest ring
+    cdef uint32_t _waiting_count
+    cdef uint32_t _waiting_slots
+    cdef Position _first  # the used position before the batch published last
+    cdef uint32_t _published  # slots of that batch
+    cdef unsigned char *_descriptors
+    cdef unsigned char *_driver_area
+    cdef unsigned char *_device_area
+    cdef uint64_t _descriptors_address  # guest physical
+    cdef uint64_t _device_area_address
+
+    cdef void resume(self, PackedInflight inflight) noexcept
+    cdef unsigned char *slot(self, uint32_t slot, uint64_t *guest_address) noexcept nogil
+    cdef inline Position _advanced(self, Position position, uint32_t count) noexcept nogil:
+        position.slot += count
+        if position.slot >= self.size:
+            position.slot -= self.size
+            position.wrap ^= 1
+        return position
+    cdef bint _is_available(self, uint16_t *flags) noexcept nogil
+    cdef int _take_new(self, Chain *chain, Buffers *buffers, uint16_t flags) except -1 nogil
+    cdef int _take_again(self, Chain *chain, Buffers *buffers) except -1 nogil
+    cdef int _judge(
+        self, Chain *chain, Buffers *buffers, const packed_descriptor *entry, bint first
+    ) except -2 nogil
+    cdef int _add_table(
+        self, Chain *chain, Buffers *buffers, uint64_t table, uint32_t entries
+    ) except -2 nogil

@@ -1,0 +1,327 @@
+# SPDX-License-Identifier: Apache-2.0
+# cython: language_level=3, auto_pickle=False
+"""The twin of vhost_rpmb._pure.packed, where the docstrings are."""
+
+cimport cython
+from libc.stddef cimport size_t
+from libc.stdint cimport uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport free, malloc
+
+from vhost_rpmb._fast.constants cimport *
+from vhost_rpmb._fast.inflight cimport PackedInflight, load_packed, packed_descriptor
+from vhost_rpmb._fast.memory cimport GuestMemory
+from vhost_rpmb._fast.ring cimport CHAIN_GOOD, NO_CHAIN, Buffers, Chain, Ring
+
+__all__ = ["PackedRing"]
+
+cdef extern from "ring.h" nogil:
+    uint16_t load_index(const unsigned char *)
+
+cdef enum:
+    START = 0x8000  # the position in the base of a new ring: slot 0 of the first lap
+    USED_AT = 8  # of a descriptor: length, id and flags of a used one
+    LENGTH_AND_ID = 6  # bytes
+    FLAGS_AT = 14
+    AVAILABLE_OR_USED = VIRTQ_DESC_F_AVAIL | VIRTQ_DESC_F_USED
+
+
+@cython.final
+cdef class PackedRing(Ring):
+    def __cinit__(self, GuestMemory memory not None):
+        # Its pages are touched as far as batches reach only.
+        self._waiting = <Put *>malloc(VIRTQ_MAX_SIZE * sizeof(Put))
+        if self._waiting == NULL:
+            raise MemoryError()
+        self.set_base(START | <uint32_t>START << 16)
+
+    def __dealloc__(self):
+        free(self._waiting)
+
+    cdef uint32_t base(self) noexcept:
+        cdef uint32_t available = _pack(self._available)
+        if self.tracked and self.inflight.waiting:
+            available = _pack(self._used)
+        return available | _pack(self._used) << 16
+
+    cdef uint32_t used(self) noexcept nogil:
+        return _pack(self._used)
+
+    cdef int set_base(self, uint32_t base) except -1:
+        cdef uint32_t used = base >> 16
+        if not used:
+            used = base
+        self.inflight = None
+        self.region = None
+        self.tracked = False
+        self._used = Position(used & 0x7FFF, used >> 15 & 1)
+        self._available = self._used
+        self._outstanding = 0
+        self._waiting_count = self._waiting_slots = 0
+        self._first = self._used
+        self._published = 0
+        self.mapped = False  # map() judges the position
+        return 0
+
+    cdef int map(self) noexcept nogil:
+        cdef uint64_t size = self.size
+        cdef uint64_t address = 0
+        if self.mapped and self.generation == self.memory.generation:
+            return RING_OK
+        self.mapped = False
+        if not size:
+            return RING_NO_SIZE
+        if self._used.slot >= size:
+            return RING_POSITION
+        self._descriptors = self.memory.ring_part(
+            self.addresses[0], size * VIRTQ_DESC_SIZE, 16, &self._descriptors_address
+        )
+        if self._descriptors == NULL:
+            return RING_DESCRIPTOR_TABLE
+        self._driver_area = self.memory.ring_part(
+            self.addresses[1], VIRTQ_EVENT_SIZE, 4, &address
+        )
+        if self._driver_area == NULL:
+            return RING_DRIVER_AREA
+        self._device_area = self.memory.ring_part(
+            self.addresses[2], VIRTQ_EVENT_SIZE, 4, &self._device_area_address
+        )
+        if self._device_area == NULL:
+            return RING_DEVICE_AREA
+        self.mapped = True
+        self.generation = self.memory.generation
+        return RING_OK
+
+    cdef void resume(self, PackedInflight inflight) noexcept:
+        self.inflight = inflight
+        self.region = inflight.memory
+        self.tracked = True
+        self._used = Position(inflight.used & 0x7FFF, inflight.used >> 15)
+        self._available = self._advanced(self._used, inflight.slots)
+        self._outstanding = inflight.slots
+        self._first = self._used
+        self.mapped = False
+
+    cdef unsigned char *slot(self, uint32_t slot, uint64_t *guest_address) noexcept nogil:
+        """Return where a slot of a mapped ring is mapped."""
+        guest_address[0] = self._descriptors_address + slot * VIRTQ_DESC_SIZE
+        return self._descriptors + slot * <size_t>VIRTQ_DESC_SIZE
+
+    cdef int look(self, uint32_t *available) noexcept nogil:
+        cdef uint16_t flags
+        self.walked = 0
+        self._waiting_count = self._waiting_slots = 0
+        available[0] = self.inflight.waiting if self.tracked else 0
+        if self._is_available(&flags):
+            available[0] += self.size - self._outstanding
+        return RING_OK
+
+    cdef int take(self, Chain *chain, Buffers *buffers) except -1 nogil:
+        cdef size_t readable = buffers.readable.count
+        cdef size_t writable = buffers.writable.count
+        cdef uint16_t flags
+        cdef int rule
+        self.crossings = 0
+        chain.count = 0
+        chain.readable = 0
+        chain.writable = 0
+        chain.fault = CHAIN_GOOD
+        if self.tracked and self.inflight.waiting:
+            rule = self._take_again(chain, buffers)
+        elif self._is_available(&flags):
+            rule = self._take_new(chain, buffers, flags)
+        else:
+            return NO_CHAIN
+        if rule or chain.fault != CHAIN_GOOD:
+            chain.readable = 0
+            chain.writable = 0
+            buffers.readable.count = readable
+            buffers.writable.count = writable
+        return rule
+
+    cdef bint _is_available(self, uint16_t *flags) noexcept nogil:
+        """Tell whether the driver made the next slot available, and all slots are not taken."""
+        cdef uint32_t wanted = VIRTQ_DESC_F_USED
+        if self._available.wrap:
+            wanted = VIRTQ_DESC_F_AVAIL
+        if self._outstanding >= self.size:
+            return False
+        flags[0] = load_index(
+            self._descriptors + self._available.slot * <size_t>VIRTQ_DESC_SIZE + FLAGS_AT
+        )
+        return flags[0] & AVAILABLE_OR_USED == wanted
+
+    cdef int _take_new(self, Chain *chain, Buffers *buffers, uint16_t flags) except -1 nogil:
+        """Take the chain at the available position; ``flags`` are those of its head."""
+        cdef packed_descriptor entry
+        cdef Position position = self._available
+        cdef uint32_t left = self.size - self._outstanding
+        cdef uint32_t slots = 0
+        cdef uint64_t head = 0
+        if self.tracked:
+            head = self.inflight.begin()
+        while True:
+            load_packed(&entry, self._descriptors + position.slot * <size_t>VIRTQ_DESC_SIZE)
+            if not slots:
+                entry.flags = flags  # the driver may have changed them since
+            if self.tracked:
+                self.inflight.add(&entry)
+            if chain.fault == CHAIN_GOOD:
+                chain.fault = self._judge(chain, buffers, &entry, not slots)
+            slots += 1
+            position = self._advanced(position, 1)
+            if not entry.flags & VIRTQ_DESC_F_NEXT:
+                break
+            if slots == left:
+                return RING_ENDLESS_CHAIN
+        if self.tracked:
+            self.inflight.end()
+        self.walked += slots
+        self._available = position
+        self._outstanding += slots
+        chain.token = entry.id | <uint64_t>slots << 16 | head << 32
+        return RING_OK
+
+    cdef int _take_again(self, Chain *chain, Buffers *buffers) except -1 nogil:
+        """Take the next chain of the in-flight record, as it was when it was taken first."""
+        cdef packed_descriptor *entry = NULL
+        cdef uint32_t head = self.inflight.take_again()
+        cdef uint32_t number = head
+        cdef uint32_t slots = self.inflight.count(head)
+        cdef uint32_t index
+        for index in range(slots):
+            entry = self.inflight.copy(number)
+            if chain.fault == CHAIN_GOOD:
+                chain.fault = self._judge(chain, buffers, entry, not index)
+            number = self.inflight.following(number)
+        self.walked += slots
+        chain.token = entry.id | <uint64_t>slots << 16 | <uint64_t>head << 32
+        return RING_OK
+
+    cdef int _judge(
+        self, Chain *chain, Buffers *buffers, const packed_descriptor *entry, bint first
+    ) except -2 nogil:
+        """Check the next descriptor of a chain; return CHAIN_GOOD, or the rule that it breaks."""
+        cdef int rule
+        if not entry.flags & VIRTQ_DESC_F_INDIRECT:
+            return self.add(
+                chain, buffers, entry.address, entry.length, entry.flags & VIRTQ_DESC_F_WRITE
+            )
+        rule = self.check_table(entry.address, entry.length, entry.flags, not first)
+        if rule != CHAIN_GOOD:
+            return rule
+        return self._add_table(chain, buffers, entry.address, entry.length // VIRTQ_DESC_SIZE)
+
+    cdef int _add_table(
+        self, Chain *chain, Buffers *buffers, uint64_t table, uint32_t entries
+    ) except -2 nogil:
+        cdef packed_descriptor entry
+        cdef unsigned char raw[VIRTQ_DESC_SIZE]
+        cdef uint32_t index
+        cdef int rule
+        for index in range(entries):
+            self.walked += 1
+            if not self.memory.copy_out(raw, table + index * VIRTQ_DESC_SIZE, VIRTQ_DESC_SIZE):
+                return CHAIN_INDIRECT_TABLE
+            load_packed(&entry, raw)
+            rule = self.add(
+                chain, buffers, entry.address, entry.length, entry.flags & VIRTQ_DESC_F_WRITE
+            )
+            if rule != CHAIN_GOOD:
+                return rule
+        return CHAIN_GOOD
+
+    cdef void take_back(self, uint64_t token) noexcept nogil:
+        cdef uint32_t slots = token >> 16 & 0xFFFF
+        if self.tracked:
+            self.inflight.take_back(<uint16_t>(token >> 32))
+            return
+        if slots > self._available.slot:
+            self._available.slot += self.size
+            self._available.wrap ^= 1
+        self._available.slot -= slots
+        self._outstanding -= slots
+
+    cdef void put(self, uint64_t token, uint32_t length) noexcept nogil:
+        self._waiting[self._waiting_count].token = token
+        self._waiting[self._waiting_count].length = length
+        self._waiting_count += 1
+        self._waiting_slots += token >> 16 & 0xFFFF
+
+    cdef uint32_t position(self) noexcept nogil:
+        return _pack(self._advanced(self._used, self._waiting_slots))
+
+    cdef void publish(self) noexcept nogil:
+        cdef Position position = self._used
+        cdef uint64_t token
+        cdef uint64_t address
+        cdef uint64_t used
+        cdef uint16_t flags
+        cdef uint16_t first_flags = 0
+        cdef uint32_t index
+        cdef unsigned char *place
+        self._first = self._used
+        self._published = self._waiting_slots
+        if not self._waiting_count:
+            return
+        if self.tracked:
+            for index in range(self._waiting_count):
+                token = self._waiting[index].token
+                position = self._advanced(position, token >> 16 & 0xFFFF)
+                self.inflight.put(<uint16_t>(token >> 32), _pack(position))
+            position = self._used
+        for index in range(self._waiting_count):
+            token = self._waiting[index].token
+            flags = AVAILABLE_OR_USED if position.wrap else 0
+            if self._waiting[index].length:
+                flags |= VIRTQ_DESC_F_WRITE
+            used = make_packed_used(self._waiting[index].length, <uint16_t>token, flags)
+            place = self.slot(position.slot, &address) + USED_AT
+            if index:
+                self.memory.put(address + USED_AT, place, &used, sizeof(used))
+            else:
+                first_flags = flags
+                self.memory.put(address + USED_AT, place, &used, LENGTH_AND_ID)
+            position = self._advanced(position, token >> 16 & 0xFFFF)
+        place = self.slot(self._used.slot, &address) + FLAGS_AT
+        self.memory.put_index(address + FLAGS_AT, place, first_flags)
+        self._used = position
+        self._outstanding -= self._waiting_slots
+        self._waiting_count = self._waiting_slots = 0
+        if self.tracked:
+            self.inflight.published()
+
+    cdef void ask_for_kick(self) noexcept nogil:
+        cdef uint32_t area = make_area(0, RING_EVENT_FLAGS_ENABLE)
+        if self.event_index:
+            area = make_area(_pack(self._available), RING_EVENT_FLAGS_DESC)
+        self.memory.put_word(self._device_area_address, self._device_area, area)
+
+    cdef void refuse_kicks(self) noexcept nogil:
+        cdef uint32_t area = make_area(0, RING_EVENT_FLAGS_DISABLE)
+        self.memory.put_word(self._device_area_address, self._device_area, area)
+
+    cdef bint wants_notification(self) noexcept nogil:
+        cdef uint32_t area
+        cdef uint32_t place
+        if not self._published:
+            return False
+        area = load_area(self._driver_area)
+        if area >> 16 == RING_EVENT_FLAGS_DISABLE:
+            return False
+        if area >> 16 != RING_EVENT_FLAGS_DESC or not self.event_index:
+            return True
+        place = area & 0x7FFF
+        if (area >> 15 & 1) != self._first.wrap:
+            place += self.size
+        return self._first.slot <= place < self._first.slot + self._published
+
+    cdef bint changed(self) noexcept nogil:
+        cdef uint16_t flags
+        if self.tracked and self.inflight.waiting:
+            return True
+        return self._is_available(&flags)
+
+
+cdef inline uint16_t _pack(Position position) noexcept nogil:
+    """Return a position as a vring base and an event area have it."""
+    return <uint16_t>(position.slot | position.wrap << 15)
