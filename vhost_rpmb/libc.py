@@ -8,12 +8,14 @@ import errno
 import fcntl
 import os
 import socket
+import sys
 import time
 
 from vhost_rpmb.typed import NamedTuple
 
 __all__ = [
     "MessageHeader",
+    "atomic_set_bit",
     "check",
     "file_system",
     "interval_timer",
@@ -69,17 +71,20 @@ def interval_timer(seconds: float) -> int:
 # Calls of which a C library has no wrapper, or one that does more: musl's sendmmsg() is a loop of
 # sendmsg(). Numbers by machine.
 class _Calls(NamedTuple):
+    futex: int
     kcmp: int
     recvmmsg: int
     sendmmsg: int
 
 
 _CALLS_BY_MACHINE = {
-    "x86_64": _Calls(kcmp=312, recvmmsg=299, sendmmsg=307),
-    "aarch64": _Calls(kcmp=272, recvmmsg=243, sendmmsg=269),
+    "x86_64": _Calls(futex=202, kcmp=312, recvmmsg=299, sendmmsg=307),
+    "aarch64": _Calls(futex=98, kcmp=272, recvmmsg=243, sendmmsg=269),
 }
 _CALLS = _CALLS_BY_MACHINE.get(os.uname().machine)
 _KCMP_FILE = 0
+_FUTEX_WAKE_OP_PRIVATE = 5 | 128
+_FUTEX_OP_SET_BIT = 2 | 8  # OR with 1, shifted by the operand
 _Memory = bytearray | ctypes.Array[ctypes.c_char]
 _F_DUPFD_QUERY = 1027  # since Linux 6.10
 
@@ -145,6 +150,28 @@ def _transfer(
 
 def _address(buffer: _Memory) -> int | None:
     return ctypes.addressof(ctypes.c_char.from_buffer(buffer)) if buffer else None
+
+
+def atomic_set_bit(address: int, bit: int) -> None:
+    """Set a bit of the byte at an address, with one atomic access to mapped memory.
+
+    OSError where there is no memory any more. Everything written before is visible before it. The
+    kernel does it, on the aligned 32-bit word around the byte, as a part of waking waiters, of
+    whom there are none.
+    """
+    word, byte = address & ~3, address & 3
+    if sys.byteorder == "big":
+        byte = 3 - byte
+    operation = _FUTEX_OP_SET_BIT << 28 | (8 * byte + bit) << 12
+    _call(
+        "futex",
+        ctypes.c_void_p(word),
+        ctypes.c_long(_FUTEX_WAKE_OP_PRIVATE),
+        ctypes.c_long(0),
+        ctypes.c_void_p(None),
+        ctypes.c_void_p(word),
+        ctypes.c_long(operation),
+    )
 
 
 def same_file(one: int, other: int) -> bool:

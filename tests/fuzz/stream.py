@@ -27,12 +27,14 @@ from vhost_rpmb.vhost_user.wire import MemoryRegion, Request, VringState
 from vhost_rpmb.virtio import spec as virtio
 
 PAGE = 4096
+OFFERED = PROTOCOL_FEATURES | wire.ProtocolFeature.LOG_SHMFD
 NEGOTIATED = PROTOCOL_FEATURES & ~wire.ProtocolFeature.GPA_ADDRESSES
 ARENA = 8 * PAGE  # all that the guest has, in one memfd
 GUEST, USER = 0x4000_0000, 0x7F00_0000_0000
 # Where things lie in the arena unless the input says something else, in bytes.
 DESCRIPTORS, AVAILABLE, USED, RECORD, BUFFERS = 0, PAGE, 2 * PAGE, 3 * PAGE, 4 * PAGE
 SIZE = 8  # of the queue
+LOG = (GUEST + 2 * ARENA) // (8 * PAGE)  # bytes of the dirty log
 FEATURES = (
     1 << virtio.VIRTIO_F_VERSION_1
     | 1 << virtio.VIRTIO_F_INDIRECT_DESC
@@ -47,7 +49,10 @@ REGIONS = (
     MemoryRegion(GUEST + PAGE // 2, PAGE, USER, PAGE // 2),
 )
 SMALL = (0, 1, 2, 3, SIZE, 7, 0xF, 0x100, 0x101, 0x8000, 0xFFFF, 0x1_0000, 0xFFFF_FFFF)
-LARGE = (FEATURES, FEATURES ^ wire.F_PROTOCOL_FEATURES, int(PROTOCOL_FEATURES), 1 << 63, 2**64 - 1)
+LARGE = (
+    *(FEATURES, FEATURES ^ wire.F_PROTOCOL_FEATURES, int(PROTOCOL_FEATURES), 1 << 63, 2**64 - 1),
+    *(FEATURES | wire.F_LOG_ALL, int(NEGOTIATED | wire.ProtocolFeature.LOG_SHMFD)),
+)
 REQUESTS = (*Request, Request.ADD_MEM_REG, Request.SET_VRING_KICK, 0, 45, 0xFFFF_FFFF)
 FLAGS = (wire.VERSION, wire.VERSION | wire.FLAG_NEED_REPLY, 1, 9, 9, 9, 5, 0, 2, 0x11, 0xFFFF_FFFF)
 MAX_STEPS = 48
@@ -72,8 +77,9 @@ class _Files:
     """One file of every kind that a front-end can pass."""
 
     def __init__(self, name: str, folder: Path) -> None:
-        self.arena, self.short = (os.memfd_create(name, os.MFD_CLOEXEC) for _ in range(2))
+        self.arena, self.short, self.log = (os.memfd_create(name, os.MFD_CLOEXEC) for _ in range(3))
         os.ftruncate(self.arena, ARENA)
+        os.ftruncate(self.log, LOG)
         os.ftruncate(self.short, PAGE)
         flags = os.EFD_CLOEXEC | os.EFD_NONBLOCK
         self.kick, self.call, self.error = (os.eventfd(0, flags) for _ in range(3))
@@ -97,6 +103,7 @@ class _Files:
             os.open(folder, os.O_PATH | os.O_CLOEXEC),
             os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC),
             os.dup(self._loop.epoll.fileno()),
+            self.log,
         )
 
     def signals(self) -> list[int]:
@@ -147,6 +154,7 @@ class Stream(Target):
     def run(self, data: bytes) -> list[object]:
         source = Source(data)
         self._map[:] = bytes(ARENA)
+        os.pwrite(self._files.log, bytes(LOG), 0)
         self._disk.prepare(source.pick((True, True, False)), 0)
         device = self.engine.RpmbDevice(self._disk)
         log = _Records()
@@ -159,7 +167,8 @@ class Stream(Target):
         self._sock.setblocking(False)
         self._loop = EventLoop()
         self._backend = Session(
-            far, device, self.engine, self._loop, LimitedLog(Logger("vhost_rpmb.limited"))
+            *(far, device, self.engine, self._loop, LimitedLog(Logger("vhost_rpmb.limited"))),
+            protocol_features=OFFERED,
         )
         self._far = far.fileno()
         self._loop.add(self._far, self._receive)
@@ -194,6 +203,7 @@ class Stream(Target):
             log.lines,
             self._files.signals(),
             self._map[:],
+            os.pread(self._files.log, LOG, 0),
             *self._disk.left_behind(),
         ]
 
@@ -272,7 +282,12 @@ class Stream(Target):
                 USER + near if source.number(1) & 3 else source.number(8)
                 for near in (DESCRIPTORS, USED, AVAILABLE)
             ]
-            return wire.VringAddress(0, source.pick((0, 0, 0, 1)), *parts).pack()
+            flags = source.pick((0, 0, 0, 1))
+            log = source.pick((0, GUEST + USED, PAGE - 1, 2**62 - 1, 2**64 - 1)) if flags else 0
+            return wire.VringAddress(0, flags, *parts)._replace(log=log).pack()
+        if request == Request.SET_LOG_BASE:
+            size = source.pick((LOG, LOG, PAGE, 0, 1, LOG + 1, 1 << 63))
+            return wire.LogDescription(size, source.pick((0, 0, 0, 1, 1 << 63))).pack()
         if request == Request.SET_MEM_TABLE:
             return wire.pack_memory_table(
                 [self._region(source) for _ in range(source.pick((1, 1, 2, 0, 3, 32, 33)))]
@@ -312,12 +327,15 @@ class Stream(Target):
             return [files.arena] * min(payload[0] if payload else 0, 253)
         if request in (Request.ADD_MEM_REG, Request.SET_INFLIGHT_FD):
             return [files.arena]
+        if request == Request.SET_LOG_BASE:
+            return [files.log]
         if request == Request.SET_BACKEND_REQ_FD:
             return [files._sockets[0].fileno()]
         of = {
             Request.SET_VRING_KICK: files.kick,
             Request.SET_VRING_CALL: files.call,
             Request.SET_VRING_ERR: files.error,
+            Request.SET_LOG_FD: files.call,
         }.get(Request(request) if request in set(Request) else Request.GET_FEATURES)
         return [] if of is None or payload[1:2] == b"\1" else [of]
 
@@ -339,6 +357,13 @@ class Stream(Target):
         ]
         flags = source.pick((9, 1))
         shape = source.number(1)
+        if shape & 0x40:
+            negotiated = NEGOTIATED | wire.ProtocolFeature.LOG_SHMFD
+            talk[0] = (Request.SET_PROTOCOL_FEATURES, wire.pack_u64(negotiated), [])
+            talk[1] = (Request.SET_FEATURES, wire.pack_u64(FEATURES | wire.F_LOG_ALL), [])
+            marked = addresses._replace(flags=wire.VRING_ADDRESS_LOG, log=GUEST + USED)
+            talk[5] = (Request.SET_VRING_ADDR, marked.pack(), [])
+            talk.insert(2, (Request.SET_LOG_BASE, wire.LogDescription(LOG, 0).pack(), [files.log]))
         if shape & 0x80:
             region = wire.InflightDescription(PAGE, RECORD, 1, SIZE).pack()
             talk.insert(3, (Request.SET_INFLIGHT_FD, region, [files.arena]))

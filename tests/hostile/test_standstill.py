@@ -85,6 +85,8 @@ LEFT = {
     "in-flight region": message(
         Request.SET_INFLIGHT_FD, wire.InflightDescription(4096, 0, 1, 64).pack()
     ),
+    "dirty log": message(Request.SET_LOG_BASE, wire.LogDescription(4096, 0).pack()),
+    "descriptor of the dirty log": message(Request.SET_LOG_FD),
     "removed memory": message(Request.REM_MEM_REG, REGION),
     "message without descriptors": message(Request.GET_FEATURES),
     "half a header": message(Request.SET_BACKEND_REQ_FD)[:6],

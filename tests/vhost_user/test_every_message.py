@@ -8,15 +8,18 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.support.peer import FEATURES, PAGE, REGION, Peer
+from tests.support.peer import FEATURES, NEGOTIATED, PAGE, REGION, EchoDevice, Peer
+from vhost_rpmb.engine import Engine
 from vhost_rpmb.vhost_user import wire
 from vhost_rpmb.vhost_user.backend import PROTOCOL_FEATURES
+from vhost_rpmb.vhost_user.interfaces import Keeper
 from vhost_rpmb.vhost_user.wire import ProtocolFeature, Request, VringState
 
 # What each message looks like when it is right: payload, descriptors, needed protocol feature,
 # whether it has a reply of its own.
 Valid = tuple[bytes, int, ProtocolFeature, bool]
 NONE = ProtocolFeature(0)
+MIGRATION = ProtocolFeature.LOG_SHMFD
 MESSAGES: dict[Request, Valid] = {
     Request.GET_FEATURES: (b"", 0, NONE, True),
     Request.SET_FEATURES: (wire.pack_u64(FEATURES), 0, NONE, False),
@@ -24,6 +27,7 @@ MESSAGES: dict[Request, Valid] = {
     Request.RESET_OWNER: (b"", 0, NONE, False),
     Request.SET_MEM_TABLE: (wire.pack_memory_table([REGION]), 1, NONE, False),
     Request.SET_LOG_BASE: (wire.pack_u64(PAGE), 0, NONE, False),
+    Request.SET_LOG_FD: (b"", 1, ProtocolFeature.LOG_SHMFD, False),
     Request.SET_VRING_NUM: (VringState(0, 8).pack(), 0, NONE, False),
     Request.SET_VRING_ADDR: (wire.VringAddress(0, 0, 0, 0, 0).pack(), 0, NONE, False),
     Request.SET_VRING_BASE: (VringState(0, 8).pack(), 0, NONE, False),
@@ -81,6 +85,22 @@ UNUSED_FD = (Request.REM_MEM_REG, Request.SET_LOG_BASE)
 WITHOUT_FDS = [r for r, valid in MESSAGES.items() if not valid[1] and r not in UNUSED_FD]
 WITH_VRING = [request for request in MESSAGES if "VRING" in request.name]
 NAME = wire.request_name  # for the names of test cases
+
+
+@pytest.fixture
+def fresh(engine: Engine, device: EchoDevice, keeper: Keeper | None) -> Iterator[Peer]:
+    """A connection of a back-end that offers everything."""
+    peer = Peer(engine, device, keeper, PROTOCOL_FEATURES | MIGRATION)
+    yield peer
+    peer.close()
+
+
+@pytest.fixture
+def peer(fresh: Peer, request: pytest.FixtureRequest) -> Peer:
+    """What is for migrations is negotiated only for the messages that need it."""
+    about = request.node.callspec.params.get("request_")
+    fresh.negotiate(NEGOTIATED | (MESSAGES[about][2] if about in MESSAGES else NONE))
+    return fresh
 
 
 @pytest.fixture

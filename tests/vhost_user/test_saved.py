@@ -13,6 +13,7 @@ from vhost_rpmb.vhost_user.saved import (
     Intake,
     Owed,
     Record,
+    SavedLog,
     SavedRegion,
     SavedVring,
     State,
@@ -44,34 +45,49 @@ FORMAT_1 = Record(
     Owed(b"reply", (8,)),
 )
 
+# The content of tests/data/session-record-2.
+FORMAT_2 = FORMAT_1._replace(
+    state=FORMAT_1.state._replace(
+        vrings=[
+            FORMAT_1.state.vrings[0]._replace(log_address=3 << 12),
+            FORMAT_1.state.vrings[1],
+        ],
+        log=SavedLog(9, 1 << 20, 4096, 10),
+    )
+)
+PRESENT = FORMAT_2
+
 
 def packed(record: Record) -> bytes:
     return saved.pack(saved.pack_state(record.state), record.intake, record.owed)
 
 
-def test_record_of_format_1_is_read() -> None:
-    data = (DATA / "session-record-1").read_bytes()
-    assert Record.unpack(data) == FORMAT_1
-    assert packed(FORMAT_1) == data
+@pytest.mark.parametrize(("number", "record"), [(1, FORMAT_1), (2, FORMAT_2)])
+def test_record_of_each_format_is_read(number: int, record: Record) -> None:
+    assert Record.unpack((DATA / f"session-record-{number}").read_bytes()) == record
+
+
+def test_present_format_has_a_record() -> None:
+    assert packed(PRESENT) == (DATA / f"session-record-{saved.FORMAT}").read_bytes()
 
 
 @pytest.mark.parametrize("inflight", [None, Inflight(1, 2, 3, 4, 5)])
 def test_record_is_read_as_it_was_packed(inflight: Inflight | None) -> None:
-    record = FORMAT_1._replace(state=FORMAT_1.state._replace(inflight=inflight))
+    record = PRESENT._replace(state=PRESENT.state._replace(inflight=inflight))
     assert Record.unpack(packed(record)) == record
 
 
 def test_largest_record_fits() -> None:
     """509 regions, a message of the maximum size and its descriptors."""
     region = FORMAT_1.state.regions[0]
-    state = FORMAT_1.state._replace(regions=[region] * 509)
+    state = PRESENT.state._replace(regions=[region] * 509)
     record = Record(state, Intake(bytes(4108), (1,) * 32, True, b"", (1,) * 253), Owed())
     assert Record.unpack(packed(record)) == record
     assert len(packed(record)) < 61440 - 32
 
 
 def test_cut_record_is_refused() -> None:
-    data = packed(FORMAT_1)
+    data = packed(PRESENT)
     for size in range(len(data)):
         with pytest.raises(ValueError, match="more bytes of the record, found"):
             Record.unpack(data[:size])
@@ -79,15 +95,16 @@ def test_cut_record_is_refused() -> None:
 
 def test_longer_record_is_refused() -> None:
     with pytest.raises(ValueError, match="expected the end of the record, found 1 more"):
-        Record.unpack(packed(FORMAT_1) + b"\0")
+        Record.unpack(packed(PRESENT) + b"\0")
 
 
-@pytest.mark.parametrize("number", [0, 2, 0xFFFF])
+@pytest.mark.parametrize("number", [0, saved.FORMAT + 1, 0xFFFF])
 def test_other_format_is_refused(number: int) -> None:
-    data = number.to_bytes(2, "little") + packed(FORMAT_1)[2:]
-    with pytest.raises(ValueError, match=f"a record of format 1, found format {number}"):
+    data = number.to_bytes(2, "little") + packed(PRESENT)[2:]
+    with pytest.raises(ValueError, match=rf"a record of format 1 to \d, found format {number}"):
         Record.unpack(data)
 
 
 def test_files_are_all_that_the_state_names() -> None:
     assert FORMAT_1.state.files == {1, 2, 3, 4, 5}
+    assert PRESENT.state.files == {1, 2, 3, 4, 5, 9, 10}

@@ -26,6 +26,7 @@ cdef enum:  # vhost_rpmb.virtio.spec
     RING_EVENT_FLAGS_ENABLE = 0
     RING_EVENT_FLAGS_DISABLE = 1
     RING_EVENT_FLAGS_DESC = 2
+    VHOST_LOG_PAGE = 4096
 
 cdef enum:  # vhost_rpmb.virtio.rules
     CHAIN_TOO_LONG = 0
@@ -124,6 +125,9 @@ cdef enum:  # vhost_rpmb.virtio.limits
 
 cdef enum:  # vhost_rpmb.virtio.limits
     MAX_MAPPED = 0x400000000000
+
+cdef enum:  # vhost_rpmb.virtio.limits
+    LOG_ADDRESS_END = 0x4000000000000000
 
 cdef enum:  # vhost_rpmb.rpmb.spec
     MAX_WRITE_COUNTER = 0xffffffff

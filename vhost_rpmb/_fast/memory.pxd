@@ -1,13 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 from libc.stddef cimport size_t
-from libc.stdint cimport uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memcpy
 
 from vhost_rpmb._fast.constants cimport TOUCHED_AREA_BITS
-
-cdef extern from "ring.h" nogil:
-    void store_index(unsigned char *, uint16_t)
-    void store_word(unsigned char *, uint32_t)
 
 cdef enum:
     KNOWN_AREAS = 256  # how many of the latest areas are told from new ones
@@ -31,6 +27,11 @@ cdef class GuestMemory:
     cdef size_t _touched  # areas since the mappings were made, some of them more than once
     cdef size_t _max_touched
     cdef uint32_t[KNOWN_AREAS] _areas  # by number: the latest one touched with these last bits
+    cdef GuestMemory _log
+    cdef uint64_t _log_pages  # that have a bit
+    cdef bint _marks_writes
+    cdef bint _marked
+    cdef bint _log_too_small
 
     cdef bint lost(self) noexcept nogil
     cdef inline void touch(self, const unsigned char *host, uint64_t length) noexcept nogil:
@@ -47,7 +48,8 @@ cdef class GuestMemory:
     cdef void renew(self) noexcept nogil
     cdef void _limit_touched(self) noexcept nogil
 
-    # Buffers and rings are written by these three only. ``host`` is where the address is mapped.
+    # Buffers are written by put() only, rings by store() and by their indices. ``host`` is where
+    # the address is mapped.
     cdef inline void put(
         self,
         uint64_t guest_address,
@@ -55,18 +57,16 @@ cdef class GuestMemory:
         const void *source,
         uint64_t length,
     ) noexcept nogil:
+        self.store(host, source, length)
+        if self._marks_writes:
+            self.mark_pages(guest_address, length)
+    cdef inline void store(
+        self, unsigned char *host, const void *source, uint64_t length
+    ) noexcept nogil:
+        """Copy bytes in without marking them."""
         self.touch(host, length)
         memcpy(host, source, length)
-    cdef inline void put_index(
-        self, uint64_t guest_address, unsigned char *host, uint16_t value
-    ) noexcept nogil:
-        """Store 16 bits in one access, after all writes before it."""
-        store_index(host, value)
-    cdef inline void put_word(
-        self, uint64_t guest_address, unsigned char *host, uint32_t value
-    ) noexcept nogil:
-        """Store 32 bits in one access, after all writes before it."""
-        store_word(host, value)
+    cdef void mark_pages(self, uint64_t guest_address, uint64_t length) noexcept nogil
 
     cdef size_t _position(self, uint64_t guest_address) noexcept nogil
     cdef unsigned char *find(self, uint64_t guest_address, uint64_t *left) noexcept nogil

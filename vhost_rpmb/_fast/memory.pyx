@@ -19,6 +19,7 @@ from vhost_rpmb._fast.constants cimport (
     MAX_MAPPED,
     MAX_RENEWED,
     MAX_TOUCHED_AREAS,
+    VHOST_LOG_PAGE,
 )
 
 __all__ = ["GuestMemory", "GuestMemoryError"]
@@ -31,6 +32,9 @@ cdef extern from "<sys/mman.h>" nogil:
     void *MAP_FAILED
     void *c_mmap "mmap"(void *, size_t, int, int, int, long long)
     int munmap(void *, size_t)
+
+cdef extern from "ring.h" nogil:
+    void set_bit(unsigned char *, unsigned int)
 
 cdef extern from "guard.h":
     void compiler_barrier() noexcept nogil
@@ -175,6 +179,45 @@ cdef class GuestMemory:
                 if sure:
                     self.put(address + done, host, PyBytes_AS_STRING(data) + done, left)
                 done += left
+
+    def set_log(self, GuestMemory log, bint marks_writes=False):
+        self._log = log
+        self._log_pages = log._table[0].size * 8 if log is not None else 0
+        self._marks_writes = log is not None and marks_writes
+        self._marked = False
+        self._log_too_small = False
+
+    def mark(self, uint64_t guest_address, uint64_t length):
+        self.mark_pages(guest_address, length)
+
+    def take_marked(self):
+        marked = self._marked
+        self._marked = False
+        return marked
+
+    @property
+    def log_fault(self):
+        if self._log is not None and self._log.lost():
+            return "the file behind it was truncated"
+        if self._log_too_small:
+            return "it has no bit for some of the pages that were written"
+        return ""
+
+    cdef void mark_pages(self, uint64_t guest_address, uint64_t length) noexcept nogil:
+        cdef uint64_t page = guest_address // VHOST_LOG_PAGE
+        cdef uint64_t last = (guest_address + length - 1) // VHOST_LOG_PAGE
+        cdef unsigned char *bits
+        if self._log is None:
+            return
+        self._marked = True
+        while page <= last:
+            if page >= self._log_pages:
+                self._log_too_small = True
+                return
+            bits = self._log._table[0].host + page // 8
+            self._log.touch(bits, 1)
+            set_bit(bits, page % 8)
+            page += 1
 
     cdef bint lost(self) noexcept nogil:
         compiler_barrier()

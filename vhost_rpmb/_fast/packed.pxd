@@ -38,7 +38,11 @@ cdef class PackedRing(Ring):
     cdef uint64_t _device_area_address
 
     cdef void resume(self, PackedInflight inflight) noexcept
-    cdef unsigned char *slot(self, uint32_t slot, uint64_t *guest_address) noexcept nogil
+    cdef unsigned char *slot(self, uint32_t slot) noexcept nogil
+    cdef void write_slot(self, uint32_t slot, const char *descriptor) noexcept nogil
+    cdef void _mark_slots(self, uint64_t first, uint64_t last) noexcept nogil
+    cdef void _mark(self, uint64_t address, uint64_t length) noexcept nogil
+    cdef void _store_area(self, uint32_t area) noexcept nogil
     cdef inline Position _advanced(self, Position position, uint32_t count) noexcept nogil:
         position.slot += count
         if position.slot >= self.size:

@@ -16,6 +16,8 @@ __all__ = ["PackedRing"]
 
 cdef extern from "ring.h" nogil:
     uint16_t load_index(const unsigned char *)
+    void store_index(unsigned char *, uint16_t)
+    void store_word(unsigned char *, uint32_t)
 
 cdef enum:
     START = 0x8000  # the position in the base of a new ring: slot 0 of the first lap
@@ -101,10 +103,13 @@ cdef class PackedRing(Ring):
         self._first = self._used
         self.mapped = False
 
-    cdef unsigned char *slot(self, uint32_t slot, uint64_t *guest_address) noexcept nogil:
+    cdef unsigned char *slot(self, uint32_t slot) noexcept nogil:
         """Return where a slot of a mapped ring is mapped."""
-        guest_address[0] = self._descriptors_address + slot * VIRTQ_DESC_SIZE
         return self._descriptors + slot * <size_t>VIRTQ_DESC_SIZE
+
+    cdef void write_slot(self, uint32_t slot, const char *descriptor) noexcept nogil:
+        self.memory.store(self.slot(slot), descriptor, VIRTQ_DESC_SIZE)
+        self._mark_slots(slot, slot)
 
     cdef int look(self, uint32_t *available) noexcept nogil:
         cdef uint16_t flags
@@ -230,6 +235,22 @@ cdef class PackedRing(Ring):
                 return rule
         return CHAIN_GOOD
 
+    cdef void mark(self) noexcept nogil:
+        self._mark_slots(0, self.size - 1)
+        self._mark(self._device_area_address, VIRTQ_EVENT_SIZE)
+
+    cdef void _mark_slots(self, uint64_t first, uint64_t last) noexcept nogil:
+        cdef uint64_t start
+        if last < first:
+            self._mark_slots(first, self.size - 1)
+            first = 0
+        start = self._descriptors_address + first * VIRTQ_DESC_SIZE
+        self._mark(start, (last - first + 1) * VIRTQ_DESC_SIZE)
+
+    cdef void _mark(self, uint64_t address, uint64_t length) noexcept nogil:
+        if self.marked:
+            self.memory.mark_pages(address, length)
+
     cdef void take_back(self, uint64_t token) noexcept nogil:
         cdef uint32_t slots = token >> 16 & 0xFFFF
         if self.tracked:
@@ -253,8 +274,8 @@ cdef class PackedRing(Ring):
     cdef void publish(self) noexcept nogil:
         cdef Position position = self._used
         cdef uint64_t token
-        cdef uint64_t address
         cdef uint64_t used
+        cdef uint32_t last = 0
         cdef uint16_t flags
         cdef uint16_t first_flags = 0
         cdef uint32_t index
@@ -275,15 +296,16 @@ cdef class PackedRing(Ring):
             if self._waiting[index].length:
                 flags |= VIRTQ_DESC_F_WRITE
             used = make_packed_used(self._waiting[index].length, <uint16_t>token, flags)
-            place = self.slot(position.slot, &address) + USED_AT
+            place = self.slot(position.slot) + USED_AT
             if index:
-                self.memory.put(address + USED_AT, place, &used, sizeof(used))
+                self.memory.store(place, &used, sizeof(used))
             else:
                 first_flags = flags
-                self.memory.put(address + USED_AT, place, &used, LENGTH_AND_ID)
+                self.memory.store(place, &used, LENGTH_AND_ID)
+            last = position.slot
             position = self._advanced(position, token >> 16 & 0xFFFF)
-        place = self.slot(self._used.slot, &address) + FLAGS_AT
-        self.memory.put_index(address + FLAGS_AT, place, first_flags)
+        store_index(self.slot(self._used.slot) + FLAGS_AT, first_flags)
+        self._mark_slots(self._first.slot, last)
         self._used = position
         self._outstanding -= self._waiting_slots
         self._waiting_count = self._waiting_slots = 0
@@ -294,11 +316,14 @@ cdef class PackedRing(Ring):
         cdef uint32_t area = make_area(0, RING_EVENT_FLAGS_ENABLE)
         if self.event_index:
             area = make_area(_pack(self._available), RING_EVENT_FLAGS_DESC)
-        self.memory.put_word(self._device_area_address, self._device_area, area)
+        self._store_area(area)
 
     cdef void refuse_kicks(self) noexcept nogil:
-        cdef uint32_t area = make_area(0, RING_EVENT_FLAGS_DISABLE)
-        self.memory.put_word(self._device_area_address, self._device_area, area)
+        self._store_area(make_area(0, RING_EVENT_FLAGS_DISABLE))
+
+    cdef void _store_area(self, uint32_t area) noexcept nogil:
+        store_word(self._device_area, area)
+        self._mark(self._device_area_address, VIRTQ_EVENT_SIZE)
 
     cdef bint wants_notification(self) noexcept nogil:
         cdef uint32_t area

@@ -23,6 +23,11 @@ static inline void store_word(unsigned char *field, uint32_t value) {
     __atomic_store_n((uint32_t *)field, htole32(value), __ATOMIC_RELEASE);
 }
 
+/* Set a bit of a byte that others change at the same time, after all writes before. */
+static inline void set_bit(unsigned char *byte, unsigned int bit) {
+    __atomic_fetch_or(byte, (unsigned char)(1u << bit), __ATOMIC_SEQ_CST);
+}
+
 struct descriptor {
     uint64_t address;
     uint32_t length;

@@ -42,6 +42,8 @@ cdef class Ring:
     cdef GuestMemory memory
     cdef uint32_t size
     cdef uint64_t[3] addresses
+    cdef uint64_t marked_at
+    cdef bint marked  # at ``marked_at``
     cdef bint indirect
     cdef bint event_index
     cdef bint mapped  # the parts were found when ``generation`` was the memory's
@@ -57,6 +59,7 @@ cdef class Ring:
     cdef int map(self) noexcept nogil
     cdef int look(self, uint32_t *available) noexcept nogil
     cdef int take(self, Chain *chain, Buffers *buffers) except -1 nogil
+    cdef void mark(self) noexcept nogil
     cdef void take_back(self, uint64_t token) noexcept nogil
     cdef void put(self, uint64_t token, uint32_t length) noexcept nogil
     cdef uint32_t position(self) noexcept nogil

@@ -45,6 +45,9 @@ cdef class Ring:
         """
         return RING_OK
 
+    cdef void mark(self) noexcept nogil:
+        pass
+
     cdef void take_back(self, uint64_t token) noexcept nogil:
         pass
 

@@ -13,6 +13,7 @@ __all__ = ["SplitRing"]
 
 cdef extern from "ring.h" nogil:
     uint16_t load_index(const unsigned char *)
+    void store_index(unsigned char *, uint16_t)
     cdef struct descriptor:
         uint64_t address
         uint32_t length
@@ -65,9 +66,7 @@ cdef class SplitRing(Ring):
         self._available = self.memory.ring_part(self.addresses[1], 6 + 2 * size, 2, &address)
         if self._available == NULL:
             return RING_AVAILABLE
-        self._used = self.memory.ring_part(
-            self.addresses[2], 6 + 8 * size, 4, &self._used_address
-        )
+        self._used = self.memory.ring_part(self.addresses[2], 6 + 8 * size, 4, &address)
         if self._used == NULL:
             return RING_USED
         self.mapped = True
@@ -156,6 +155,21 @@ cdef class SplitRing(Ring):
                 return CHAIN_NEXT
             index = entry.next
 
+    cdef void mark(self) noexcept nogil:
+        if self.marked:
+            self._mark(0, 6 + 8 * <uint64_t>self.size)
+
+    cdef void _mark_published(self) noexcept nogil:
+        cdef uint64_t count = <uint16_t>(self._next_used - self._published)
+        cdef uint64_t first = self._published & (self.size - 1)
+        cdef uint64_t straight = min(count, self.size - first)
+        self._mark(4 + 8 * first, 8 * straight)
+        if straight < count:
+            self._mark(4, 8 * (count - straight))
+
+    cdef void _mark(self, uint64_t offset, uint64_t length) noexcept nogil:
+        self.memory.mark_pages(self.marked_at + offset, length)
+
     cdef void take_back(self, uint64_t token) noexcept nogil:
         if self.tracked:
             self.inflight.take_back(<uint16_t>token)
@@ -164,11 +178,8 @@ cdef class SplitRing(Ring):
 
     cdef void put(self, uint64_t token, uint32_t length) noexcept nogil:
         cdef size_t slot = (self._next_used + self._unpublished) & (self.size - 1)
-        cdef size_t offset = 4 + 8 * slot
         cdef used_element element = make_used(<uint32_t>token, length)
-        self.memory.put(
-            self._used_address + offset, self._used + offset, &element, sizeof(element)
-        )
+        self.memory.store(self._used + 4 + 8 * slot, &element, sizeof(element))
         self._unpublished += 1
         if self.tracked:
             self.inflight.put(<uint16_t>token)
@@ -182,6 +193,8 @@ cdef class SplitRing(Ring):
             self._next_used = <uint16_t>(self._next_used + self._unpublished)
             self._unpublished = 0
             self._store_used(2, self._next_used)
+            if self.marked:
+                self._mark_published()
             if self.tracked:
                 self.inflight.published(self._next_used)
 
@@ -198,7 +211,9 @@ cdef class SplitRing(Ring):
 
     cdef void _store_used(self, size_t offset, uint16_t value) noexcept nogil:
         """Store a 16-bit field of the used ring."""
-        self.memory.put_index(self._used_address + offset, self._used + offset, value)
+        store_index(self._used + offset, value)
+        if self.marked:
+            self._mark(offset, sizeof(value))
 
     cdef bint wants_notification(self) noexcept nogil:
         cdef uint16_t count = <uint16_t>(self._next_used - self._published)

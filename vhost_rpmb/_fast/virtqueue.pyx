@@ -54,6 +54,16 @@ cdef class Virtqueue:
         self._ring.addresses[2] = used_ring
         self._ring.mapped = False
 
+    def mark_ring(self, address):
+        if address is not None and address >= <uint64_t>LOG_ADDRESS_END:
+            raise ValueError(f"expected a log address that a log reaches, found 0x{address:x}")
+        self._ring.marked = address is not None
+        self._ring.marked_at = address or 0
+
+    def mark_written(self):
+        if not self._ring.map():
+            self._ring.mark()
+
     def set_base(self, base):
         if not 0 <= base <= 0xFFFFFFFF:
             raise ValueError(f"a vring base has 32 bits, {base} has more")
@@ -68,6 +78,8 @@ cdef class Virtqueue:
             self._ring = PackedRing(self.memory) if packed else SplitRing(self.memory)
             self._ring.size = before.size
             self._ring.addresses = before.addresses
+            self._ring.marked = before.marked
+            self._ring.marked_at = before.marked_at
         self._ring.indirect = bool(features >> VIRTIO_F_INDIRECT_DESC & 1)
         self._ring.event_index = bool(features >> VIRTIO_F_EVENT_IDX & 1)
 
@@ -111,17 +123,13 @@ cdef class Virtqueue:
 
     def read_slot(self, uint32_t slot):
         cdef PackedRing ring = self._ring
-        cdef uint64_t address
         assert not ring.map() and slot < ring.size
-        return PyBytes_FromStringAndSize(<const char *>ring.slot(slot, &address), VIRTQ_DESC_SIZE)
+        return PyBytes_FromStringAndSize(<const char *>ring.slot(slot), VIRTQ_DESC_SIZE)
 
     def write_slot(self, uint32_t slot, bytes descriptor):
         cdef PackedRing ring = self._ring
-        cdef uint64_t address
-        cdef unsigned char *place
         assert not ring.map() and slot < ring.size and len(descriptor) == VIRTQ_DESC_SIZE
-        place = ring.slot(slot, &address)
-        self.memory.put(address, place, PyBytes_AS_STRING(descriptor), VIRTQ_DESC_SIZE)
+        ring.write_slot(slot, PyBytes_AS_STRING(descriptor))
 
     def answer_chains(self, answer, uint64_t max_bytes, uint32_t max_chains):
         cdef uint32_t available = self.open()

@@ -13,13 +13,17 @@ from collections.abc import Iterator
 from operator import attrgetter
 from weakref import WeakSet
 
+from vhost_rpmb import libc
 from vhost_rpmb.virtio import limits
+from vhost_rpmb.virtio.spec import VHOST_LOG_PAGE
 
 __all__ = ["GuestMemory", "GuestMemoryError"]
 
 _ADDRESS_END = 1 << 64
 _FILE_END = 1 << 63
 _BY_GUEST_ADDRESS = attrgetter("guest_address")
+_LOG_TOO_SMALL = "it has no bit for some of the pages that were written"
+_LOG_LOST = "the file behind it was truncated"
 
 
 class GuestMemoryError(Exception):
@@ -189,6 +193,10 @@ class GuestMemory:
 
     Addresses and sizes are in bytes. At most ``max_regions`` regions, which may adjoin but never
     overlap in guest physical address.
+
+    With a dirty log, `write` marks the pages that it changes, once ``marks_writes`` is set there;
+    rings mark their own parts by `mark`. Marked means: after the page was changed, before the batch
+    ends, by one atomic access, because others mark the same log and the front-end clears it.
     """
 
     def __init__(self, max_regions: int = 509) -> None:
@@ -197,6 +205,7 @@ class GuestMemory:
         self._was_lost = False
         self._touched: set[int] = set()  # areas, by number, since the mappings were made
         self._max_touched = 0
+        self.set_log(None)
 
     @property
     def regions(self) -> tuple[tuple[int, int, int], ...]:
@@ -243,7 +252,7 @@ class GuestMemory:
         raise ValueError("there is no such memory region")
 
     def clear(self) -> None:
-        """Unmap every region."""
+        """Unmap every region; a dirty log stays."""
         while self._regions:
             self._drop(self._regions.pop())
         self._was_lost = False
@@ -259,12 +268,63 @@ class GuestMemory:
     def write(self, guest_address: int, data: bytes) -> None:
         """Copy ``data`` in, across regions that adjoin; GuestMemoryError (and no write) outside.
 
-        Buffers and rings are written by this method and by _write_index() only.
+        Buffers are written by this method only, rings by _store() and by their indices.
         """
+        self._store(guest_address, data, self._marks_writes)
+
+    def set_log(self, log: GuestMemory | None, marks_writes: bool = False) -> None:
+        """Use another dirty log, or none: a bit for each page from guest address 0 on.
+
+        ``log`` has the bits as its only region, from address 0 on, and stays mapped meanwhile.
+        """
+        self._log = log
+        self._log_pages = log.regions[0][1] * 8 if log else 0
+        self._marks_writes = log is not None and marks_writes
+        self._marked = False
+        self._log_fault = ""
+
+    def mark(self, guest_address: int, length: int) -> None:
+        """Mark the pages of a range, of a byte or more, in the dirty log, if there is one."""
+        if self._log is None:
+            return
+        self._marked = True
+        last = (guest_address + length - 1) // VHOST_LOG_PAGE
+        for page in range(guest_address // VHOST_LOG_PAGE, last + 1):
+            if page >= self._log_pages:
+                self._log_fault = self._log_fault or _LOG_TOO_SMALL
+                break
+            if not self._log._set_bit(page // 8, page % 8):
+                self._log_fault = _LOG_LOST
+                break
+
+    def take_marked(self) -> bool:
+        """Tell whether anything was marked since the last call."""
+        marked, self._marked = self._marked, False
+        return marked
+
+    @property
+    def log_fault(self) -> str:
+        """The reason why pages could not be marked in this dirty log; empty if all could."""
+        return self._log_fault
+
+    def _set_bit(self, offset: int, bit: int) -> bool:
+        """Set a bit of the first region by one atomic access; False if its memory was lost."""
+        region = self._regions[0]
+        self._touch(region, region.skipped + offset, 1)
+        try:
+            libc.atomic_set_bit(region.start + region.skipped + offset, bit)
+        except OSError:
+            return False
+        return not self._lost
+
+    def _store(self, guest_address: int, data: bytes, marked: bool = False) -> None:
+        """Copy ``data`` in, ``marked`` in the dirty log or not."""
         done = 0
         for region, start, count in list(self._spans(guest_address, len(data))):
             self._touch(region, start, count)
             region.map[start : start + count] = data[done : done + count]
+            if marked:
+                self.mark(guest_address + done, count)
             done += count
 
     @property
@@ -299,10 +359,6 @@ class GuestMemory:
             yield region, region.skipped + offset, count
             guest_address += count
             length -= count
-
-    def _write_index(self, guest_address: int, cell: memoryview, value: int) -> None:
-        """Store 16 bits at ``guest_address``, where ``cell`` is mapped, in one access."""
-        cell[0] = value
 
     def _ring_part(
         self, user_address: int, length: int, alignment: int

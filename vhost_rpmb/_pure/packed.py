@@ -76,9 +76,7 @@ class _Taken(NamedTuple):
 class _Area:
     """An event area: 16 bits of a position and 16 of flags, read and written in one access."""
 
-    def __init__(self, memory: GuestMemory, address: int, part: memoryview) -> None:
-        self._memory = memory
-        self._address = address
+    def __init__(self, part: memoryview) -> None:
         self._cell = part.cast("I")
 
     def load(self) -> tuple[int, int]:
@@ -86,7 +84,7 @@ class _Area:
         return value & 0xFFFF, value >> 16
 
     def store(self, position: int, flags: int) -> None:
-        self._memory._write_index(self._address, self._cell, self._swap(position | flags << 16))
+        self._cell[0] = self._swap(position | flags << 16)
 
     def release(self) -> None:
         self._cell.release()
@@ -145,10 +143,10 @@ class PackedRing(Ring):
             places.append(found[0])
             parts.append(found[1])
         self._parts = parts
-        self._address = places[0]
+        self._address, _, self._device_area_address = places
         self._cells = parts[0].cast("H")
-        self._driver_area = _Area(self.memory, places[1], parts[1])
-        self._device_area = _Area(self.memory, places[2], parts[2])
+        self._driver_area = _Area(parts[1])
+        self._device_area = _Area(parts[2])
         if self.inflight is not None:
             self.inflight.map()
 
@@ -182,7 +180,8 @@ class PackedRing(Ring):
 
     def write_slot(self, slot: int, descriptor: bytes) -> None:
         """Store the descriptor of a slot, of a ring that is mapped."""
-        self.memory.write(self._address + slot * virtio.VIRTQ_DESC_SIZE, descriptor)
+        self.memory._store(self._address + slot * virtio.VIRTQ_DESC_SIZE, descriptor)
+        self._mark_slots(slot, slot)
 
     def look(self) -> int:
         self.walked = 0
@@ -248,6 +247,23 @@ class PackedRing(Ring):
         start = slot * virtio.VIRTQ_DESC_SIZE
         return bytes(self._parts[0][start : start + virtio.VIRTQ_DESC_SIZE])
 
+    def mark(self) -> None:
+        self._mark_slots(0, self.size - 1)
+        self._mark(self._device_area_address, virtio.VIRTQ_EVENT_SIZE)
+
+    def _mark_slots(self, first: int, last: int) -> None:
+        """Mark the slots from one to another, perhaps over the ring's end."""
+        if last < first:
+            self._mark_slots(first, self.size - 1)
+            first = 0
+        start = self._address + first * virtio.VIRTQ_DESC_SIZE
+        self._mark(start, (last - first + 1) * virtio.VIRTQ_DESC_SIZE)
+
+    def _mark(self, address: int, length: int) -> None:
+        """Mark a piece of the ring, by its own guest address: the used one is a part of it."""
+        if self.marked is not None:
+            self.memory.mark(address, length)
+
     def take_back(self, token: int) -> None:
         _, slots, entry = _Taken.unpack(token)
         if self.inflight is not None:
@@ -264,7 +280,7 @@ class PackedRing(Ring):
         return self._used.advanced(_count(self._waiting), self.size).pack()
 
     def publish(self) -> None:
-        first, position = self._used, self._used
+        first = last = position = self._used
         if self.inflight is not None:
             for taken, _ in self._waiting:
                 position = position.advanced(taken.slots, self.size)
@@ -277,7 +293,8 @@ class PackedRing(Ring):
             used = _USED.pack(length, taken.identity, flags)
             if position == first:
                 first_flags, used = flags, used[:_USED_LENGTH_AND_ID]
-            self.memory.write(address, used)
+            self.memory._store(address, used)
+            last = position
             position = position.advanced(taken.slots, self.size)
         slots = _count(self._waiting)
         self._published = first, slots
@@ -285,9 +302,8 @@ class PackedRing(Ring):
             return
         full_barrier()  # everything before the flags that the driver polls
         cell = first.slot * _CELLS + _FLAGS
-        self.memory._write_index(
-            self._address + 2 * cell, self._cells[cell : cell + 1], self._swap(first_flags)
-        )
+        self._cells[cell] = self._swap(first_flags)
+        self._mark_slots(first.slot, last.slot)
         self._used = position
         self._outstanding -= slots
         self._waiting.clear()
@@ -299,6 +315,7 @@ class PackedRing(Ring):
             self._device_area.store(self._available.pack(), virtio.RING_EVENT_FLAGS_DESC)
         else:
             self._device_area.store(0, virtio.RING_EVENT_FLAGS_ENABLE)
+        self._mark(self._device_area_address, virtio.VIRTQ_EVENT_SIZE)
 
     def wants_notification(self) -> bool:
         first, slots = self._published

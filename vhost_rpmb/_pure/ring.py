@@ -69,15 +69,17 @@ class BrokenRingError(Exception):
 class Ring:
     """A ring of ``size`` descriptors in guest memory, with its negotiated features.
 
-    ``addresses`` are the user addresses of its three parts. ``region`` has the record of the chains
-    in flight, if there is one; set_base() ends it. ``walked`` counts the descriptors since the last
-    look().
+    ``addresses`` are the user addresses of its three parts. ``marked`` is the guest address at
+    which the dirty log has the used ring, of a packed ring any; None: the ring is not marked.
+    ``region`` has the record of the chains in flight, if there is one; set_base() ends it.
+    ``walked`` counts the descriptors since the last look().
     """
 
     def __init__(self, memory: GuestMemory) -> None:
         self.memory = memory
         self.size = 0
         self.addresses = (0, 0, 0)
+        self.marked: int | None = None
         self.indirect = False
         self.event_index = False
         self.region: GuestMemory | None = None
@@ -119,6 +121,10 @@ class Ring:
 
     def take(self) -> Chain | None:
         """Take the next available chain; None if there is none, BrokenRingError."""
+        raise NotImplementedError
+
+    def mark(self) -> None:
+        """Mark all that the device ever writes to the ring, which is mapped."""
         raise NotImplementedError
 
     def take_back(self, token: int) -> None:

@@ -28,16 +28,14 @@ class _Index:
     A memoryview of format H moves its two bytes by one load or store; struct's "<H" does not.
     """
 
-    def __init__(self, memory: GuestMemory, address: int, part: memoryview, offset: int) -> None:
-        self._memory = memory
-        self._address = address + offset
+    def __init__(self, part: memoryview, offset: int) -> None:
         self._cell = part[offset : offset + 2].cast("H")
 
     def load(self) -> int:
         return self._swap(self._cell[0])
 
     def store(self, value: int) -> None:
-        self._memory._write_index(self._address, self._cell, self._swap(value))
+        self._cell[0] = self._swap(value)
 
     def release(self) -> None:
         self._cell.release()
@@ -87,27 +85,21 @@ class SplitRing(Ring):
             (rules.RING_USED, 6 + 8 * size, 4),
         )
         parts: list[memoryview] = []
-        places: list[int] = []
         for address, (rule, length, alignment) in zip(self.addresses, wanted, strict=True):
             found = self.memory._ring_part(address, length, alignment)
             if found is None:
                 for part in parts:
                     part.release()
                 raise BrokenRingError(rule)
-            places.append(found[0])
-            parts.append(found[1])
+            self._used_address, part = found  # of the last one
+            parts.append(part)
         self._parts = (parts[0], parts[1], parts[2])
-        self._used_address = places[2]
-
-        def index(part: int, offset: int) -> _Index:
-            return _Index(self.memory, places[part], parts[part], offset)
-
-        self._available_flags = index(1, 0)
-        self._available_index = index(1, 2)
-        self._used_event = index(1, 4 + 2 * size)
-        self._used_flags = index(2, 0)
-        self._used_index = index(2, 2)
-        self._available_event = index(2, 4 + 8 * size)
+        self._available_flags = _Index(parts[1], 0)
+        self._available_index = _Index(parts[1], 2)
+        self._used_event = _Index(parts[1], 4 + 2 * size)
+        self._used_flags = _Index(parts[2], 0)
+        self._used_index = _Index(parts[2], 2)
+        self._available_event = _Index(parts[2], 4 + 8 * size)
         if self.inflight is not None:
             self.inflight.map()
 
@@ -198,6 +190,24 @@ class SplitRing(Ring):
                 raise BrokenChainError(rules.CHAIN_NEXT)
             index = following
 
+    def mark(self) -> None:
+        self._mark(0, 6 + 8 * self.size)
+
+    def _mark_published(self) -> None:
+        """Mark the elements and the index of the batch that was published."""
+        count = (self._next_used - self._published) & 0xFFFF
+        first = self._published % self.size
+        straight = min(count, self.size - first)
+        self._mark(4 + 8 * first, 8 * straight)
+        if straight < count:
+            self._mark(4, 8 * (count - straight))
+        self._mark(2, 2)
+
+    def _mark(self, offset: int, length: int) -> None:
+        """Mark a piece of the used ring."""
+        if self.marked is not None:
+            self.memory.mark(self.marked + offset, length)
+
     def take_back(self, token: int) -> None:
         if self.inflight is not None:
             self.inflight.take_back(token)
@@ -206,7 +216,8 @@ class SplitRing(Ring):
 
     def put(self, token: int, length: int) -> None:
         slot = (self._next_used + self._unpublished) % self.size
-        self.memory.write(self._used_address + 4 + 8 * slot, _USED_ELEMENT.pack(token, length))
+        element = _USED_ELEMENT.pack(token, length)
+        self.memory._store(self._used_address + 4 + 8 * slot, element)
         self._unpublished += 1
         if self.inflight is not None:
             self.inflight.put(token)
@@ -221,14 +232,17 @@ class SplitRing(Ring):
             self._unpublished = 0
             full_barrier()  # the elements and the buffers before the index
             self._used_index.store(self._next_used)
+            self._mark_published()
             if self.inflight is not None:
                 self.inflight.published(self._next_used)
 
     def ask_for_kick(self) -> None:
         if self.event_index:
             self._available_event.store(self._next_available)
+            self._mark(4 + 8 * self.size, 2)
         else:
             self._used_flags.store(0)
+            self._mark(0, 2)
 
     def wants_notification(self) -> bool:
         count = (self._next_used - self._published) & 0xFFFF

@@ -11,7 +11,7 @@ from vhost_rpmb._pure.memory import GuestMemory
 from vhost_rpmb._pure.packed import PackedRing
 from vhost_rpmb._pure.ring import BrokenRingError, Chain, Ring, full_barrier
 from vhost_rpmb._pure.split import SplitRing
-from vhost_rpmb.virtio import rules
+from vhost_rpmb.virtio import limits, rules
 from vhost_rpmb.virtio import spec as virtio
 from vhost_rpmb.virtio.flags import BROKEN, FAULTS, MORE, NOTIFY, Unanswered
 
@@ -52,6 +52,24 @@ class Virtqueue:
         """Set the user addresses of the three parts; the next batch checks them."""
         self._ring.addresses = (descriptor_table, available_ring, used_ring)
 
+    def mark_ring(self, address: int | None) -> None:
+        """Mark what is written to the ring in the dirty log, the used ring at a guest address.
+
+        None: do not. ValueError for an address that no log reaches.
+        """
+        if address is not None and address >= limits.LOG_ADDRESS_END:
+            raise ValueError(f"expected a log address that a log reaches, found 0x{address:x}")
+        self._ring.marked = address
+
+    def mark_written(self) -> None:
+        """Mark all that may have been written to the ring by a process that did not mark it."""
+        try:
+            self._ring.map()
+        except BrokenRingError:
+            return
+        self._ring.mark()
+        self._ring.unmap()
+
     def set_base(self, base: int) -> None:
         """Set the position to continue at, as SET_VRING_BASE has it; a broken queue works again.
 
@@ -69,6 +87,7 @@ class Virtqueue:
             before, self._packed = self._ring, packed
             self._ring = PackedRing(self._memory) if packed else SplitRing(self._memory)
             self._ring.size, self._ring.addresses = before.size, before.addresses
+            self._ring.marked = before.marked
         self._ring.indirect = bool(features >> virtio.VIRTIO_F_INDIRECT_DESC & 1)
         self._ring.event_index = bool(features >> virtio.VIRTIO_F_EVENT_IDX & 1)
 

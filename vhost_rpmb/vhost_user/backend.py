@@ -13,8 +13,10 @@ Behaviour that the protocol leaves open:
 - SET_OWNER on a connection that has an owner begins a new session. Protocol features stay: they are
   negotiated before it.
 - A front-end enables dirty logging although it was not offered: QEMU does on the monitor command
-  calc-dirty-rate, and aborts with the whole VM if that is refused. SET_LOG_BASE, VHOST_F_LOG_ALL
-  and the log flag of SET_VRING_ADDR are accepted without effect.
+  calc-dirty-rate, and aborts with the whole VM if that is refused. Without LOG_SHMFD, SET_LOG_BASE,
+  VHOST_F_LOG_ALL and the log flag of SET_VRING_ADDR are accepted without effect.
+- SET_LOG_BASE with LOG_SHMFD always has one reply, the description of the log; back-ends differ
+  here, and this is what all front-ends take. A failure ends the connection.
 - GET_CONFIG beyond the config space reads zeros: some front-ends let the guest choose offset and
   size, and abort if they are refused.
 """
@@ -26,6 +28,7 @@ from collections.abc import Callable, Collection
 from vhost_rpmb.errors import PeerError
 from vhost_rpmb.typed import TYPE_CHECKING, NamedTuple
 from vhost_rpmb.vhost_user import foreign, inflight, saved, wire
+from vhost_rpmb.vhost_user.dirty_log import DirtyLog
 from vhost_rpmb.vhost_user.saved import SavedRegion, State
 from vhost_rpmb.vhost_user.vring import Vring
 from vhost_rpmb.vhost_user.wire import Message, ProtocolFeature, Request
@@ -71,6 +74,7 @@ class Backend:
         self._offered = offered
         self._regions: dict[tuple[int, int, int], SavedRegion] = {}
         self._memory = engine.GuestMemory(MAX_MEM_SLOTS)
+        self.dirty_log = DirtyLog(engine, self._memory, log)
         self.vrings = [
             Vring(index, engine.Virtqueue(self._memory), watcher, log)
             for index in range(device.num_queues)
@@ -88,6 +92,7 @@ class Backend:
             vring.close()
         self._memory.clear()
         self._drop_inflight()
+        self.dirty_log.clear()
 
     # Another process
 
@@ -103,6 +108,7 @@ class Backend:
             regions=list(self._regions.values()),
             vrings=[vring.save(self._store) for vring in self.vrings],
             inflight=self._saved_inflight,
+            log=self.dirty_log.save(self._store),
         )
 
     def restore(self, state: State, descriptor: Callable[[int], int]) -> None:
@@ -124,6 +130,8 @@ class Backend:
             fd = descriptor(state.inflight.file)
             foreign.check_memory(fd)
             self._use_inflight(state.inflight, fd)
+        self.dirty_log.restore(state.log, descriptor)
+        self.dirty_log.set_features(state.features)
         for vring, found in zip(self.vrings, state.vrings, strict=True):
             vring.restore(found, self._vring_features, descriptor)
         self._device.restore_register(self.vrings[0].used)
@@ -155,6 +163,7 @@ class Backend:
         if excess:
             raise ValueError(f"feature bits 0x{excess:x} were not offered")
         self._features = features
+        self.dirty_log.set_features(features)
         for vring in self.vrings:
             vring.set_features(self._vring_features)
             if not features & wire.F_PROTOCOL_FEATURES:
@@ -184,6 +193,8 @@ class Backend:
                 vring.set_error(-1)
                 vring.set_record(None)
             self._drop_inflight()
+            self.dirty_log.clear()
+            self.dirty_log.set_features(0)
             self._memory.clear()
             self._regions.clear()
             self._device.clear_register()
@@ -250,14 +261,28 @@ class Backend:
         self._memory.remove_region(region.guest_address, region.size, region.user_address)
         del self._regions[region[:3]]
 
-    def _set_log_base(self, message: Message) -> None:
-        """Ignore it: without LOG_SHMFD there is no log. The descriptor is closed unused."""
+    def _set_log_base(self, message: Message) -> bytes | None:
+        """Use a log; without LOG_SHMFD there is none, and the descriptor is closed unused."""
+        if self.protocol_features & ProtocolFeature.LOG_SHMFD:
+            size, offset = wire.LogDescription.unpack(message.payload)
+            if not message.fds:
+                raise ValueError("expected 1 file descriptor, found 0")
+            fd = message.fds[0]
+            foreign.check_memory(fd)  # before it is stored: another file could block
+            self.dirty_log.set_base(size, offset, fd, self._store(fd))
+            return message.payload
         # The specification has a u64 here, QEMU sends the log's description all the same.
         if len(message.payload) not in (wire.U64_SIZE, wire.LOG_SIZE):
             raise ValueError(
                 f"expected a payload of {wire.U64_SIZE} or {wire.LOG_SIZE} bytes, "
                 f"found {len(message.payload)}"
             )
+        return None
+
+    def _set_log_fd(self, message: Message) -> None:
+        foreign.check_event(message.fds[0])
+        (fd,) = message.take_fds()
+        self.dirty_log.set_event(fd)
 
     def _get_inflight_fd(self, message: Message) -> Reply:
         asked = wire.InflightDescription.unpack(message.payload)
@@ -300,7 +325,10 @@ class Backend:
         vring = self._vring(address.vring)
         if address.flags & ~wire.VRING_ADDRESS_LOG:
             raise ValueError(f"expected no flag but the log's, found 0x{address.flags:x}")
-        vring.set_addresses(address.descriptor_table, address.available_ring, address.used_ring)
+        vring.set_addresses(
+            *(address.descriptor_table, address.available_ring, address.used_ring),
+            address.log if address.flags & wire.VRING_ADDRESS_LOG else None,
+        )
 
     def _set_vring_base(self, message: Message) -> None:
         vring, base = self._vring_state(message)
@@ -433,6 +461,7 @@ class Row(NamedTuple):
     fds: Collection[int] = (0,)  # allowed numbers of file descriptors
     needs: ProtocolFeature = ProtocolFeature(0)  # must be negotiated
     replies: bool = False  # has a reply of its own
+    replies_with: ProtocolFeature = ProtocolFeature(0)  # has one once this is negotiated
     failure: bytes | None = None  # the reply that reports a failure, if there is one
 
 
@@ -450,7 +479,10 @@ MESSAGES: dict[int, Row] = {
     Request.SET_OWNER: Row(Backend._set_owner),
     Request.RESET_OWNER: Row(Backend._reset_owner),
     Request.SET_MEM_TABLE: Row(Backend._set_mem_table, size=None, fds=range(wire.MAX_FDS + 1)),
-    Request.SET_LOG_BASE: Row(Backend._set_log_base, size=None, fds=_OPTIONAL),
+    Request.SET_LOG_BASE: Row(
+        Backend._set_log_base, None, _OPTIONAL, replies_with=ProtocolFeature.LOG_SHMFD
+    ),
+    Request.SET_LOG_FD: Row(Backend._set_log_fd, fds=_ONE, needs=ProtocolFeature.LOG_SHMFD),
     Request.SET_VRING_NUM: Row(Backend._set_vring_num, _STATE),
     Request.SET_VRING_ADDR: Row(Backend._set_vring_addr, wire.VRING_ADDRESS_SIZE),
     Request.SET_VRING_BASE: Row(Backend._set_vring_base, _STATE),

@@ -26,7 +26,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Consumed", "KeptReader"]
 
-_MEMORY = (Request.SET_MEM_TABLE, Request.ADD_MEM_REG, Request.SET_INFLIGHT_FD)
+_MEMORY = (
+    Request.SET_MEM_TABLE,
+    Request.ADD_MEM_REG,
+    Request.SET_INFLIGHT_FD,
+    Request.SET_LOG_BASE,
+)
 
 
 class Consumed(NamedTuple):

@@ -159,13 +159,23 @@ class Memory(Protocol):
         """Unmap a region; ValueError if there is none."""
 
     def clear(self) -> None:
-        """Unmap all regions."""
+        """Unmap all regions; a dirty log stays."""
 
     def read(self, guest_address: int, length: int) -> bytes:
         """Copy bytes out of it."""
 
     def write(self, guest_address: int, data: bytes) -> None:
         """Copy bytes into it."""
+
+    def set_log(self, log: Any, marks_writes: bool = False) -> None:
+        """Use another dirty log, which is the only region of `log`, or none."""
+
+    def take_marked(self) -> bool:
+        """Whether anything was marked in it since the last call."""
+
+    @property
+    def log_fault(self) -> str:
+        """The reason why pages could not be marked in it; empty if all could."""
 
 
 class Virtqueue(Protocol):
@@ -191,6 +201,12 @@ class Virtqueue(Protocol):
 
     def set_addresses(self, descriptor_table: int, available_ring: int, used_ring: int) -> None:
         """Set the user addresses of the three parts."""
+
+    def mark_ring(self, address: int | None) -> None:
+        """Mark what is written to the ring in the dirty log, at this guest address, or do not."""
+
+    def mark_written(self) -> None:
+        """Mark all that may have been written to the ring before."""
 
     def set_base(self, index: int) -> None:
         """Set the next index, and repair a broken virtqueue."""

@@ -3,7 +3,7 @@
 
 Native byte order: the record never leaves the machine. Descriptors are the numbers under which a
 `Keeper` stored them, 0 where there is none. Every released format stays readable: tests/data has a
-record of each.
+record of each. Format 2 has the dirty log.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from vhost_rpmb.typed import NamedTuple
 from vhost_rpmb.vhost_user.wire import MemoryRegion
 
-__all__ = ["Inflight", "Intake", "Owed", "Record", "SavedRegion", "SavedVring", "State"]
+__all__ = ["Inflight", "Intake", "Owed", "Record", "SavedLog", "SavedRegion", "SavedVring", "State"]
 
-FORMAT = 1
+FORMAT = 2
 
 _FORMAT = struct.Struct("=H")
 _STATE = struct.Struct("=QQQBB")
@@ -24,9 +24,10 @@ _COUNT = struct.Struct("=H")
 _REGION = struct.Struct("=QQQQQ")
 _VRING = struct.Struct("=IQQQHHHBQQQ")
 _INFLIGHT = struct.Struct("=QQQHH")
+_LOG = struct.Struct("=QQQQ")
 _COMPLETE = struct.Struct("=B")
 _NUMBER = struct.Struct("=Q")
-_ENABLED, _HAS_ADDRESSES, _RUNNING = 1, 2, 4
+_ENABLED, _HAS_ADDRESSES, _RUNNING, _MARKED = 1, 2, 4, 8
 
 
 class SavedRegion(NamedTuple):
@@ -40,7 +41,8 @@ class SavedVring(NamedTuple):
     """The settings of a vring, its position and its descriptors.
 
     A vring that ``running`` is set for continues at the used index in guest memory plus ``ahead``,
-    any other at ``base``; ``used`` is the used index when the record was saved.
+    any other at ``base``; ``used`` is the used index when the record was saved. The dirty log has
+    it at ``log_address``, None: not.
     """
 
     size: int
@@ -53,6 +55,16 @@ class SavedVring(NamedTuple):
     kick: int
     call: int
     error: int
+    log_address: int | None = None
+
+
+class SavedLog(NamedTuple):
+    """The dirty log, of SET_LOG_BASE, and the descriptor of SET_LOG_FD."""
+
+    file: int = 0
+    size: int = 0
+    offset: int = 0
+    event: int = 0
 
 
 class Inflight(NamedTuple):
@@ -77,6 +89,7 @@ class State(NamedTuple):
     regions: Sequence[SavedRegion]
     vrings: Sequence[SavedVring]
     inflight: Inflight | None = None
+    log: SavedLog = SavedLog()
 
     @property
     def files(self) -> set[int]:
@@ -86,6 +99,7 @@ class State(NamedTuple):
             numbers.update((vring.kick, vring.call, vring.error))
         if self.inflight is not None:
             numbers.add(self.inflight.file)
+        numbers.update((self.log.file, self.log.event))
         return numbers - {0}
 
 
@@ -122,9 +136,9 @@ class Record(NamedTuple):
         """From bytes; ValueError if they are damaged or of an unknown format."""
         cursor = _Cursor(packed)
         (found,) = cursor.take(_FORMAT)
-        if found != FORMAT:
-            raise ValueError(f"expected a record of format {FORMAT}, found format {found}")
-        record = cls(_take_state(cursor), _take_intake(cursor), _take_owed(cursor))
+        if not 0 < found <= FORMAT:
+            raise ValueError(f"expected a record of format 1 to {FORMAT}, found format {found}")
+        record = cls(_take_state(cursor, found), _take_intake(cursor), _take_owed(cursor))
         cursor.end()
         return record
 
@@ -146,6 +160,7 @@ def pack_state(state: State) -> bytes:
             _ENABLED * vring.enabled
             | _HAS_ADDRESSES * (vring.addresses is not None)
             | _RUNNING * vring.running
+            | _MARKED * (vring.log_address is not None)
         )
         parts.append(
             _VRING.pack(
@@ -154,6 +169,8 @@ def pack_state(state: State) -> bytes:
             )
         )
     parts.append(_INFLIGHT.pack(*(state.inflight or (0, 0, 0, 0, 0))))
+    parts.append(_LOG.pack(*state.log))
+    parts += [_NUMBER.pack(vring.log_address or 0) for vring in state.vrings]
     return b"".join(parts)
 
 
@@ -210,15 +227,19 @@ class _Cursor:
             raise ValueError(f"expected the end of the record, found {left} more bytes")
 
 
-def _take_state(cursor: _Cursor) -> State:
+def _take_state(cursor: _Cursor, found: int) -> State:
     offered, features, protocol_features, owned, status = cursor.take(_STATE)
     config = cursor.counted_bytes()
     regions = [_take_region(cursor) for _ in range(cursor.take(_COUNT)[0])]
     vrings = [_take_vring(cursor) for _ in range(cursor.take(_COUNT)[0])]
     inflight = Inflight(*cursor.take(_INFLIGHT))
+    log = SavedLog()
+    if found > 1:
+        log = SavedLog(*cursor.take(_LOG))
+        vrings = [_take_log_address(cursor, vring) for vring in vrings]
     return State(
         *(offered, config, features, protocol_features, bool(owned), status, regions, vrings),
-        inflight if inflight.file else None,
+        *(inflight if inflight.file else None, log),
     )
 
 
@@ -241,7 +262,13 @@ def _take_vring(cursor: _Cursor) -> SavedVring:
         kick=kick,
         call=call,
         error=error,
+        log_address=0 if flags & _MARKED else None,
     )
+
+
+def _take_log_address(cursor: _Cursor, vring: SavedVring) -> SavedVring:
+    (address,) = cursor.take(_NUMBER)
+    return vring._replace(log_address=None if vring.log_address is None else address)
 
 
 def _take_intake(cursor: _Cursor) -> Intake:

@@ -241,12 +241,16 @@ class Session:
         """Return the reply to a failed message; PeerError if none can report the failure."""
         if row.failure is not None:
             reply = row.failure
-        elif self._wants_ack(message) and not row.replies:
+        elif self._wants_ack(message) and not self._has_reply(row):
             reply = wire.pack_u64(_ACK_FAILURE)
         else:
             raise PeerError(reason)
         self._log.report("message refused", f"refused {reason}")
         return reply
+
+    def _has_reply(self, row: Row) -> bool:
+        """Whether a message has a reply of its own, which an acknowledgement could be taken for."""
+        return row.replies or bool(row.replies_with & self._backend.protocol_features)
 
     def _wants_ack(self, message: Message) -> bool:
         return bool(
@@ -274,12 +278,14 @@ class Session:
         vring.recover()
         if not vring.running:
             return False
+        once = once or self._backend.dirty_log.signals
         result = self._loop.serve(vring.queue, vring.kick_fd, vring.call_fd, once)
         taken = self._loop.take_events()
         for other in self._backend.vrings if taken else ():
             if other.kick_fd in taken:
                 other.kicked()
         vring.handle(result)
+        self._backend.dirty_log.served()
         return bool(result & flags.IDLE)
 
 

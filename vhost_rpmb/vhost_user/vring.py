@@ -2,20 +2,21 @@
 """One vring: its virtqueue, its descriptors, and whether it runs.
 
 A vring runs while it is enabled and has a size, addresses and a kick descriptor. When it starts to
-run it is looked at once without a kick, and its call descriptor is signalled once: an earlier
-back-end that was killed may have consumed the kick, or may not have given the signal.
+run it is looked at once without a kick, its call descriptor is signalled once, and all that is ever
+written to it is marked in the dirty log: an earlier back-end that was killed may have consumed the
+kick, and may not have given the signal, nor marked what it wrote last.
 """
 
 from __future__ import annotations
 
 import os
-import select
 from collections.abc import Callable
 
 from vhost_rpmb.errors import PeerError
 from vhost_rpmb.log import Logger
 from vhost_rpmb.typed import TYPE_CHECKING
 from vhost_rpmb.vhost_user import foreign
+from vhost_rpmb.vhost_user.events import BLOCKED, signal
 from vhost_rpmb.vhost_user.inflight import InvalidRecordError, Record
 from vhost_rpmb.vhost_user.saved import SavedVring
 from vhost_rpmb.virtio import flags
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from vhost_rpmb.vhost_user.interfaces import Log, Virtqueue, Watcher
 
 __all__ = ["Vring"]
-
-_BLOCKED = "the front-end made a write to an eventfd wait"
 
 logger = Logger(__name__)
 
@@ -45,6 +44,7 @@ class Vring:
         self._log = log
         self._size = 0  # 0: none was set
         self._addresses: tuple[int, int, int] | None = None
+        self._log_address: int | None = None
         self._enabled = False
         self._error_fd = -1
         self._record: Record | None = None
@@ -65,10 +65,18 @@ class Vring:
         self._size = size
         self._update()
 
-    def set_addresses(self, descriptor_table: int, available_ring: int, used_ring: int) -> None:
-        """Set the user addresses of the three parts."""
+    def set_addresses(
+        self,
+        descriptor_table: int,
+        available_ring: int,
+        used_ring: int,
+        log_address: int | None = None,
+    ) -> None:
+        """Set the user addresses of the three parts, and whether and where the dirty log has it."""
+        self.queue.mark_ring(log_address)
         self.queue.set_addresses(descriptor_table, available_ring, used_ring)
         self._addresses = descriptor_table, available_ring, used_ring
+        self._log_address = log_address
         self._update()
 
     def set_base(self, base: int) -> None:
@@ -91,7 +99,7 @@ class Vring:
         self.stop()
         self.queue.reset()
         self.queue.set_features(features)
-        self._size, self._addresses = 0, None
+        self._size, self._addresses, self._log_address = 0, None, None
         self._recovered = False
         self._fault = ""
         self.enable(enabled)
@@ -113,7 +121,7 @@ class Vring:
         _close(self.call_fd)
         self.call_fd = fd
         if self.running:
-            self._signal(fd)
+            signal(fd, self._log)
 
     def set_error(self, fd: int) -> None:
         """Replace the error descriptor."""
@@ -146,7 +154,7 @@ class Vring:
         ahead = base - used & 0xFFFF
         return SavedVring(
             *(self._size, self._addresses, self._enabled, self.running, base, ahead, used),
-            *(kick, call, error),
+            *(kick, call, error, self._log_address),
         )
 
     def restore(self, saved: SavedVring, features: int, descriptor: Callable[[int], int]) -> None:
@@ -155,7 +163,7 @@ class Vring:
         if saved.size:
             self.set_size(saved.size)
         if saved.addresses is not None:
-            self.set_addresses(*saved.addresses)
+            self.set_addresses(*saved.addresses, saved.log_address)
         self._enabled = saved.enabled
         self.used, base = saved.used, saved.base
         if saved.running and (used := self.queue.used) is not None:
@@ -219,7 +227,7 @@ class Vring:
         Raises PeerError if the front-end blocked a write.
         """
         if result & flags.BLOCKED:
-            raise PeerError(_BLOCKED)
+            raise PeerError(BLOCKED)
         if result & flags.UNSIGNALLED:
             self._log.report("signal", f"vring {self.index}: the front-end cannot be signalled")
         if result & flags.MORE:
@@ -236,7 +244,7 @@ class Vring:
             f"vring stopped: {cause}", f"vring {self.index} stopped until its reset: {cause}"
         )
         self._update()
-        self._signal(self._error_fd)
+        signal(self._error_fd, self._log)
 
     def _set_base(self, base: int) -> None:
         self.queue.set_base(base)
@@ -257,29 +265,14 @@ class Vring:
         self.running = running
         if started:
             self.pending = True
-            self._signal(self.call_fd)
+            self.queue.mark_written()
+            signal(self.call_fd, self._log)
         elif not running:
             self.pending = False
 
     def _refuse_running(self) -> None:
         if self.running:
             raise ValueError("the vring is running: GET_VRING_BASE stops it")
-
-    def _signal(self, fd: int) -> None:
-        if fd < 0:
-            return
-        room = select.poll()
-        room.register(fd, select.POLLOUT)
-        if not any(events & select.POLLOUT for _, events in room.poll(0)):
-            return  # full: an earlier signal is pending
-        try:
-            os.eventfd_write(fd, 1)  # unlike os.write(), returns when a signal interrupts it
-        except BlockingIOError:
-            pass  # full by now
-        except InterruptedError:
-            raise PeerError(_BLOCKED) from None
-        except OSError as error:
-            self._log.report("signal", f"a front-end cannot be signalled: {error.strerror}")
 
 
 def _copy(fd: int) -> int:

@@ -178,6 +178,8 @@ _WITH_FDS = (
     Request.ADD_MEM_REG,
     Request.SET_BACKEND_REQ_FD,
     Request.SET_INFLIGHT_FD,
+    Request.SET_LOG_BASE,
+    Request.SET_LOG_FD,
 )
 
 
@@ -244,6 +246,22 @@ class VringAddress(NamedTuple):
     def unpack(cls, payload: bytes) -> Self:
         """From the payload; ValueError unless it has 40 bytes."""
         return cls(*_unpack(_VRING_ADDRESS, payload))
+
+
+class LogDescription(NamedTuple):
+    """A description of the dirty log: its bytes in a file, and their offset there."""
+
+    mmap_size: int
+    mmap_offset: int
+
+    def pack(self) -> bytes:
+        """The 16 bytes of the payload."""
+        return _LOG.pack(*self)
+
+    @classmethod
+    def unpack(cls, payload: bytes) -> Self:
+        """From the payload; ValueError unless it has 16 bytes."""
+        return cls(*_unpack(_LOG, payload))
 
 
 class MemoryRegion(NamedTuple):

@@ -19,4 +19,7 @@ MAPPED_PER_AREA_BITS = 32
 MAX_RENEWED = 1 << 36  # bytes
 MAX_MAPPED = 1 << 46  # bytes, of all regions
 
+# A dirty log of the size above has no bit for this guest address, nor for any behind it.
+LOG_ADDRESS_END = 1 << 62
+
 SLEEP_MS = 1000  # without an event; then serve() returns, because its caller may have work to do

@@ -36,3 +36,6 @@ VIRTQ_EVENT_SIZE = 4
 RING_EVENT_FLAGS_ENABLE = 0
 RING_EVENT_FLAGS_DISABLE = 1
 RING_EVENT_FLAGS_DESC = 2
+
+# Dirty log of the vhost-user protocol: bytes of guest memory for one bit.
+VHOST_LOG_PAGE = 4096
