@@ -36,6 +36,7 @@ from tests.support.recorded import PROTOCOL, InflightRegion
 from tests.support.supervised import Supervised
 from vhost_rpmb.driver.errors import RequestRefusedError
 from vhost_rpmb.driver.frontend import PROTOCOL_FEATURES
+from vhost_rpmb.driver.packed import PackedRing
 from vhost_rpmb.driver.rpmb import RpmbClient, Setup
 from vhost_rpmb.engine import Engine
 from vhost_rpmb.vhost_user import wire
@@ -51,6 +52,7 @@ FEATURES = [
     | 1 << virtio.VIRTIO_F_EVENT_IDX
     | 1 << virtio.VIRTIO_F_INDIRECT_DESC,
 ]
+PACKED = 1 << virtio.VIRTIO_F_RING_PACKED
 
 
 class Storm:
@@ -250,11 +252,16 @@ def killing(supervised: Supervised, chance: random.Random) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("odds", "recorded"),
-    [(0, False), (60, False), (60, True)],
-    ids=["signals", "steps", "steps with an in-flight region"],
+    ("odds", "recorded", "ring"),
+    [(0, False, 0), (60, False, 0), (60, True, 0), (0, False, PACKED), (60, True, PACKED)],
+    ids=[
+        *("signals", "steps", "steps with an in-flight region"),
+        *("signals, packed", "steps with an in-flight region, packed"),
+    ],
 )
-def test_storm(tmp_path: Path, engine: Engine, home: Home, odds: int, recorded: bool) -> None:
+def test_storm(
+    tmp_path: Path, engine: Engine, home: Home, odds: int, recorded: bool, ring: int
+) -> None:
     seed = random.randrange(1 << 32)
     chance = random.Random(seed)
     fate = tmp_path / "fate"
@@ -263,14 +270,15 @@ def test_storm(tmp_path: Path, engine: Engine, home: Home, odds: int, recorded: 
     with Supervised(
         tmp_path,
         engine=engine.name,
-        command=[*command, *home.options, "-v", *SANDBOX],
+        command=[*command, *home.options, "-v", *SANDBOX, "--virtio-features=+packed"],
     ) as supervised:
-        features = chance.choice(FEATURES)
+        features = chance.choice(FEATURES) | ring
         protocol = PROTOCOL if recorded else PROTOCOL_FEATURES
         setup = Setup(features=features, protocol_features=protocol)
         client = RpmbClient.connect(supervised.path, timeout=PATIENCE, setup=setup)
         try:
             with client:
+                assert isinstance(client.ring, PackedRing) == bool(ring)
                 storm = Storm(client, chance, InflightRegion(client) if recorded else None)
                 storm.program()
                 if odds:

@@ -24,7 +24,7 @@ from vhost_rpmb.storage.fleet.etcd import Etcd
 from vhost_rpmb.storage.fleet.presence import Presence
 from vhost_rpmb.storage.fleet.store import FleetStore
 from vhost_rpmb.storage.local import database, store
-from vhost_rpmb.vhost_user import inflight, intake, session, vring
+from vhost_rpmb.vhost_user import inflight, inflight_packed, intake, session, vring
 
 _ODDS = struct.Struct("=II")  # and how many in a row died before they served anything
 
@@ -40,6 +40,8 @@ STEPS: list[tuple[Any, str]] = [
     (session.Session, "restore"),
     (session.Session, "run"),
     (inflight.Record, "recover"),
+    (inflight.Record, "store"),
+    (inflight_packed, "resume"),
     (vring.Vring, "recover"),
     (vring.Vring, "_signal"),
     (store.Store, "commit"),

@@ -8,6 +8,7 @@ import sys
 
 from tests.support.daemon import until
 from vhost_rpmb.driver.frontend import PROTOCOL_FEATURES
+from vhost_rpmb.driver.packed import PackedRing
 from vhost_rpmb.driver.rpmb import RpmbClient
 from vhost_rpmb.vhost_user import inflight
 from vhost_rpmb.vhost_user.wire import InflightDescription, ProtocolFeature, Request
@@ -25,6 +26,7 @@ class InflightRegion:
         os.ftruncate(self.fd, self.size)
         self._description = InflightDescription(self.size, 0, 1, size).pack()
         self._client = client
+        self._packed = isinstance(client.ring, PackedRing)
         self.use()
 
     def use(self) -> None:
@@ -48,10 +50,15 @@ class InflightRegion:
 
     @property
     def _used_index(self) -> int:
-        return int.from_bytes(os.pread(self.fd, 2, 14), sys.byteorder)
+        if not self._packed:
+            return int.from_bytes(os.pread(self.fd, 2, 14), sys.byteorder)
+        index = int.from_bytes(os.pread(self.fd, 2, 16), sys.byteorder)
+        (wrap,) = os.pread(self.fd, 1, 20)
+        return (index | wrap << 15) * 0x1_0001  # as a vring base
 
     @property
     def _in_flight(self) -> int:
         """The number of chains that are marked as taken and not answered."""
-        entries = os.pread(self.fd, 16 * self._client.ring.size, 16)
-        return sum(entries[::16])
+        entry = 32 if self._packed else 16
+        entries = os.pread(self.fd, entry * self._client.ring.size, entry)
+        return sum(entries[::entry])

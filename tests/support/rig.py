@@ -17,7 +17,7 @@ from vhost_rpmb.rpmb import spec
 from vhost_rpmb.storage.interface import Store
 from vhost_rpmb.storage.local.opening import open_store
 from vhost_rpmb.storage.paths import Paths
-from vhost_rpmb.vhost_user import inflight
+from vhost_rpmb.vhost_user import inflight, inflight_packed
 from vhost_rpmb.vhost_user.wire import MemoryRegion
 from vhost_rpmb.virtio import spec as virtio
 from vhost_rpmb.virtio.flags import MORE
@@ -119,6 +119,9 @@ class Rig(Closing):
         used = self.queue.used
         assert record is not None
         assert used is not None
+        if self.queue.packed:
+            inflight_packed.resume(self.queue, record, self.ring.size)
+            return
         found = record.recover(self.ring.size, used, self.queue.base)
         self.queue.set_base(found.base)
         self.queue.resume(used, memory, record.offset, found.last, found.heads)

@@ -250,6 +250,19 @@ def test_record_that_has_too_few_descriptors_stops_the_vring(
     assert "expected a record for 16 descriptors, found room for 8" in caplog.text
 
 
+def test_size_that_grows_while_the_vring_is_disabled_ends_the_record(
+    ready: Peer, memory: GuestMemory, ring: Ring, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The record has no entries for a larger ring."""
+    ready.start(ring)
+    for enable, size in ((0, 8 * SIZE), (1, 0)):
+        assert not ready.ack(Request.SET_VRING_ENABLE, VringState(0, enable).pack())
+        if size:
+            assert not ready.ack(Request.SET_VRING_NUM, VringState(0, size).pack())
+    assert "expected a record for 64 descriptors, found room for 8" in caplog.text
+    assert signalled(ring.error_fd)
+
+
 def test_record_of_another_ring_is_cleared_and_the_base_counts(
     ready: Peer, ring: Ring, region: int, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -12,6 +12,7 @@ Behaviour that the protocol leaves open:
   stay through all of these: front-ends send them once.
 - SET_OWNER on a connection that has an owner begins a new session. Protocol features stay: they are
   negotiated before it.
+- SET_FEATURES does not change the format of a ring that runs, and begins a new one otherwise.
 - A front-end enables dirty logging although it was not offered: QEMU does on the monitor command
   calc-dirty-rate, and aborts with the whole VM if that is refused. Without LOG_SHMFD, SET_LOG_BASE,
   VHOST_F_LOG_ALL and the log flag of SET_VRING_ADDR are accepted without effect.
@@ -23,6 +24,7 @@ Behaviour that the protocol leaves open:
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection
 
 from vhost_rpmb.errors import PeerError
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MAX_MEM_SLOTS", "MESSAGES", "PROTOCOL_FEATURES", "UNKNOWN", "Backend", "Reply", "Row"]
 
+_LEAST_RECORDED = 1024  # descriptors in a region of our own, so that a size may change
 MAX_MEM_SLOTS = 509  # the limit of the kernel's vhost
 PROTOCOL_FEATURES = (
     ProtocolFeature.MQ
@@ -111,6 +114,20 @@ class Backend:
             log=self.dirty_log.save(self._store),
         )
 
+    def keep_rings(self) -> None:
+        """Give rings that have started what another process needs to continue them.
+
+        That is an in-flight region, if the front-end sent none. Before they are served.
+        """
+        if not any(vring.needs_record for vring in self.vrings):
+            return
+        size = max(_LEAST_RECORDED, *(vring.size for vring in self.vrings))
+        description, fd = inflight.create(len(self.vrings), size)
+        try:
+            self._use_inflight(saved.Inflight(self._store(fd), *description), fd)
+        finally:
+            os.close(fd)
+
     def restore(self, state: State, descriptor: Callable[[int], int]) -> None:
         """Continue from the state of another process, before anything else; ValueError, OSError.
 
@@ -162,6 +179,9 @@ class Backend:
         excess = features & ~accepted
         if excess:
             raise ValueError(f"feature bits 0x{excess:x} were not offered")
+        packed = bool(features >> virtio.VIRTIO_F_RING_PACKED & 1)
+        if any(vring.running and vring.queue.packed != packed for vring in self.vrings):
+            raise ValueError("a vring is running: its format can change when it is stopped only")
         self._features = features
         self.dirty_log.set_features(features)
         for vring in self.vrings:

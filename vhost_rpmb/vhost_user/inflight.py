@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The in-flight region: memory of the front-end that outlives this process (INFLIGHT_SHMFD).
 
-It records, for each vring, the chains that were taken and not answered. The layout of a split
+It records, for each vring, the chains that were taken and not answered; of a packed ring in the
+layout of `vhost_rpmb.vhost_user.inflight_packed`. The layout of a split
 ring's record, in the byte order of the machine, is that of the vhost-user text:
 
     0 u64 features (0), 8 u16 version (0: fresh, 1), 10 u16 desc_num, 12 u16 last_batch_head,
@@ -52,6 +53,7 @@ __all__ = [
 
 _HEADER = struct.Struct("=QHHHH")  # features, version, desc_num, last_batch_head, used_idx
 _ENTRY = struct.Struct("=B5xHQ")  # inflight, next, counter
+_VERSION_AT = 8
 _USED_INDEX = 14  # offset of used_idx
 _COUNTER = 8  # offset in an entry
 VERSION = 1
@@ -147,17 +149,33 @@ class Record:
         self.offset = offset
         self._queue_size = queue_size
 
-    def recover(self, size: int, used_index: int, base: int) -> Recovery:
-        """Return the state of a ring of ``size`` descriptors, and complete what was interrupted.
-
-        ``used_index``: of the ring. ``base``: by SET_VRING_BASE. InvalidRecordError changes
-        nothing. May be interrupted at any store itself.
-        """
+    def check_size(self, size: int) -> None:
+        """InvalidRecordError if it has no room for a ring of ``size`` descriptors."""
         if size > self._queue_size:
             raise InvalidRecordError(
                 f"expected a record for {size} descriptors, found room for {self._queue_size}"
             )
-        raw = self.memory.read(self.offset, _HEADER.size + size * _ENTRY.size)
+
+    def read(self, length: int) -> bytes:
+        """Return its first bytes."""
+        return self.memory.read(self.offset, length)
+
+    def store(self, offset: int, data: bytes) -> None:
+        """Store bytes in it."""
+        self.memory.write(self.offset + offset, data)
+
+    def clear(self) -> None:
+        """Make it fresh: the ring begins where SET_VRING_BASE says."""
+        self.store(_VERSION_AT, _U16.pack(0))
+
+    def recover(self, size: int, used_index: int, base: int) -> Recovery:
+        """Return the state of a split ring of this size, and complete what was interrupted.
+
+        ``used_index``: of the ring. ``base``: by SET_VRING_BASE. InvalidRecordError changes
+        nothing. May be interrupted at any store itself.
+        """
+        self.check_size(size)
+        raw = self.read(_HEADER.size + size * _ENTRY.size)
         features, version, count, last, recorded = _HEADER.unpack_from(raw)
         if not version:
             return self._initialise(size, used_index, base)
@@ -179,12 +197,12 @@ class Record:
             raise InvalidRecordError("expected different counters, found two that are equal")
         heads = tuple(head for _, head in marked)
         for head in published:
-            self._store(_HEADER.size + head * _ENTRY.size, b"\0")
-        self._store(_USED_INDEX, _U16.pack(used_index))
+            self.store(_HEADER.size + head * _ENTRY.size, b"\0")
+        self.store(_USED_INDEX, _U16.pack(used_index))
         # From 0 on, so that no counter ever reaches its end. Each one shrinks or stays, which keeps
         # their order at any interruption.
         for counter, head in enumerate(heads):
-            self._store(_HEADER.size + head * _ENTRY.size + _COUNTER, _U64.pack(counter))
+            self.store(_HEADER.size + head * _ENTRY.size + _COUNTER, _U64.pack(counter))
         return Recovery((used_index + len(heads)) & 0xFFFF, heads, last, cleared=False)
 
     def _initialise(self, size: int, used_index: int, base: int) -> Recovery:
@@ -193,18 +211,15 @@ class Record:
         # answers in order leaves nothing there when it stops: it was killed before it came here.
         if (base - used_index) & 0xFFFF <= size:
             base = used_index
-        self._store(0, _HEADER.pack(0, 0, size, 0, used_index) + bytes(size * _ENTRY.size))
-        self._store(8, _U16.pack(VERSION))
+        self.store(0, _HEADER.pack(0, 0, size, 0, used_index) + bytes(size * _ENTRY.size))
+        self.store(_VERSION_AT, _U16.pack(VERSION))
         return Recovery(base, (), 0, cleared=False)
 
     def _clear(self, size: int, used_index: int, base: int) -> Recovery:
         """Begin a record anew that does not fit the ring's used index."""
-        self._store(_HEADER.size, bytes(size * _ENTRY.size))
-        self._store(_USED_INDEX, _U16.pack(used_index))
+        self.store(_HEADER.size, bytes(size * _ENTRY.size))
+        self.store(_USED_INDEX, _U16.pack(used_index))
         return Recovery(base, (), 0, cleared=True)
-
-    def _store(self, offset: int, data: bytes) -> None:
-        self.memory.write(self.offset + offset, data)
 
 
 def _places(size: int) -> range:

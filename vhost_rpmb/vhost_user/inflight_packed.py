@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The in-flight record of a packed ring: bytes to the state that a ring continues from.
 
-No ring has this format yet; the record is that of the vhost-user text, in the byte order of the
-machine:
+The layout is that of the vhost-user text, in the byte order of the machine:
 
     0 u64 features (0), 8 u16 version (0: fresh, 1), 10 u16 desc_num, 12 u16 free_head,
     14 u16 old_free_head, 16 u16 used_idx, 18 u16 old_used_idx, 20 u8 used_wrap_counter,
@@ -12,7 +11,8 @@ machine:
 
 The ring's descriptors are overwritten by answers, so that the record has copies. Its entries are a
 free list from free_head on, which ends at desc_num, and the entries of each chain in flight. The
-order of the stores, of which a killed process leaves the first ones:
+order of an engine's stores (`vhost_rpmb._pure.inflight`), of which a killed process leaves the
+first ones:
 
 - Taking a chain, whose first entry is the head of the free list: num = 0, its counter, inflight
   = 1; for each descriptor its copy, num, free_head = next; last; then old_free_head = free_head.
@@ -24,6 +24,9 @@ order of the stores, of which a killed process leaves the first ones:
 
 So where used and old_used differ, the ring's descriptor at old_used_idx tells whether the driver
 has seen the batch.
+
+Unlike a split ring, a packed one does not say in guest memory where it continues. So a record that
+is not fresh wins over SET_VRING_BASE, which after a crash is an old value.
 """
 
 from __future__ import annotations
@@ -32,10 +35,17 @@ import struct
 from collections.abc import Callable
 
 from vhost_rpmb.typed import NamedTuple
-from vhost_rpmb.vhost_user.inflight import VERSION, InvalidRecordError, check_header, check_marks
+from vhost_rpmb.vhost_user.inflight import (
+    VERSION,
+    InvalidRecordError,
+    Record,
+    check_header,
+    check_marks,
+)
+from vhost_rpmb.vhost_user.interfaces import Virtqueue
 from vhost_rpmb.virtio import spec as virtio
 
-__all__ = ["PackedRecovery", "Position", "initial", "recover"]
+__all__ = ["PackedRecovery", "Position", "initial", "recover", "resume"]
 
 # features, version, desc_num, free_head, old_free_head, used_idx, old_used_idx, and both wraps
 _HEADER = struct.Struct("=QHHHHHHBB10x")
@@ -47,6 +57,8 @@ _FREE_HEADS = struct.Struct("=HH")
 _FREE_HEADS_AT = 12
 _USED = struct.Struct("=HHBB2x")
 _USED_AT = 16
+_VERSION = struct.Struct("=H")
+_VERSION_AT = 8
 _COUNTER = struct.Struct("=Q")
 _COUNTER_AT = 8
 _AVAILABLE_OR_USED = virtio.VIRTQ_DESC_F_AVAIL | virtio.VIRTQ_DESC_F_USED
@@ -140,6 +152,31 @@ def recover(record: bytes, size: int, flags_of: Callable[[int], int]) -> PackedR
         slots=tuple(reversed(slots)) if undone else (),
         stores=tuple(stores),
     )
+
+
+def resume(queue: Virtqueue, record: Record, size: int) -> None:
+    """Continue a packed ring whose parts are there where its record says, and keep the record.
+
+    A fresh record begins at the ring's base. InvalidRecordError changes nothing. May be interrupted
+    at any store.
+    """
+    record.check_size(size)
+    content = record.read(_place(size))
+    if not _VERSION.unpack_from(content, _VERSION_AT)[0]:
+        base = queue.base >> 16
+        content = initial(size, Position(base & 0x7FFF, base >> 15))
+        rest = _VERSION_AT + _VERSION.size
+        record.store(rest, content[rest:])
+        record.store(0, content[:rest])  # with its version at the end
+    found = recover(content, size, lambda slot: _DESCRIPTOR.unpack(queue.read_slot(slot))[3])
+    for slot, descriptor in found.slots:
+        queue.write_slot(slot, descriptor)
+    recovered = bytearray(content)
+    for offset, data in found.stores:
+        record.store(offset, data)
+        recovered[offset : offset + len(data)] = data
+    queue.set_base(queue.base)  # a broken ring works again
+    queue.resume_packed(record.memory, record.offset, bytes(recovered), found.heads)
 
 
 def _is_available(flags: int, wrap: int) -> bool:

@@ -182,8 +182,12 @@ class Virtqueue(Protocol):
     """A virtqueue in guest memory; the setters raise ValueError."""
 
     @property
+    def packed(self) -> bool:
+        """Whether the ring is a packed one."""
+
+    @property
     def base(self) -> int:
-        """The next index in the available ring."""
+        """The position of the next chain, as GET_VRING_BASE has it."""
 
     @property
     def error(self) -> str:
@@ -191,13 +195,13 @@ class Virtqueue(Protocol):
 
     @property
     def used(self) -> int | None:
-        """The used index, of a ring that was not served yet from its memory; None without it."""
+        """The used position, of a ring that was not served yet from its memory; None without it."""
 
     def reset(self) -> None:
         """Return to the initial state."""
 
     def set_size(self, size: int) -> None:
-        """Set the number of descriptors."""
+        """Set the number of descriptors; another one ends the record of what is in flight."""
 
     def set_addresses(self, descriptor_table: int, available_ring: int, used_ring: int) -> None:
         """Set the user addresses of the three parts."""
@@ -208,16 +212,25 @@ class Virtqueue(Protocol):
     def mark_written(self) -> None:
         """Mark all that may have been written to the ring before."""
 
-    def set_base(self, index: int) -> None:
-        """Set the next index, and repair a broken virtqueue."""
+    def set_base(self, base: int) -> None:
+        """Set the position of the next chain, and repair a broken virtqueue."""
 
     def set_features(self, features: int) -> None:
-        """Set the negotiated virtio feature bits."""
+        """Set the negotiated virtio feature bits; another ring format begins a new ring."""
 
     def resume(
         self, used_index: int, region: Any, offset: int, last: int, heads: Sequence[int]
     ) -> None:
-        """Continue at a used index, and keep the record of what is in flight."""
+        """Continue a split ring at a used index, and keep the record of what is in flight."""
+
+    def resume_packed(self, region: Any, offset: int, record: bytes, heads: Sequence[int]) -> None:
+        """Continue a packed ring where its record says, and keep the record."""
+
+    def read_slot(self, slot: int) -> bytes:
+        """Return a descriptor of a packed ring, whose memory is there."""
+
+    def write_slot(self, slot: int, descriptor: bytes) -> None:
+        """Store a descriptor of a packed ring, whose memory is there."""
 
     def take_faults(self) -> dict[str, int]:
         """Return the number of broken chains for each broken rule since the last call."""

@@ -27,7 +27,7 @@ _INFLIGHT = struct.Struct("=QQQHH")
 _LOG = struct.Struct("=QQQQ")
 _COMPLETE = struct.Struct("=B")
 _NUMBER = struct.Struct("=Q")
-_ENABLED, _HAS_ADDRESSES, _RUNNING, _MARKED = 1, 2, 4, 8
+_ENABLED, _HAS_ADDRESSES, _RUNNING, _MARKED, _KEPT = 1, 2, 4, 8, 16
 
 
 class SavedRegion(NamedTuple):
@@ -41,8 +41,10 @@ class SavedVring(NamedTuple):
     """The settings of a vring, its position and its descriptors.
 
     A vring that ``running`` is set for continues at the used index in guest memory plus ``ahead``,
-    any other at ``base``; ``used`` is the used index when the record was saved. The dirty log has
-    it at ``log_address``, None: not.
+    any other at ``base``; ``used`` is the used index when the record was saved. A packed ring that
+    runs continues where its in-flight record says, any other at ``base``, which is half of a base.
+    The dirty log has it at ``log_address``, None: not. ``kept``: the in-flight record is of the
+    ring that the connection has set up, not of an earlier one.
     """
 
     size: int
@@ -56,6 +58,7 @@ class SavedVring(NamedTuple):
     call: int
     error: int
     log_address: int | None = None
+    kept: bool = False
 
 
 class SavedLog(NamedTuple):
@@ -161,6 +164,7 @@ def pack_state(state: State) -> bytes:
             | _HAS_ADDRESSES * (vring.addresses is not None)
             | _RUNNING * vring.running
             | _MARKED * (vring.log_address is not None)
+            | _KEPT * vring.kept
         )
         parts.append(
             _VRING.pack(
@@ -263,6 +267,7 @@ def _take_vring(cursor: _Cursor) -> SavedVring:
         call=call,
         error=error,
         log_address=0 if flags & _MARKED else None,
+        kept=bool(flags & _KEPT),
     )
 
 

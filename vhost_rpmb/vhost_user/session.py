@@ -176,6 +176,7 @@ class Session:
         owed = Owed(data, [self._store(fd) for fd in fds])
         keeper = self._keeper
         if keeper is not None and keeper.active:
+            self._backend.keep_rings()
             self._set_state(self._backend.save())
         if keeper is None or not keeper.active:
             if data:

@@ -15,11 +15,12 @@ from collections.abc import Callable
 from vhost_rpmb.errors import PeerError
 from vhost_rpmb.log import Logger
 from vhost_rpmb.typed import TYPE_CHECKING
-from vhost_rpmb.vhost_user import foreign
+from vhost_rpmb.vhost_user import foreign, inflight_packed
 from vhost_rpmb.vhost_user.events import BLOCKED, signal
 from vhost_rpmb.vhost_user.inflight import InvalidRecordError, Record
 from vhost_rpmb.vhost_user.saved import SavedVring
 from vhost_rpmb.virtio import flags
+from vhost_rpmb.virtio import spec as virtio
 
 if TYPE_CHECKING:
     from vhost_rpmb.vhost_user.interfaces import Log, Virtqueue, Watcher
@@ -39,22 +40,27 @@ class Vring:
         self.pending = False
         self.kick_fd = -1
         self.call_fd = -1
-        self.used = 0  # the used index when another process's vring was restored
+        self.used = 0  # the used position when another process's vring was restored
         self._watcher = watcher
         self._log = log
-        self._size = 0  # 0: none was set
+        self.size = 0  # 0: none was set
         self._addresses: tuple[int, int, int] | None = None
         self._log_address: int | None = None
         self._enabled = False
         self._error_fd = -1
         self._record: Record | None = None
         self._recovered = False  # the record was read since the base was set
+        self._kept = False  # it is of the ring that this connection has set up
         self._fault = ""  # of the record: the vring does not run
 
     # Settings; ValueError changes nothing
 
     def set_features(self, features: int) -> None:
-        """Set the negotiated virtio feature bits."""
+        """Set the negotiated virtio feature bits; the ring format only while it does not run."""
+        packed = bool(features >> virtio.VIRTIO_F_RING_PACKED & 1)
+        if packed != self.queue.packed:
+            self._forget()
+            self._recovered = False
         self.queue.set_features(features)
         self._update()
 
@@ -62,7 +68,9 @@ class Vring:
         """Set the number of descriptors; not while it runs, as in the kernel's vhost."""
         self._refuse_running()
         self.queue.set_size(size)
-        self._size = size
+        if size != self.size:
+            self._recovered = False  # the record has as many entries
+        self.size = size
         self._update()
 
     def set_addresses(
@@ -80,13 +88,17 @@ class Vring:
         self._update()
 
     def set_base(self, base: int) -> None:
-        """Set the next available index; not while it runs. Repairs a broken vring."""
+        """Set the position of the next chain; not while it runs. Repairs a broken vring."""
         self._refuse_running()
+        before = self.queue.base
         self._set_base(base)
+        if self.queue.packed and self.queue.base != before:
+            self._forget()
 
     def set_record(self, record: Record | None) -> None:
         """Set the record of what is in flight; not while it runs."""
         self._record = record
+        self._kept = False
         self._set_base(self.queue.base)
 
     def enable(self, enabled: bool) -> None:
@@ -97,10 +109,12 @@ class Vring:
     def reset(self, features: int, enabled: bool) -> None:
         """Return to the initial state; call and error descriptors stay."""
         self.stop()
+        if self.queue.packed:
+            self._forget()
         self.queue.reset()
         self.queue.set_features(features)
-        self._size, self._addresses, self._log_address = 0, None, None
-        self._recovered = False
+        self.size, self._addresses, self._log_address = 0, None, None
+        self._recovered = self._kept = False
         self._fault = ""
         self.enable(enabled)
 
@@ -147,14 +161,15 @@ class Vring:
 
     def save(self, store: Callable[[int], int]) -> SavedVring:
         """Everything that another process needs; ``store`` returns the number of a descriptor."""
-        base, used = self.queue.base, self.queue.used or 0
+        used = self.queue.used or 0
+        base = self.queue.base & 0xFFFF  # of a packed ring: there is nothing in flight
         kick, call, error = (
             store(fd) if fd >= 0 else 0 for fd in (self.kick_fd, self.call_fd, self._error_fd)
         )
-        ahead = base - used & 0xFFFF
+        ahead = 0 if self.queue.packed else base - used & 0xFFFF
         return SavedVring(
-            *(self._size, self._addresses, self._enabled, self.running, base, ahead, used),
-            *(kick, call, error, self._log_address),
+            *(self.size, self._addresses, self._enabled, self.running, base, ahead, used),
+            *(kick, call, error, self._log_address, self._kept),
         )
 
     def restore(self, saved: SavedVring, features: int, descriptor: Callable[[int], int]) -> None:
@@ -165,10 +180,15 @@ class Vring:
         if saved.addresses is not None:
             self.set_addresses(*saved.addresses, saved.log_address)
         self._enabled = saved.enabled
+        self._kept = saved.kept
         self.used, base = saved.used, saved.base
-        if saved.running and (used := self.queue.used) is not None:
+        if self.queue.packed:
+            base |= base << 16
+        elif saved.running and (used := self.queue.used) is not None:
             self.used, base = used, used + saved.ahead & 0xFFFF  # chains complete in order
         self.queue.set_base(base)
+        if self.queue.packed:
+            self._restore_packed(saved.running)
         if saved.call:
             self.call_fd = _copy(descriptor(saved.call))
         if saved.error:
@@ -182,6 +202,23 @@ class Vring:
                 raise
             self.kick_fd = kick_fd
         self._update()
+
+    def _restore_packed(self, running: bool) -> None:
+        """Find the position of a packed ring in its record; ValueError if it needs one."""
+        if running:
+            if self._record is None:
+                raise ValueError("expected an in-flight region of a packed ring, found none")
+            self.recover()
+            self.used = self.queue.base & 0xFFFF
+
+    @property
+    def needs_record(self) -> bool:
+        """Whether it runs, but no other process could continue it.
+
+        Guest memory does not say where a packed ring continues, and a batch that is published in
+        part has overwritten its requests.
+        """
+        return self.running and self.queue.packed and self._record is None
 
     # Serving
 
@@ -200,16 +237,22 @@ class Vring:
         """
         if self._recovered or self._record is None:
             return
-        used_index = self.queue.used
-        if used_index is None:
+        used = self.queue.used
+        if used is None:
             return  # the next batch finds the reason
-        self._recovered = True
+        self._recovered = self._kept = True
         try:
-            found = self._record.recover(self._size, used_index, self.queue.base)
+            if self.queue.packed:
+                inflight_packed.resume(self.queue, self._record, self.size)
+            else:
+                self._resume(self._record, used)
         except InvalidRecordError as error:
             self._fault = f"the in-flight region is invalid: {error}"
             self._stopped(self._fault)
-            return
+
+    def _resume(self, record: Record, used_index: int) -> None:
+        """Continue a split ring where its record says; InvalidRecordError."""
+        found = record.recover(self.size, used_index, self.queue.base)
         if found.cleared:
             self._log.report(
                 "in-flight region",
@@ -217,9 +260,17 @@ class Vring:
                 "cleared",
             )
         self.queue.set_base(found.base)
-        self.queue.resume(
-            used_index, self._record.memory, self._record.offset, found.last, found.heads
-        )
+        self.queue.resume(used_index, record.memory, record.offset, found.last, found.heads)
+
+    def _forget(self) -> None:
+        """Make the record of another ring that this connection had set up fresh.
+
+        That ring is stopped and answered. A record of an earlier connection stays: it says where
+        the ring of a back-end that was killed continues.
+        """
+        if self._record is not None and self._kept:
+            self._record.clear()
+            self._kept = False
 
     def handle(self, result: int) -> None:
         """Handle the flags that the engine's loop returned for this vring.
@@ -256,7 +307,7 @@ class Vring:
         """Start or stop the vring after a change of anything that decides whether it runs."""
         running = (
             self._enabled
-            and self._size > 0
+            and self.size > 0
             and self._addresses is not None
             and self.kick_fd >= 0
             and not (self.queue.error or self._fault)

@@ -12,6 +12,7 @@ OPTIONAL = {
     "event-idx": 1 << spec.VIRTIO_F_EVENT_IDX,
     "in-order": 1 << spec.VIRTIO_F_IN_ORDER,
     "indirect-desc": 1 << spec.VIRTIO_F_INDIRECT_DESC,
+    "packed": 1 << spec.VIRTIO_F_RING_PACKED,
 }
 REQUIRED = 1 << spec.VIRTIO_F_VERSION_1
 DEFAULT = REQUIRED | OPTIONAL["event-idx"] | OPTIONAL["in-order"] | OPTIONAL["indirect-desc"]
