@@ -16,6 +16,7 @@ from vhost_rpmb.storage.fleet.engine import (
     Compare,
     Delete,
     Get,
+    LeaseEnded,
     Operation,
     Page,
     Put,
@@ -137,7 +138,7 @@ class Cluster:
         operations = success if succeeded else failure
         puts = [each for each in operations if isinstance(each, Put)]
         if any(put.lease and put.lease not in self.leases for put in puts):
-            raise Refused("the lease has ended")
+            raise LeaseEnded("the lease has ended")
         if puts and self.full:
             raise Refused("no space")
         found = {}

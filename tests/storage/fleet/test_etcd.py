@@ -17,7 +17,16 @@ from tests.support.etcd import EtcdCluster
 from tests.support.fake_engine import Cluster
 from tests.support.oracle import KEY
 from vhost_rpmb.storage.fleet.administration import create
-from vhost_rpmb.storage.fleet.engine import Compare, Delete, Engine, Get, Page, Put, Refused
+from vhost_rpmb.storage.fleet.engine import (
+    Compare,
+    Delete,
+    Engine,
+    Get,
+    LeaseEnded,
+    Page,
+    Put,
+    Refused,
+)
 from vhost_rpmb.storage.fleet.layout import Keys
 from vhost_rpmb.storage.fleet.opening import open_store
 from vhost_rpmb.storage.fleet.ownership import boot_time
@@ -74,9 +83,12 @@ def test_lease_removes_its_keys(each_engine: Engine, prefix: bytes) -> None:
 def test_put_on_an_ended_lease_is_refused(each_engine: Engine, prefix: bytes) -> None:
     lease = each_engine.grant(15)
     each_engine.revoke(lease)
-    with pytest.raises(Refused):
-        each_engine.txn([], [Put(prefix + b"a", b"1"), Put(prefix + b"b", b"1", lease)])
+    change = [Put(prefix + b"a", b"1"), Put(prefix + b"b", b"1", lease)]
+    with pytest.raises(LeaseEnded):
+        each_engine.txn([], change)
     assert each_engine.txn([Compare(prefix + b"a", None)], []).succeeded
+    # Only if the compares hold, so that it is known to have been applied never.
+    assert not each_engine.txn([Compare(prefix + b"a", b"1")], change).succeeded
 
 
 def test_key_put_again_leaves_its_lease(each_engine: Engine, prefix: bytes) -> None:

@@ -222,3 +222,17 @@ def test_devices_are_listed_by_few_requests(story: MemoryStory) -> None:
     assert [each.device for each in found if each.alive] == ["vm-1"]
     assert not any(each.quarantined for each in found)
     store.close()
+
+
+@pytest.mark.parametrize("kind", [Kind.LOSE_REQUEST, Kind.LOSE_ANSWER])
+def test_take_over_survives_an_outage_that_is_longer_than_its_lease(
+    story: MemoryStory, kind: Kind
+) -> None:
+    """Its first transaction has no answer, and the lease that it puts a key on ends meanwhile."""
+    cluster = story.cluster
+    first = cluster.count + 2  # after a read and a lease
+    began = cluster.now
+    cluster.plan = {number: Fault(kind) for number in range(first, first + 40)}
+    store = story.open()
+    assert cluster.now - began > LEASE
+    assert store.commit(0, [], KEY)

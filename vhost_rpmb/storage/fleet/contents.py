@@ -10,7 +10,7 @@ that was replaced by an older one is found. All of it replaced is a restored bac
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from vhost_rpmb.errors import StateError
@@ -62,10 +62,11 @@ class Contents(NamedTuple):
 
 
 class State(NamedTuple):
-    """The state in memory, and the head that it belongs to."""
+    """The state in memory, the head that it belongs to, and the owner's records at that time."""
 
     device: Device
     contents: Contents
+    found: Mapping[bytes, bytes]
 
     def without_head(self) -> State:
         """Return the same memory as the state of no head that exists: it may be parts of two."""

@@ -16,6 +16,7 @@ __all__ = [
     "Delete",
     "Engine",
     "Get",
+    "LeaseEnded",
     "Operation",
     "Page",
     "Put",
@@ -26,6 +27,13 @@ __all__ = [
 
 class Refused(Exception):
     """The engine refused the request: it was not applied and never will be."""
+
+
+class LeaseEnded(Refused):
+    """A key was to be put on a lease that has ended, which no lease will ever do again.
+
+    All compares held, so no earlier copy of the transaction was applied, and no later one can be.
+    """
 
 
 class Unknown(Exception):

@@ -22,6 +22,7 @@ from vhost_rpmb.storage.fleet.engine import (
     Compare,
     Delete,
     Get,
+    LeaseEnded,
     Operation,
     Page,
     Put,
@@ -131,7 +132,7 @@ class Etcd:
 
     def revoke(self, lease: int) -> None:
         """End a lease; see `Engine`."""
-        with suppress(_LeaseNotFound):  # it has ended
+        with suppress(LeaseEnded):  # it has ended
             self._call("/v3/lease/revoke", json.dumps({"ID": str(lease)}), lambda _: None)
 
     def check_version(self) -> None:
@@ -199,7 +200,7 @@ class Etcd:
         ):
             return _TokenRefused(text)
         if code == _NOT_FOUND and "lease not found" in text:
-            return _LeaseNotFound(text)
+            return LeaseEnded(text)
         if code in _DEFINITE or (code == _EXHAUSTED and any(each in text for each in _LASTING)):
             return Refused(text)
         return self._unknown(text)
@@ -213,10 +214,6 @@ class Etcd:
 
 
 class _TokenRefused(Refused):
-    pass
-
-
-class _LeaseNotFound(Refused):
     pass
 
 

@@ -18,6 +18,7 @@ from vhost_rpmb.storage.fleet.contents import (
     open_device,
     update,
 )
+from vhost_rpmb.storage.fleet.engine import Answer
 from vhost_rpmb.storage.fleet.layout import Keys, Owner
 from vhost_rpmb.storage.fleet.ownership import Ownership, boot_time, present_owner, take_over
 from vhost_rpmb.storage.fleet.presence import Presence
@@ -49,25 +50,25 @@ class Opening(NamedTuple):
         If its owner changed it all the time, the state is blank and belongs to no head that exists.
         Raises StateError and `Stopped`.
         """
-        device = self._look_once(mode)
+        device, found = self._look_once(mode)
         with named_refusals(f"to give out {self.keys.device}"):
             for _ in range(_LOOKS):
                 try:
-                    return State(device, load(self.requests, self.keys, device))
+                    return State(device, load(self.requests, self.keys, device), found)
                 except StateError:
                     before = device.head_record
-                    device = self._look_once(mode)
+                    device, found = self._look_once(mode)
                     if device.head_record == before:
                         raise
-        return State(device, blank(device.info.size)).without_head()
+        return State(device, blank(device.info.size), found).without_head()
 
     def refresh(self, known: State) -> State:
         """Bring a state that was loaded without owning the device closer to the present one.
 
         Raises as `look` does, and StateError if the owner changed the device meanwhile.
         """
-        device = self._look_once("expired")
-        return State(device, update(self.requests, self.keys, device, known))
+        device, found = self._look_once("expired")
+        return State(device, update(self.requests, self.keys, device, known), found)
 
     def own(self, ownership: Ownership, known: State | None) -> FleetStore:
         """Return the store of a device that is owned now; ``known`` may be out of date.
@@ -78,11 +79,10 @@ class Opening(NamedTuple):
         requests, keys = self.requests, self.keys
         with ExitStack() as undo:
             undo.callback(ownership.release)
-            device, witness, revision = self._check(
-                lambda found: ownership.check(found.get(keys.owner))
-            )
+            revision = ownership.found.revision
+            device, witness = self._judge(ownership.found)
             contents = self._load_owned(ownership, device, known)
-            witness.record(keys.device, device.head, revision)
+            witness.note(keys.device, device.head, revision)
             store = FleetStore(
                 *(requests, keys, ownership, device, contents, witness, revision),
                 confirmed_reads=self.confirmed_reads,
@@ -101,20 +101,18 @@ class Opening(NamedTuple):
             Witness(self.witness_folder, b"").resources()._replace(ports=self.requests.engine.ports)
         )
 
-    def _look_once(self, mode: TakeOver) -> Device:
-        return self._check(lambda found: present_owner(self.keys, found, mode, self.presence))[0]
-
-    def _check(
-        self, check_owner: Callable[[Mapping[bytes, bytes]], object]
-    ) -> tuple[Device, Witness, int]:
-        """Read and check everything but the contents; return it with the engine's revision."""
+    def _look_once(self, mode: TakeOver) -> tuple[Device, Mapping[bytes, bytes]]:
+        """Read and check everything but the contents."""
         keys = self.keys
+        names = [keys.owner, keys.alive, keys.head, keys.info, keys.incarnation]
         with named_refusals(f"to give out {keys.device}"):
-            answer = self.requests.read(
-                [], [keys.owner, keys.alive, keys.head, keys.info, keys.incarnation]
-            )
-        found = answer.found
-        check_owner(found)
+            answer = self.requests.read([], names)
+        present_owner(keys, answer.found, mode, self.presence)
+        return self._judge(answer)[0], answer.found
+
+    def _judge(self, answer: Answer) -> tuple[Device, Witness]:
+        """Check the records of the device."""
+        keys, found = self.keys, answer.found
         device = open_device(keys, found.get(keys.info), found.get(keys.head), self.kek)
         incarnation = found.get(keys.incarnation, b"")
         if device.head.incarnation != incarnation:
@@ -124,29 +122,21 @@ class Opening(NamedTuple):
             )
         witness = Witness(self.witness_folder, incarnation)
         witness.check(keys.device, device.head, answer.revision)
-        return device, witness, answer.revision
+        return device, witness
 
     def _load_owned(self, ownership: Ownership, device: Device, known: State | None) -> Contents:
         """Load the state; of a device that was lost meanwhile the parts need not match."""
         requests, keys = self.requests, self.keys
-
-        def check_owner() -> None:
-            ownership.check(requests.read([], [keys.owner]).found.get(keys.owner))
-
         if known is not None and known.device.head_record == device.head_record:
             return known.contents
         with named_refusals(f"to give out {keys.device}"):
             try:
-                contents = (
-                    load(requests, keys, device)
-                    if known is None
-                    else update(requests, keys, device, known)
-                )
+                if known is None:
+                    return load(requests, keys, device)
+                return update(requests, keys, device, known)
             except StateError:
-                check_owner()
+                ownership.check(requests.read([], [keys.owner]).found.get(keys.owner))
                 raise
-            check_owner()
-        return contents
 
 
 def open_store(

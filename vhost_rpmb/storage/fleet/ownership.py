@@ -12,10 +12,18 @@ import secrets
 import socket
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 
 from vhost_rpmb.errors import Fenced, StateError, Stopped
-from vhost_rpmb.storage.fleet.engine import Compare, Get, Put, Refused, Unknown
+from vhost_rpmb.storage.fleet.engine import (
+    Answer,
+    Compare,
+    Get,
+    LeaseEnded,
+    Put,
+    Refused,
+    Unknown,
+)
 from vhost_rpmb.storage.fleet.layout import Keys, Malformed, Owner
 from vhost_rpmb.storage.fleet.presence import Claim, Presence
 from vhost_rpmb.storage.fleet.requests import Requests, named_refusals
@@ -49,7 +57,7 @@ class Ownership:
 
     ``until`` (in seconds of the clock): before that no other daemon can have become the owner by
     waiting for the end of the lease, so the state in memory is the latest one. The margin covers
-    clocks of different rates.
+    clocks of different rates. ``found``: the records of the device when it was taken over.
     """
 
     def __init__(
@@ -58,6 +66,7 @@ class Ownership:
         keys: Keys,
         owner: Owner,
         claim: Claim,
+        found: Answer,
         *,
         lease: int,
         lease_seconds: int,
@@ -67,6 +76,7 @@ class Ownership:
         self.record = owner.pack()
         self.owner = owner
         self.until = until
+        self.found = found
         self._requests = requests
         self._keys = keys
         self._claim = claim
@@ -140,11 +150,14 @@ class Ownership:
             self.check(answer.found.get(self._keys.owner))
         self._attached = answer.succeeded or answer.found.get(self._keys.alive) == mark
 
-    def release(self) -> None:
-        """Let another daemon take the device over at once: the end of the lease removes its key."""
+    def release(self, *, free: bool = False) -> None:
+        """Let another daemon take the device over at once: the end of the lease removes its key.
+
+        ``free``: that key was deleted, and the lease may end by itself.
+        """
         self.until = 0
-        revoked = False
-        for _ in range(_RELEASE_TRIES):
+        revoked = free
+        for _ in range(0 if free else _RELEASE_TRIES):
             try:
                 if self._lease:
                     self._requests.engine.revoke(self._lease)
@@ -213,59 +226,104 @@ def try_take_over(
     *,
     lease_seconds: int,
     clock: Callable[[], float] = boot_time,
+    seen: Mapping[bytes, bytes] | None = None,
 ) -> Ownership | Owner:
     """Become the owner of a device, or return the present one, whose lease has not ended.
 
     ``mode``: "expired" leaves a device to an owner that is alive, "never" refuses it with an error,
     "now" looks at no lease: writes of the previous owner fail from then on, but it may answer reads
     until it renews its lease, so it has to be dead. An owner of this host that ``presence`` proves
-    to be dead is replaced without its lease in each mode. Raises StateError and `Stopped`.
+    to be dead is replaced without its lease in each mode. ``seen``: the records as they were; if
+    the device was only released since, they need not be read. Raises StateError and `Stopped`.
     """
+    guess = seen is not None and mode == "expired"
+    attempt = None
     with named_refusals(f"to give out {keys.device}"):
-        while True:
-            found = requests.read([], [keys.owner, keys.alive]).found
-            before, alive = present_owner(keys, found, mode, presence)
-            if alive and mode != "now":
-                return before
-            # Of a dead or replaced owner only the token counts: its lease may go on.
-            leased = keys.alive in found
-            with ExitStack() as undo:
-                token = secrets.token_hex(16)
-                claim = presence.claim(token)  # before another daemon can see the token
-                undo.callback(claim.release, keep=True)
-                sent = clock()
-                lease = requests.grant(lease_seconds)
-                owner = Owner(before.epoch + 1, token, _HOST, os.getpid(), ACTIVE)
-                compare = [Compare(keys.owner, found[keys.owner])]
-                if mode != "now" and not leased:
-                    compare.append(Compare(keys.alive, None))
+        found = seen if seen is not None and guess else _read(requests, keys)
+        try:
+            while True:
+                before, alive = present_owner(keys, found, mode, presence)
+                if alive and mode != "now" and not guess:
+                    if attempt is not None:
+                        attempt.end(requests)
+                    return before
+                if attempt is None:
+                    attempt = _Attempt(requests, presence, lease_seconds, clock)
+                # Of a dead or replaced owner only the token counts: its lease may go on.
+                any_lease = mode == "now" or (keys.alive in found and not alive)
                 try:
-                    answer = requests.change(
-                        compare,
-                        [
-                            Put(keys.owner, owner.pack()),
-                            Put(keys.alive, alive_mark(owner, lease), lease),
-                        ],
-                        [Get(keys.owner)],
-                    )
-                except Stopped:
-                    _revoke(requests, lease)
-                    raise
+                    owner, answer = attempt.make(requests, keys, found, before, any_lease=any_lease)
+                except LeaseEnded:
+                    attempt.end(requests)
+                    attempt, found = None, _read(requests, keys)
+                    continue
                 if answer.succeeded or answer.found.get(keys.owner) == owner.pack():
-                    undo.pop_all()
                     presence.clear()
                     return Ownership(
                         requests,
                         keys,
                         owner,
-                        claim,
-                        lease=lease,
+                        attempt.claim,
+                        answer,
+                        lease=attempt.lease,
                         lease_seconds=lease_seconds,
-                        until=sent + reading_time(lease_seconds),
+                        until=attempt.sent + reading_time(lease_seconds),
                         clock=clock,
                     )
-                claim.release()
-                _revoke(requests, lease)
+                found, guess = answer.found, False
+        except BaseException as error:
+            if attempt is not None:
+                attempt.claim.release(keep=True)  # the change may be applied
+                if isinstance(error, Refused | StateError | Stopped):
+                    _revoke(requests, attempt.lease)
+            raise
+
+
+class _Attempt:
+    """A token, its lock and a lease, with which a device is about to be taken over."""
+
+    def __init__(
+        self,
+        requests: Requests,
+        presence: Presence,
+        lease_seconds: int,
+        clock: Callable[[], float],
+    ) -> None:
+        self.sent = clock()
+        self.lease = requests.grant(lease_seconds)
+        self._token = secrets.token_hex(16)
+        self.claim = presence.claim(self._token)  # before another daemon can see the token
+
+    def make(
+        self,
+        requests: Requests,
+        keys: Keys,
+        found: Mapping[bytes, bytes],
+        before: Owner,
+        *,
+        any_lease: bool,
+    ) -> tuple[Owner, Answer]:
+        """Replace the owner that was found; return the new one, and the records of the device."""
+        owner = Owner(before.epoch + 1, self._token, _HOST, os.getpid(), ACTIVE)
+        compare = [Compare(keys.owner, found[keys.owner])]
+        if not any_lease:
+            compare.append(Compare(keys.alive, None))
+        records = [Get(key) for key in (keys.head, keys.info, keys.incarnation)]
+        mark = alive_mark(owner, self.lease)
+        return owner, requests.change(
+            compare,
+            [Put(keys.owner, owner.pack()), Put(keys.alive, mark, self.lease), *records],
+            [Get(keys.owner), Get(keys.alive), *records],
+        )
+
+    def end(self, requests: Requests) -> None:
+        """Give it up: the change was definitely not applied."""
+        self.claim.release()
+        _revoke(requests, self.lease)
+
+
+def _read(requests: Requests, keys: Keys) -> Mapping[bytes, bytes]:
+    return requests.read([], [keys.owner, keys.alive]).found
 
 
 def present_owner(

@@ -20,6 +20,7 @@ from vhost_rpmb.storage.fleet.engine import (
     Compare,
     Engine,
     Get,
+    LeaseEnded,
     Operation,
     Page,
     Refused,
@@ -74,7 +75,7 @@ class Requests:
         """Apply a transaction of which each put compares what the transaction itself changes.
 
         Raises `Refused` if the first try was refused: nothing was applied. After a try without an
-        answer a refusal of the next one decides nothing. Raises `Stopped`.
+        answer a refusal of the next one decides nothing, except `LeaseEnded`. Raises `Stopped`.
         """
         return self._repeat(lambda: self.engine.txn(compare, success, failure), change=True)
 
@@ -112,6 +113,8 @@ class Requests:
         while True:
             try:
                 answer = request()
+            except LeaseEnded:
+                raise
             except Refused as error:
                 if not uncertain:
                     raise

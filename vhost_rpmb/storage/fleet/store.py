@@ -64,7 +64,7 @@ class FleetStore:
         self._requests = requests
         self._keys = keys
         self._ownership = ownership
-        self._witness = witness
+        self.witness = witness
         self._revision = revision
         self._device = device
         self._memory = contents.memory
@@ -126,7 +126,8 @@ class FleetStore:
         """Move ``until`` ahead; False if the engine does not answer. Raises `Fenced`."""
         renewed = self._ownership.renew()
         if renewed:
-            self._remember()
+            self._note()
+            self.witness.flush()
         return renewed
 
     def commit(
@@ -140,6 +141,16 @@ class FleetStore:
 
         False: the engine refused it, and nothing has changed. Raises `Fenced` and `Stopped`.
         """
+        return self._commit(counter, blocks, key, replay)
+
+    def _commit(
+        self,
+        counter: int,
+        blocks: list[tuple[int, bytes]],
+        key: bytes | None,
+        replay: Replay,
+        *more: Operation,
+    ) -> bool:
         before = self._head
         seq = before.seq + 1
         sealed = self._sealer.seal(Entry(counter, blocks, replay.pack()).pack(), Entry.place(seq))
@@ -149,7 +160,7 @@ class FleetStore:
             chain=chain(before.chain, sealed),
             programmed=before.programmed or key is not None,
         )
-        puts: list[Operation] = [Put(self._keys.entry(self._life, seq), sealed)]
+        puts: list[Operation] = [Put(self._keys.entry(self._life, seq), sealed), *more]
         if key is not None:
             puts.append(Put(self._keys.key(self._life), self._sealer.seal(key, b"key")))
         try:
@@ -271,23 +282,23 @@ class FleetStore:
         if not answer.succeeded and answer.found.get(self._keys.owner) != gone:
             self._check(answer, self._head_record)
 
-    def _remember(self) -> None:
-        self._witness.record(self._keys.device, self._head, self._revision)
+    def _note(self) -> None:
+        self.witness.note(self._keys.device, self._head, self._revision)
 
     def resources(self) -> Resources:
         """Return the folder of the witness and the ports of the engine."""
-        return self._witness.resources()._replace(ports=self._requests.engine.ports)
+        return self.witness.resources()._replace(ports=self._requests.engine.ports)
 
     def release(self) -> State:
         """Let another daemon take the device over at once; return the state and its head.
 
+        The caller has the witness record it.
         The replay record becomes empty if no answer is owed. That is tried once: an outage must not
         make the stop of a ring wait.
         """
-        if self.replay.chains and not self._owed:
-            self._empty_record()
-        self._ownership.release()
-        self._remember()
+        free = bool(self.replay.chains) and not self._owed and self._empty_record()
+        self._ownership.release(free=free)
+        self._note()
         return State(
             self._device._replace(head_record=self._head_record, head=self._head),
             Contents(
@@ -299,14 +310,19 @@ class FleetStore:
                 self.key,
                 self._last_chain,
             ),
+            {self._keys.owner: self._ownership.record},
         )
 
-    def _empty_record(self) -> None:
+    def _empty_record(self) -> bool:
+        """Empty the replay record, and delete the key "alive" with the same request."""
         once = Requests(self._requests.engine, stopping=lambda: True)
         requests, self._requests = self._requests, once
-        with suppress(Fenced, Stopped):
-            self.commit(self.counter, [], None)
-        self._requests = requests
+        try:
+            with suppress(Fenced, Stopped):
+                return self._commit(self.counter, [], None, NO_REPLAY, Delete(self._keys.alive))
+            return False
+        finally:
+            self._requests = requests
 
     def close(self) -> None:
         """Release the device and close the connection; idempotent."""
@@ -314,4 +330,5 @@ class FleetStore:
             return
         self._closed = True
         self.release()
+        self.witness.flush()
         self._requests.engine.close()

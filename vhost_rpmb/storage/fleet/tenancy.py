@@ -7,7 +7,7 @@ gives it up. Whoever starts a ring takes the device over, and a move that fails 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from vhost_rpmb.errors import StateError
 from vhost_rpmb.log import Logger
@@ -17,6 +17,7 @@ from vhost_rpmb.storage.fleet.engine import Refused
 from vhost_rpmb.storage.fleet.opening import Opening, say_waiting
 from vhost_rpmb.storage.fleet.ownership import Ownership, boot_time, try_take_over
 from vhost_rpmb.storage.fleet.store import FleetStore
+from vhost_rpmb.storage.fleet.witness import Witness
 from vhost_rpmb.storage.interface import Resources, TakeOver
 
 __all__ = ["Tenancy"]
@@ -47,6 +48,8 @@ class Tenancy:
         self._clock = clock
         self._state = opening.look(mode)
         self._store: FleetStore | None = None
+        self._witness: Witness | None = None  # of the last time that the device was owned
+        self._seen: Mapping[bytes, bytes] | None = self._state.found  # and not tried
         self._told = False  # that another daemon owns the device
         self._closed = False
         info = self._state.device.info
@@ -76,13 +79,16 @@ class Tenancy:
             self._opening.presence,
             lease_seconds=self.lease_seconds,
             clock=self._clock,
+            seen=self._seen,
         )
+        self._seen = None
         if not isinstance(outcome, Ownership):
             if not self._told:
                 say_waiting(keys.device, outcome)
                 self._told = True
             return False
         self._store = self._opening.own(outcome, self._state)
+        self._witness = self._store.witness
         self._mode, self._told = "expired", False
         logger.info("device %s is owned by this daemon", keys.device)
         return True
@@ -92,6 +98,7 @@ class Tenancy:
         self._told = False
         if self._store is not None:
             self._state = self._store.release()
+            self._seen = self._state.found
             self._store = None
             logger.info("device %s is released", self._opening.keys.device)
 
@@ -109,6 +116,7 @@ class Tenancy:
             return
         try:
             self._state = self._opening.refresh(self._state)
+            self._seen = self._state.found
         except (Refused, StateError):
             self._state = self._state.without_head()
 
@@ -155,12 +163,18 @@ class Tenancy:
 
     @property
     def checkpoint_due(self) -> bool:
-        """Whether the log is long enough to be moved into the chunks."""
-        return self._store is not None and self._store.checkpoint_due
+        """Whether the log is long enough to be moved into the chunks, or the witness is behind."""
+        return self._log_is_long or (self._witness is not None and self._witness.pending)
 
     def checkpoint(self) -> bool:
-        """Move the log into the chunks, see `FleetStore`."""
-        return self._store is None or self._store.checkpoint()
+        """Do what is due, see `FleetStore.checkpoint`."""
+        if self._witness is not None:
+            self._witness.flush()
+        return self._store is None or not self._log_is_long or self._store.checkpoint()
+
+    @property
+    def _log_is_long(self) -> bool:
+        return self._store is not None and self._store.checkpoint_due
 
     def resources(self) -> Resources:
         """Return the folder of the witness and the ports of the engine."""
@@ -171,4 +185,6 @@ class Tenancy:
         if not self._closed:
             self._closed = True
             self.end()
+            if self._witness is not None:
+                self._witness.flush()
             self._opening.requests.engine.close()

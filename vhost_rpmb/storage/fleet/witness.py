@@ -39,6 +39,7 @@ class Witness:
         self._folder = os.path.realpath(folder)
         self._incarnation = incarnation.hex()
         self._failures = FailureLog(logger)
+        self._noted: tuple[str, Head, int] | None = None
 
     def _path(self, device: str) -> str:
         return os.path.join(self._folder, f"{self._incarnation}-{device}.json")
@@ -84,8 +85,23 @@ class Witness:
             ) from error
         return seen
 
+    def note(self, device: str, head: Head, revision: int) -> None:
+        """Remember a state until `flush` records it: no guest waits for a disk."""
+        self._noted = device, head, revision
+
+    @property
+    def pending(self) -> bool:
+        """Whether `flush` has work."""
+        return self._noted is not None
+
+    def flush(self) -> None:
+        """Record the state that was noted last, if it is not recorded."""
+        if self._noted is not None:
+            self.record(*self._noted)
+
     def record(self, device: str, head: Head, revision: int) -> None:
-        """Remember the state; a failure is logged once, since no commit depends on it."""
+        """Record the state; a failure is logged once, since no commit depends on it."""
+        self._noted = None
         seen = _Seen(revision, head.counter, head.seq, head.chain.hex())
         path = self._path(device)
         new = path + ".new"
