@@ -22,7 +22,7 @@ WORKERS ?= 2
 PARALLEL = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # Duration of each fuzz target.
 SECONDS ?= 60
-FUZZ_TARGETS ?= rings frames stream
+FUZZ_TARGETS ?= rings packed frames stream
 
 # The sanitizers' library has to be loaded before Python, also in child processes. CPython does not
 # free all memory at exit, so leak detection is off; its own allocator would hide errors. The daemon
@@ -128,7 +128,7 @@ test-aarch64: $(STAMP) ## Build the wheel for aarch64 and test it under QEMU's u
 
 # New inputs of a campaign are kept in build/fuzz-corpus, failing ones in build/fuzz-found.
 .PHONY: fuzz
-fuzz: ## Fuzz the sanitized engine, SECONDS=60 for each of FUZZ_TARGETS="rings frames stream"
+fuzz: ## Fuzz the sanitized engine, SECONDS=60 for each of FUZZ_TARGETS="rings packed frames stream"
 	@tools/system-packages $(BUILD_PACKAGES) $(FUZZ_PACKAGES)
 	$(call copy_tree,build/fuzz)
 	CC=clang CPPFLAGS=-fsanitize=fuzzer-no-link VHOST_RPMB_BUILD_CHECKED=1 \

@@ -20,6 +20,7 @@ from tests.e2e.cache import Say
 from tests.e2e.kit import AMD64, Kit, make_kit
 from tests.e2e.vm import Guest
 from tests.support.blk import SECTOR_SIZE, BlkDaemon
+from vhost_rpmb.virtio import spec as virtio
 
 KILLS = int(os.environ.get("VHOST_RPMB_BLK_KILLS", "12"))
 WRITERS = 4  # processes in the guest
@@ -81,17 +82,25 @@ def wait_for_rounds(guest: Guest, least: int) -> None:
         checked(guest, "sleep 0.1; ! cat ended*")
 
 
-@pytest.mark.parametrize(("engine", "queues"), [("fast", 1), ("pure", 2)])
+@pytest.mark.parametrize(
+    ("engine", "queues", "packed"),
+    [("fast", 1, False), ("pure", 2, False), ("fast", 2, True), ("pure", 1, True)],
+)
 def test_no_request_fails_while_the_device_is_killed(
-    kit: Kit, tmp_path: Path, engine: str, queues: int
+    kit: Kit, tmp_path: Path, engine: str, queues: int, packed: bool
 ) -> None:
     source = random.Random(queues)
+    options = [f"--add-features={1 << virtio.VIRTIO_F_RING_PACKED}"] if packed else []
     with ExitStack() as stack:
-        blk = BlkDaemon(tmp_path, engine, SECTORS, queues)
+        blk = BlkDaemon(tmp_path, engine, SECTORS, queues, *options)
         stack.callback(blk.kill)
         blk.start()
-        guest = stack.enter_context(Guest(command_line(kit, blk.socket_path, queues)))
+        line = command_line(kit, blk.socket_path, queues)
+        line[-1] += ",packed=on" if packed else ""
+        guest = stack.enter_context(Guest(line))
         checked(guest, "insmod /virtio_blk.ko && test -b /dev/vda")
+        bits = checked(guest, "cat /sys/block/vda/device/features")
+        assert bits[virtio.VIRTIO_F_RING_PACKED] == str(int(packed))
         guest.put_file("writer", WRITER.encode())
         for number in range(WRITERS):
             checked(guest, f"echo 0 >rounds{number}; sh writer {number} </dev/null &")

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.fuzz.frames import Frames
+from tests.fuzz.packed import Packed
 from tests.fuzz.rings import Rings
 from tests.fuzz.stream import Stream
 from tests.fuzz.targets import Target
@@ -12,6 +13,7 @@ from vhost_rpmb.engine import Engine
 
 TARGETS: dict[str, Callable[[Engine, Path], Target]] = {
     "rings": Rings,
+    "packed": Packed,
     "frames": Frames,
     "stream": Stream,
 }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The virtqueue: memory regions, descriptor table, rings and indirect tables as the input says."""
+"""A split ring: memory regions, descriptor table, rings and indirect tables as the input says."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import mmap
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from tests.fuzz.targets import Disk, Source, Target
 from tests.support.oracle import program_key, read_counter, read_data, read_result, write_data
@@ -37,7 +38,6 @@ LAYOUTS = (
     ((2**64 - 1 - ARENA, ARENA, 2**64 - 1 - ARENA, 0),),
     (),
 )
-SIZES = (8, 8, 8, 1, 2, 4, 64, 256, 1024)
 FEATURES = (
     ALL_FEATURES,
     0,
@@ -46,12 +46,15 @@ FEATURES = (
 )
 LENGTHS = (512, 512, 1024, 256, 1, 16, 32, 48, 128, 4096, 0x4000, 0, 0xFFFF_FFF0, 0xFFFF_FFFF)
 FLAGS = (0, 1, 2, 3, 4, 5, 6, 7, 0xFFF8)
-BASES = (0, 0, 0, 1, 7, 0xFFFD, 0xFFFF)
 MAX_STEPS = 96
 
 
 class Rings(Target):
     """One queue whose every byte the input may set, between calls of process()."""
+
+    sizes: tuple[int, ...] = (8, 8, 8, 1, 2, 4, 64, 256, 1024)
+    features: tuple[int, ...] = FEATURES
+    bases: tuple[int, ...] = (0, 0, 0, 1, 7, 0xFFFD, 0xFFFF)
 
     def __init__(self, engine: Engine, folder: Path) -> None:
         super().__init__(engine, folder)
@@ -78,24 +81,27 @@ class Rings(Target):
         self._layout = source.pick(LAYOUTS)
         for place in self._layout:
             self._memory.add_region(*place, self._fd)
-        self._features = source.pick(FEATURES)
-        self._size = source.pick(SIZES)
-        self._heads = source.pick(BASES)  # the next entry of the available ring
+        self._features = source.pick(self.features)
+        self._size = source.pick(self.sizes)
+        self._heads = source.pick(self.bases)  # the next entry of the available ring
         self._start(self._heads)
         for _ in range(MAX_STEPS):
             if not source.left:
                 break
-            source.pick(_STEPS)(self, source)
+            source.pick(self._steps)(self, source)
         self._process(source)
         self._process(source)
         self._memory.clear()
         return [*self._trace, self._map[:], *self._disk.left_behind()]
 
-    def _start(self, base: int) -> None:
+    def _set_up(self, base: int) -> None:
         self._queue.set_size(self._size)
         self._queue.set_features(self._features)
         self._queue.set_addresses(self._user(DESCRIPTORS), self._user(AVAILABLE), self._user(USED))
         self._queue.set_base(base)
+
+    def _start(self, base: int) -> None:
+        self._set_up(base)
         self._store16(AVAILABLE + 2, base)
         self._store16(USED + 2, base)
 
@@ -253,9 +259,9 @@ class Rings(Target):
 
     def _reset(self, source: Source) -> None:
         self._queue.reset()
-        self._size = source.pick(SIZES)
-        self._features = source.pick(FEATURES)
-        self._heads = source.pick(BASES)
+        self._size = source.pick(self.sizes)
+        self._features = source.pick(self.features)
+        self._heads = source.pick(self.bases)
         if source.number(1) & 1:
             self._start(self._heads)
 
@@ -281,25 +287,24 @@ class Rings(Target):
         else:
             self._disk.full = not self._disk.full
 
-
-_STEPS = (
-    Rings._chain,
-    Rings._frame,
-    Rings._process,
-    Rings._descriptor,
-    Rings._indirect,
-    Rings._head,
-    Rings._chain,
-    Rings._frame,
-    Rings._wide_head,
-    Rings._available_index,
-    Rings._bytes,
-    Rings._notifications,
-    Rings._add_region,
-    Rings._remove_region,
-    Rings._clear,
-    Rings._reset,
-    Rings._addresses,
-    Rings._size_and_base,
-    Rings._restart_device,
-)
+    _steps: tuple[Callable[[Any, Source], None], ...] = (
+        _chain,
+        _frame,
+        _process,
+        _descriptor,
+        _indirect,
+        _head,
+        _chain,
+        _frame,
+        _wide_head,
+        _available_index,
+        _bytes,
+        _notifications,
+        _add_region,
+        _remove_region,
+        _clear,
+        _reset,
+        _addresses,
+        _size_and_base,
+        _restart_device,
+    )

@@ -74,7 +74,6 @@ cdef class PackedInflight:
     cdef uint16_t _used
     cdef uint16_t _free
     cdef uint16_t _next_free  # while a chain is taken
-    cdef uint16_t _number  # its last entry so far
     cdef uint32_t _answered_count
     cdef PackedEntry *_entries
     cdef uint16_t *_answered
@@ -93,30 +92,30 @@ cdef class PackedInflight:
     cdef inline uint32_t following(self, uint32_t number) noexcept nogil:
         return self._entries[number].next
 
-    # Taking a chain: begin, add ..., end. Without the end its entries are still in the free list.
+    # Taking a chain: begin, add ..., end. Without the end nothing is recorded.
     cdef inline uint16_t begin(self) noexcept nogil:
         self._next_free = self._free
         self._entries[self._free].count = 0
-        packed_begin(self._record, self._free, self._counter)
         return self._free
     cdef inline void add(self, const packed_descriptor *descriptor) noexcept nogil:
-        self._number = self._next_free
-        self._entries[self._number].copy = descriptor[0]
-        self._next_free = self._entries[self._number].next
+        self._entries[self._next_free].copy = descriptor[0]
+        self._next_free = self._entries[self._next_free].next
         self._entries[self._free].count += 1
-        packed_add(
-            self._record,
-            self._free,
-            self._number,
-            self._entries[self._free].count,
-            self._next_free,
-            descriptor,
-        )
     cdef inline void end(self) noexcept nogil:
+        cdef uint16_t number = self._free
+        cdef uint16_t last = number
+        cdef uint16_t count
+        packed_begin(self._record, self._free, self._counter)
         self._counter += 1
-        self._entries[self._free].last = self._number
-        packed_end(self._record, self._free, self._number, self._next_free)
-        self._free = self._next_free
+        for count in range(1, self._entries[self._free].count + 1):
+            last = number
+            number = self._entries[last].next
+            packed_add(
+                self._record, self._free, last, count, number, &self._entries[last].copy
+            )
+        self._entries[self._free].last = last
+        packed_end(self._record, self._free, last, number)
+        self._free = number
 
     cdef inline void put(self, uint16_t head, uint16_t used) noexcept nogil:
         cdef uint16_t last = self._entries[head].last
