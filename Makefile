@@ -189,13 +189,20 @@ bench-gate: $(STAMP) ## Check the goals of docs/performance.md; BENCH_ARGS=--sta
 	@tools/system-packages strace valgrind
 	$(BENCH) -m 'gate$(if $(filter no,$(QEMU)), and not etcd)' $(BENCH_ARGS)
 
+# A daemon that others wrote, which listens at SOCKET on processor 0; KEY is the file of its device's key.
+.PHONY: bench-peer
+bench-peer: $(STAMP) ## Measure the daemon that listens at SOCKET, whose device has the key in KEY, beside ours
+	$(BENCH)/test_latency.py --peer='$(SOCKET)' --peer-key='$(KEY)' \
+		--benchmark-json=build/peer.json $(BENCH_ARGS)
+	@.venv/bin/python -m bench.page --compare build/peer.json
+
 .PHONY: guest-dkms
 guest-dkms: ## Build the Debian package of the Linux guest driver (DKMS) in build
 	@tools/guest-dkms build
 
 .PHONY: clean
 clean: ## Remove all build results (the guest kit in the cache stays)
-	rm -rf .venv build dist *.egg-info .coverage .coverage.* .hypothesis
+	rm -rf .venv build dist docs/plots *.egg-info .coverage .coverage.* .hypothesis
 	rm -rf .mypy_cache .pytest_cache .ruff_cache
 	rm -f vhost_rpmb/_fast/*.so
 	find bench tests vhost_rpmb -name __pycache__ -prune -exec rm -r {} +

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,8 +10,10 @@ from typing import Any
 import pytest
 
 from bench.measure import Bench
+from bench.peer import Peer
 from bench.recording import Goal
 from tests.support.documents import ROOT
+from vhost_rpmb.errors import ClientError
 
 JUDGED = pytest.StashKey[list[dict[str, Any]]]()
 
@@ -19,6 +22,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--stable", action="store_true", help="leave out the goals that need a quiet machine"
     )
+    parser.addoption("--peer", metavar="SOCKET", type=Path, help="measure another daemon too")
+    parser.addoption("--peer-key", metavar="FILE", type=Path, help="the key of its device")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -34,6 +39,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
     output_json["goals"] = config.stash[JUDGED]
+    output_json["load_average"] = os.getloadavg()[1]
 
 
 def pytest_terminal_summary(
@@ -56,6 +62,14 @@ def bench() -> Iterator[Bench]:
     (ROOT / "build").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=ROOT / "build") as name:
         yield Bench(Path(name))
+
+
+@pytest.fixture(scope="session")
+def peer(pytestconfig: pytest.Config) -> Peer:
+    try:
+        return Peer.find(pytestconfig.getoption("peer"), pytestconfig.getoption("peer_key"))
+    except (ClientError, OSError, ValueError) as error:
+        pytest.exit(str(error), pytest.ExitCode.USAGE_ERROR)
 
 
 @pytest.fixture

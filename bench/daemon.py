@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vhost_rpmb.driver.errors import RpmbResultError
+from vhost_rpmb.driver.errors import BackendError, RpmbResultError
 from vhost_rpmb.driver.rpmb import RpmbClient
 from vhost_rpmb.rpmb import spec
 from vhost_rpmb.rpmb.frame import Frame
@@ -145,9 +145,21 @@ def daemon(
             yield running
 
 
+def connected(path: Path, key: bytes) -> RpmbClient:
+    """A client of the device behind a socket, which may have to be opened again first."""
+    end = time.monotonic() + 10
+    while True:
+        try:
+            return RpmbClient.connect(path, key, timeout=60)
+        except BackendError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.01)
+
+
 def counter_of(path: Path, key: bytes = KEY) -> int:
     """The write counter of the device behind a socket, whose key is programmed if it has none."""
-    with RpmbClient.connect(path, key, timeout=60) as client:
+    with connected(path, key) as client:
         try:
             return client.read_counter()
         except RpmbResultError as error:

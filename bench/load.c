@@ -219,7 +219,12 @@ int main(int argc, char **argv) {
     struct sockaddr_un name = {.sun_family = AF_UNIX};
     strncpy(name.sun_path, argv[1], sizeof name.sun_path - 1);
     sock = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    if (sock < 0 || connect(sock, (void *)&name, sizeof name)) die(argv[1]);
+    /* A back-end that ends with its connection may be about to be started again. */
+    const struct timespec moment = {0, 10000000};
+    for (int tries = 0; sock < 0 || connect(sock, (void *)&name, sizeof name); tries++) {
+        if (sock < 0 || tries == 1000) die(argv[1]);
+        nanosleep(&moment, NULL);
+    }
     int kick = eventfd(0, EFD_NONBLOCK), call = eventfd(0, EFD_NONBLOCK);
 
     uint64_t features = ask(GET_FEATURES), wanted = 1ull << F_VERSION_1 | 1ull << F_EVENT_IDX;

@@ -44,6 +44,11 @@ class Bench:
         """The same over two processors, both ends asleep in between."""
         return self.tools.floor("pingpong", 20_000, *TWO_CPUS)
 
+    @cached_property
+    def read_instructions(self) -> float:
+        """Instructions of a read at 64 in flight."""
+        return self.counted_read("callgrind")
+
     def sync(self, count: int = 500) -> float:
         """Pwrite of 512 bytes and fdatasync; measured anew, because disks change their mind."""
         return self.tools.floor("sync", count, self.folder / "synced", SAME_CPU[0])

@@ -42,22 +42,32 @@ class Measured(NamedTuple):
     how: str
     times: Sequence[float] = ()  # microseconds
     floor: float | None = None  # microseconds
+    what: str | None = None  # what a user waits for, if the times say that
 
 
-def against(times: Sequence[float], floor: float) -> Measured:
+def against(times: Sequence[float], floor: float, what: str | None = None) -> Measured:
     """The median of times as a ratio to a floor, all in microseconds."""
     took = percentile(times, 50)
-    return Measured(took / floor, f"{took:.2f} µs / {floor:.2f} µs", times, floor)
+    return Measured(took / floor, f"{took:.2f} µs / {floor:.2f} µs", times, floor, what)
 
 
 def record(
-    benchmark: BenchmarkFixture, times: Sequence[float], floor: float | None = None, **info: object
+    benchmark: BenchmarkFixture,
+    times: Sequence[float],
+    floor: float | None = None,
+    what: str | None = None,
+    **info: object,
 ) -> None:
-    """Make times (microseconds) the rounds of a benchmark; percentiles are of all of them."""
+    """Make times (microseconds) the rounds of a benchmark; percentiles are of all of them.
+
+    ``what``: they are what a user waits for.
+    """
     for percent in (50, 90, 99):
         benchmark.extra_info[f"p{percent}_us"] = percentile(times, percent)
     if floor is not None:
         benchmark.extra_info |= {"floor_us": floor, "ratio": percentile(times, 50) / floor}
+    if what is not None:
+        benchmark.extra_info["what"] = what
     benchmark.extra_info |= info
     rounds = times[:: -(-len(times) // MAX_ROUNDS)]
     shown = iter(rounds)
@@ -87,7 +97,7 @@ class Goal:
                 break
             best = (max if at_least else min)(best, measure(), key=lambda found: found.value)
         if best.times:
-            record(self._request.getfixturevalue("benchmark"), best.times, best.floor)
+            record(self._request.getfixturevalue("benchmark"), best.times, best.floor, best.what)
         node = self._request.node
         self._judged.append(
             {

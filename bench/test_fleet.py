@@ -9,10 +9,11 @@ from __future__ import annotations
 import random
 import secrets
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from itertools import count
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
@@ -30,6 +31,7 @@ from vhost_rpmb.storage.fleet.engine import Compare, Put
 from vhost_rpmb.storage.fleet.etcd import Etcd
 from vhost_rpmb.storage.fleet.layout import Keys
 from vhost_rpmb.storage.fleet.requests import Requests
+from vhost_rpmb.storage.fleet.seal import KeyEncryptionKey
 
 pytestmark = [pytest.mark.benchmark(timer=CLOCK), pytest.mark.etcd]
 
@@ -38,7 +40,7 @@ TURN = 50  # writes, then as many transactions
 STARTS = 7
 DEVICES = 10_000
 HEAD, ENTRY = 102, 340  # bytes of the records that a commit of one block puts
-STORES = ("shared", "local files")
+STORES = ("shared store", "local files")
 
 
 class Fleet:
@@ -51,7 +53,7 @@ class Fleet:
         create_device(self.host)
         flash = make_image(folder / "flash")
         self._options = {
-            "shared": (self.host.store, "--device=vm-1"),
+            "shared store": (self.host.store, "--device=vm-1"),
             "local files": (f"--flash-path={flash}",),
         }
         for store in STORES:
@@ -79,13 +81,6 @@ def fleet(bench: Bench) -> Iterator[Fleet]:
     folder.mkdir()
     with EtcdCluster() as cluster:
         yield Fleet(folder, cluster)
-
-
-def timed(action: Callable[[], object]) -> float:
-    """Microseconds."""
-    begin = time.perf_counter()
-    action()
-    return (time.perf_counter() - begin) * 1e6
 
 
 _numbers = count()
@@ -119,27 +114,28 @@ def test_write_against_a_transaction(
         engine = fleet.cluster.connect()
         plain: list[float] = []
         times: list[float] = []
-        with fleet.served("shared") as running:
+        with fleet.served("shared store") as running:
             counter = counter_of(running.socket)
             for first in range(counter, counter + ROUNDS, TURN):
                 plain += transactions(engine, TURN)
                 with chains(fleet.folder, writes(1, first), TURN) as file:
                     loaded = bench.tools.load(running.socket, file, count=TURN, frames=2, depth=1)
                 times += loaded.times
-        return against(times, percentile(plain, 50))
+        return against(times, percentile(plain, 50), "shared store: durable write")
 
     goal("durable write in a shared store / etcd's transaction of the same size", measure, 1.3)
 
 
 def test_write_in_local_files(bench: Bench, benchmark: BenchmarkFixture, fleet: Fleet) -> None:
     benchmark.group = "fleet: durable write, 1 in flight"
-    record(benchmark, fleet.write(bench, "local files"), bench.sync())
+    what = "local files, beside it: durable write"
+    record(benchmark, fleet.write(bench, "local files"), bench.sync(), what)
 
 
 @pytest.mark.parametrize("store", STORES)
 def test_round_of_32(bench: Bench, benchmark: BenchmarkFixture, fleet: Fleet, store: str) -> None:
     benchmark.group = "fleet: a round of 32 durable writes"
-    record(benchmark, fleet.write(bench, store, 32))
+    record(benchmark, fleet.write(bench, store, 32), what=f"{store}: 32 durable writes in flight")
 
 
 @pytest.mark.parametrize("store", STORES)
@@ -153,33 +149,57 @@ def test_start(benchmark: BenchmarkFixture, fleet: Fleet, store: str) -> None:
             counter_of(running.socket)
             times.append((time.perf_counter() - begin) * 1e6)
             memory = running.memory()
-    record(benchmark, times, memory_mib=memory / 2**20)
+    what = f"{store}: exec to first answer"
+    record(benchmark, times, what=what, memory_mib=memory / 2**20)
 
 
-def test_devices(benchmark: BenchmarkFixture, fleet: Fleet) -> None:
-    """To create one of many devices; the others of its figures are in ``extra_info``."""
-    benchmark.group = "fleet: create a device"
+class Devices(NamedTuple):
+    """Very many devices, and microseconds that it took to create each."""
+
+    requests: Requests
+    prefix: bytes
+    kek: KeyEncryptionKey
+    times: list[float]
+
+    def keys(self, number: int) -> Keys:
+        return Keys(self.prefix, f"device-{number:06}")
+
+
+@pytest.fixture(scope="module")
+def devices(fleet: Fleet) -> Iterator[Devices]:
     config = load(str(fleet.host.config))
-    kek = config.key_encryption_key()
-    requests = Requests(config.connect())
+    with closing(config.connect()) as engine:
+        found = Devices(Requests(engine), config.prefix, config.key_encryption_key(), [])
+        for number in range(DEVICES):
+            begin = time.perf_counter()
+            create(found.requests, found.keys(number), found.kek, spec.CAPACITY_UNIT, "bench")
+            found.times.append((time.perf_counter() - begin) * 1e6)
+        yield found
 
-    def keys(number: int) -> Keys:
-        return Keys(config.prefix, f"device-{number:06}")
 
-    def make(number: int) -> None:
-        create(requests, keys(number), kek, spec.CAPACITY_UNIT, "bench")
-
-    times = [timed(lambda number=number: make(number)) for number in range(DEVICES)]  # type: ignore[misc]
-    listing = timed(lambda: list(list_devices(requests, config.prefix)))
-    chosen = [keys(random.randrange(DEVICES)) for _ in range(200)]
-    inspected = [timed(lambda each=each: describe(requests, each, kek)) for each in chosen]  # type: ignore[misc]
+def test_create(benchmark: BenchmarkFixture, fleet: Fleet, devices: Devices) -> None:
+    benchmark.group = "fleet: administration"
     status = fleet.cluster.leader().ask("/v3/maintenance/status", {})
-    record(
-        benchmark,
-        times,
-        devices=DEVICES,
-        list_s=listing / 1e6,
-        inspect_p50_us=percentile(inspected, 50),
-        inspect_p99_us=percentile(inspected, 99),
-        database_mib=int(status["dbSize"]) / 2**20,
-    )
+    size = int(status["dbSize"]) / 2**20
+    what = f"shared store: create one of {DEVICES:,} devices"
+    record(benchmark, devices.times, what=what, database_mib=size)
+
+
+def test_list(benchmark: BenchmarkFixture, devices: Devices) -> None:
+    benchmark.group = "fleet: administration"
+    times = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        assert len(list(list_devices(devices.requests, devices.prefix))) >= DEVICES
+        times.append((time.perf_counter() - begin) * 1e6)
+    record(benchmark, times, what=f"shared store: list {DEVICES:,} devices")
+
+
+def test_inspect(benchmark: BenchmarkFixture, devices: Devices) -> None:
+    benchmark.group = "fleet: administration"
+    times = []
+    for number in random.sample(range(DEVICES), 200):
+        begin = time.perf_counter()
+        describe(devices.requests, devices.keys(number), devices.kek)
+        times.append((time.perf_counter() - begin) * 1e6)
+    record(benchmark, times, what=f"shared store: inspect one of {DEVICES:,} devices")

@@ -43,7 +43,7 @@ def test_put(bench: Bench, benchmark: BenchmarkFixture, engine: str, placement: 
         times = send(bench, optee.puts(PUTS)[0], engine, placement, group=len(rows)).times
         rounds.append((percentile(times, 50), (before + optee.floor(bench, rows)) / 2, times))
     _, floor, times = min(rounds)
-    record(benchmark, times, floor)
+    record(benchmark, times, floor, f"OP-TEE puts an object, {engine} engine, {placement}")
 
 
 @pytest.mark.parametrize("placement", CPUS)
@@ -53,7 +53,8 @@ def test_workload(bench: Bench, benchmark: BenchmarkFixture, engine: str, placem
     benchmark.group = "OP-TEE: a request of its workload"
     rounds = [send(bench, optee.whole()[0], engine, placement).times for _ in range(ROUNDS)]
     times = min(rounds, key=lambda each: percentile(each, 50))
-    record(benchmark, times, whole_ms=sum(times) / 1e3)
+    what = f"a request of OP-TEE's workload, {engine} engine, {placement}"
+    record(benchmark, times, what=what, whole_ms=sum(times) / 1e3)
 
 
 @pytest.mark.gate

@@ -128,7 +128,7 @@ def test_instructions(bench: Bench, goal: Goal) -> None:
         mac = per_unit(
             lambda count: counted([floor, "hmac", str(count)], "callgrind"), 1000, 11_000, 10_000
         )
-        read = bench.counted_read("callgrind")
+        read = bench.read_instructions
         return Measured(read - mac, f"{read:.0f} instructions - {mac:.0f} of one HMAC")
 
     goal("reads at 64 in flight: instructions on top of one HMAC", measure, 1600)

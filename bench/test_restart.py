@@ -27,7 +27,7 @@ def test_gap(bench: Bench, goal: Goal, name: str, number: int) -> None:
         found = restart.gaps(bench.folder, number)
         p50, p90 = percentile(found, 50), percentile(found, 90)
         how = f"{p50:.0f} ms, p90 {p90:.0f} ms, longest {max(found):.0f} ms"
-        return Measured(p50, how, [each * 1e3 for each in found])
+        return Measured(p50, how, [each * 1e3 for each in found], what=f"a request during {name}")
 
     goal(f"longest request at {name}, ms", measure, 100)
 
@@ -46,7 +46,7 @@ def test_instructions(bench: Bench, goal: Goal) -> None:
     """A read whose batch and chain are recorded for the next process, and another one."""
 
     def measure() -> Measured:
-        plain = bench.counted_read("callgrind")
+        plain = bench.read_instructions
         kept = bench.counted_read("callgrind", mode=["kept"])
         return Measured(kept / plain, f"{kept:.0f} instructions / {plain:.0f}")
 

@@ -36,7 +36,7 @@ def test_start_ratio(bench: Bench, goal: Goal) -> None:
     def measure() -> Measured:
         floor, times = bare(), started(bench)
         how = f"{min(times) / 1e3:.0f} ms / {floor / 1e3:.0f} ms"
-        return Measured(min(times) / floor, how, times, floor)
+        return Measured(min(times) / floor, how, times, floor, "a new device: exec to listening")
 
     goal("exec to listening / bare Python with cryptography", measure, 2.5)
 
@@ -78,4 +78,5 @@ def test_provisioning(bench: Bench, benchmark: BenchmarkFixture) -> None:
             load = bench.tools.load(running.socket, file, count=len(records), records=1)
             times.append((running.started + load.seconds) * 1e6)
     floor = bare() + commits * bench.sync()
-    record(benchmark, times, floor, requests=len(records), durable=commits)
+    what = "a new device: exec to the last answer of a key and OP-TEE's first use"
+    record(benchmark, times, floor, what, requests=len(records), durable=commits)

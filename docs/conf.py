@@ -1,7 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """How Sphinx builds the documentation: ``make docs``."""
 
+import json
+import sys
+from pathlib import Path
+
 from vhost_rpmb import __version__
+
+DOCS = Path(__file__).parent
+sys.path.insert(0, str(DOCS.parent))
+
+from bench import page, plots  # noqa: E402
 
 project = "vhost-rpmb"
 release = __version__
@@ -18,3 +27,6 @@ autodoc_typehints = "signature"
 
 html_theme = "furo"
 html_title = "vhost-rpmb"
+
+# Of the run that docs/performance.md shows.
+plots.draw(json.loads(page.RUN.read_text()), DOCS / "plots")

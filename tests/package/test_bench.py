@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page of measurements shows one run, and another daemon can be measured as ours are."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench import page, plots
+from tests.support.daemon import Daemon, environment
+from tests.support.documents import ROOT
+from tests.support.oracle import KEY
+
+pytestmark = pytest.mark.needs_sources
+
+RUN = json.loads(page.RUN.read_text())
+
+
+def test_tables_are_those_of_the_run() -> None:
+    text = page.PAGE.read_text()
+    assert page.filled(text, RUN) == text
+    for goal in RUN["goals"]:
+        assert goal["name"] in text
+
+
+def test_figures_have_their_tests() -> None:
+    """Each row and each goal of the run is made by a test of today's suite."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "bench"]
+    collected = subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    shown = [*RUN["rows"], *RUN["goals"]]
+    assert shown
+    assert {each["test"] for each in shown} <= set(collected)
+
+
+@pytest.mark.parametrize("theme", plots.THEMES)
+def test_plots_show_the_run(tmp_path: Path, theme: str) -> None:
+    plots.draw(RUN, tmp_path)
+    texts = {
+        name: re.sub(r"<[^>]*>", "\n", (tmp_path / f"{name}-{theme}.svg").read_text())
+        for name in plots.PLOTS
+    }
+    for goal in RUN["goals"]:
+        assert goal["name"] in texts["goals"]
+        label = f"{page.number(goal['reached'])} ({page.limit(goal)})"
+        assert label in texts["goals"]
+    rows = page.rows_of(RUN, "test_latency")
+    assert rows
+    for row in rows:
+        assert f"{row['work']}, {row['depth']} in flight, {row['placement']}" in texts["latency"]
+        assert f"{page.number(row['p50_us'])} µs" in texts["latency"]
+    for name in plots.PLOTS:
+        assert f"plots/{name}-{theme}.svg" in page.PAGE.read_text()
+
+
+def peer_commands(socket: Path, key: Path) -> list[str]:
+    """What ``make bench-peer`` runs, without what it installs."""
+    command = ["make", "--dry-run", "bench-peer", f"SOCKET={socket}", f"KEY={key}"]
+    more = ["BENCH_ARGS=-k two"]
+    lines = subprocess.run(
+        [*command, *more], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.replace("\\\n", "")
+    found = [line for line in lines.splitlines() if re.search(r"\bbench[./]", line)]
+    assert len(found) == 2
+    return found
+
+
+def measure_peer(daemon: Daemon, key: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", "-c", " && ".join(peer_commands(daemon.socket_path, key))],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_peer_is_measured_beside_ours(tmp_path: Path) -> None:
+    """The peer is the pure engine, whose requests take longer."""
+    key = tmp_path / "key"
+    key.write_bytes(KEY)
+    with Daemon(tmp_path, engine="pure") as daemon:
+        os.sched_setaffinity(daemon.pid, {0})
+        done = measure_peer(daemon, key)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = re.findall(r"^\| (.*) \| 1 \| two CPUs \| (.*) \| (.*) \| (.*) \|$", done.stdout, re.M)
+    assert [work for work, *_ in rows] == ["counter", "read", "durable write"]
+    for _, ours, theirs, ratio in rows:
+        assert float(theirs) / float(ours) == pytest.approx(float(ratio), rel=0.02)
+    assert float(rows[0][3]) > 1
+
+
+def test_peer_elsewhere_and_a_wrong_key_are_refused(tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    key.write_bytes(KEY)
+    with Daemon(tmp_path, engine="pure") as daemon:
+        os.sched_setaffinity(daemon.pid, {0, 1})
+        elsewhere = measure_peer(daemon, key)
+        key.write_bytes(KEY[1:])
+        wrong_key = measure_peer(daemon, key)
+    assert "expected the daemon at" in elsewhere.stdout + elsewhere.stderr
+    assert "start it by taskset" in elsewhere.stdout + elsewhere.stderr
+    assert "expected a key of 32 bytes in" in wrong_key.stdout + wrong_key.stderr
+    assert elsewhere.returncode != 0
+    assert wrong_key.returncode != 0
