@@ -47,7 +47,7 @@ SERVICE_VARIABLES = ("INVOCATION_ID", "LISTEN_FDS")  # of a service manager
 
 # vhost-user "Backend program conventions". QEMU's vhost-user.json has no type for this device;
 # docs/decisions/0003-capabilities-type.md explains the choice.
-CAPABILITIES = {"type": "rpmb"}
+CAPABILITIES = {"type": "rpmb", "features": ["migration-shared", "migration-copy"]}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -113,6 +113,7 @@ def parse_options(arguments: Sequence[str], environment: Mapping[str, str]) -> O
             f"group of an inherited socket where it is created (see {PROG} --help)"
         )
     _check_home(values)
+    _check_migration(values)
     values |= {
         "inject": _script(values, environment),
         "engine": _engine(values["debug"], environment),
@@ -144,6 +145,27 @@ def _check_home(values: Mapping[str, Any]) -> None:
                 f"--{name.replace('_', '-')} is about files: leave it out, or name the image with"
                 f" --flash-path in place of --store (see {PROG} --help)"
             )
+
+
+def _check_migration(values: Mapping[str, Any]) -> None:
+    """Check the options about migration. Raises UsageError."""
+    mode = values["migration"]
+    if mode == "copy" and values["store"] is not None:
+        raise UsageError(
+            "--migration=copy is for files: expected --migration=shared for a device that hosts"
+            f" share (see {PROG} --help)"
+        )
+    for name in ("fence_path", "migration_key"):
+        if values[name] is not None and mode != "copy":
+            raise UsageError(
+                f"--{name.replace('_', '-')} needs --migration=copy (see {PROG} --help)"
+            )
+    if values["incoming"] and mode == "off":
+        raise UsageError(f"--incoming needs --migration=shared or copy (see {PROG} --help)")
+    if mode != "off" and values["inject"] is not None:
+        raise UsageError(
+            f"--inject is for tests: leave it out, or leave out --migration (see {PROG} --help)"
+        )
 
 
 def _script(values: Mapping[str, Any], environment: Mapping[str, str]) -> Script | None:

@@ -229,6 +229,35 @@ OPTIONS = (
         "give it up before the first front-end is served; default %(default)s",
     ),
     Option(
+        "--migration",
+        metavar="off|shared|copy",
+        convert=str,
+        choices=("off", "shared", "copy"),
+        default="off",
+        help="hand the device to the host that a virtual machine moves to: shared: both hosts see "
+        "its files, or its store; copy: its state travels with the virtual machine; off: the "
+        "front-end is not told that the device can move; default %(default)s",
+    ),
+    _flag(
+        "--incoming",
+        help="the device arrives from another host: serve nothing before; only with --migration",
+    ),
+    Option(
+        "--fence-path",
+        metavar="FOLDER",
+        convert=path,
+        help="a folder that all hosts see, where a host claims a device that moved: required to "
+        "take it back after a failed migration; only with --migration=copy",
+    ),
+    Option(
+        "--migration-key",
+        metavar="PATH",
+        convert=path,
+        help="32-byte key file that both hosts have: the device's key travels sealed with it; "
+        "default: only a fingerprint travels, and the other host has the key; only with "
+        "--migration=copy",
+    ),
+    Option(
         "--inject",
         metavar="FILE",
         convert=path,

@@ -60,6 +60,10 @@ OPTIONS = [
     "--once",
     "--sandbox",
     "--inject",
+    "--migration",
+    "--incoming",
+    "--fence-path",
+    "--migration-key",
 ]
 
 
@@ -211,7 +215,10 @@ def test_print_capabilities_ignores_the_other_options(others: list[str]) -> None
     for arguments in (["--print-capabilities", *others], [*others, "--print-capabilities"]):
         ended = run(*arguments, environment={"VHOST_RPMB_ENGINE": "wrong"})
         assert (ended.returncode, ended.stderr) == (0, "")
-        assert json.loads(ended.stdout) == {"type": "rpmb"}
+        assert json.loads(ended.stdout) == {
+            "type": "rpmb",
+            "features": ["migration-shared", "migration-copy"],
+        }
 
 
 # --- Options that are right -------------------------------------------------------------------
@@ -248,6 +255,10 @@ def test_defaults() -> None:
         "engine": "fast",
         "verbosity": 0,
         "inject": None,
+        "migration": "off",
+        "incoming": False,
+        "fence_path": None,
+        "migration_key": None,
     }
 
 

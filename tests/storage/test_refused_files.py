@@ -111,7 +111,7 @@ def change_state(flash: Path, *statements: str) -> None:
 def test_state_file_of_a_later_format_is_refused(opened: Open, flash: Path) -> None:
     opened().close()
     change_state(flash, "PRAGMA user_version = 99")
-    with pytest.raises(StateError, match="has format 99, this version knows 1 to 2: use the"):
+    with pytest.raises(StateError, match="has format 99, this version knows 1 to 3: use the"):
         opened()
 
 
@@ -124,11 +124,11 @@ def test_state_of_a_later_format_in_the_log_is_refused(
     def work() -> None:
         database = sqlite3.connect(state_of(flash), isolation_level=None)
         database.execute("PRAGMA journal_mode = WAL")
-        database.execute("PRAGMA user_version = 3")
+        database.execute("PRAGMA user_version = 4")
         os.unlink(f"{state_of(flash)}-shm")
 
     in_killed_process(work)
-    check_refused(opened, StateError, "has format 3, this version knows 1 to 2", tmp_path)
+    check_refused(opened, StateError, "has format 4, this version knows 1 to 3", tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The replay record belongs to the last commit, whatever happens to it; formats 1 and 2."""
+"""The replay record belongs to the last commit, whatever happens to it; each format."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ import pytest
 from tests.support.oracle import KEY
 from tests.support.store import A, B, Open, in_killed_process, state_of
 from vhost_rpmb.rpmb.replay import NO_REPLAY, Replay
+from vhost_rpmb.storage.interface import Possession
 from vhost_rpmb.storage.local.opening import open_store, verify
+from vhost_rpmb.storage.local.statefile import FORMAT
 from vhost_rpmb.storage.local.store import MAX_PENDING, Store
 from vhost_rpmb.storage.paths import Paths
 
 DATA = Path(__file__).parents[1] / "data"
+BACK = Possession(generation=1, claim=bytes(range(16)))
 
 
 def record(asked: int, key_programmed: bool = False) -> Replay:
@@ -170,7 +173,7 @@ def format_of(flash: Path) -> int:
     return state_of(flash).read_bytes()[63]
 
 
-@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("number", [1, 2, FORMAT])
 @pytest.mark.parametrize("kind", ["stopped", "killed"])
 def test_state_of_every_format_is_loaded(
     opened: Open, tmp_path: Path, number: int, kind: str
@@ -181,11 +184,13 @@ def test_state_of_every_format_is_loaded(
     assert (report.clean, report.pending) == ((True, []) if kind == "stopped" else (False, [2]))
     assert format_of(flash) == number
     store = opened(flash)
-    assert format_of(flash) == 2
+    assert format_of(flash) == FORMAT
     assert (store.counter, store.key, any(store.damaged)) == (3, KEY, False)
     assert bytes(store.image[: 6 * 256]) == bytes(512) + B + bytes(512) + A
-    # The fixtures of format 2 owe the answer of the last write, also the one that was stopped.
-    assert store.replay == (record(2) if number == 2 else NO_REPLAY)
+    # The fixtures since format 2 owe the answer of the last write, also the one that was stopped.
+    assert store.replay == (record(2) if number > 1 else NO_REPLAY)
+    # Those of format 3 came back after a hand-over that failed.
+    assert store.possession == (BACK if number == FORMAT else Possession())
     commit(store, (7, A))
     store.close()
     store = opened(flash)
@@ -224,7 +229,7 @@ def test_upgrade_is_atomic_and_can_be_repeated(
     assert opened(flash).replay == record(report.counter)
 
 
-@pytest.mark.parametrize("statement", range(24))
+@pytest.mark.parametrize("statement", range(36))
 def test_upgrade_is_atomic_at_every_statement(opened: Open, tmp_path: Path, statement: int) -> None:
     """Killed before any statement of the first start."""
     flash = unpack("format-1-killed", tmp_path)
@@ -252,4 +257,4 @@ def test_upgrade_is_atomic_at_every_statement(opened: Open, tmp_path: Path, stat
     assert verify(Paths.resolve(str(flash))).counter in (3, 4)
     store = opened(flash)
     assert store.replay == (record(3) if store.counter == 4 else NO_REPLAY)
-    assert (format_of(flash), store.key) == (2, KEY)
+    assert (format_of(flash), store.key) == (FORMAT, KEY)

@@ -17,7 +17,7 @@ from vhost_rpmb.errors import PeerError
 from vhost_rpmb.log import LimitedLog, Logger
 from vhost_rpmb.vhost_user import wire
 from vhost_rpmb.vhost_user.backend import PROTOCOL_FEATURES
-from vhost_rpmb.vhost_user.interfaces import Device, Keeper
+from vhost_rpmb.vhost_user.interfaces import Device, DeviceState, Keeper
 from vhost_rpmb.vhost_user.session import Session
 from vhost_rpmb.vhost_user.vring import Vring
 from vhost_rpmb.vhost_user.wire import MemoryRegion, ProtocolFeature, Request, VringState
@@ -71,6 +71,7 @@ class Peer:
         device: Device,
         keeper: Keeper | None = None,
         protocol_features: ProtocolFeature = PROTOCOL_FEATURES,
+        state: DeviceState | None = None,
     ) -> None:
         self.sock, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self.sock.setblocking(False)
@@ -81,6 +82,8 @@ class Peer:
             *(far, device, engine, self.loop, self.log),
             keeper=keeper,
             protocol_features=protocol_features,
+            state=state,
+            wake=self._receive,
         )
         self.end: Exception | None = None
         self._attention = os.eventfd(1)

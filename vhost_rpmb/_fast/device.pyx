@@ -44,6 +44,7 @@ cdef extern from "<openssl/crypto.h>" nogil:
 
 cdef enum:
     JOURNAL_SIZE = 64  # bytes
+    REGISTER_SIZE = 10  # bytes, of another host
     REPLAYED = 0x10000  # a write that is durable, and whose answer is owed
 
 
@@ -161,6 +162,28 @@ cdef class RpmbDevice:
         self._register.valid = False
         if self._journal is not None:
             memset(&self._journal[0], 0, JOURNAL_SIZE)
+
+    @property
+    def register(self):
+        cdef unsigned char packed[REGISTER_SIZE]
+        if not self._register.valid:
+            return b""
+        store16(&packed[0], self._register.req_resp)
+        store16(&packed[2], self._register.result)
+        store16(&packed[4], self._register.address)
+        store32(&packed[6], self._register.write_counter)
+        return PyBytes_FromStringAndSize(<char *>&packed[0], REGISTER_SIZE)
+
+    @register.setter
+    def register(self, bytes packed not None):
+        cdef const unsigned char *fields = packed
+        if len(packed) not in (0, REGISTER_SIZE):
+            raise ValueError(f"a result register has 0 or {REGISTER_SIZE} bytes, not {len(packed)}")
+        self._register.valid = False
+        if packed:
+            self._register = Register(
+                True, load16(fields), load16(fields + 2), load16(fields + 4), load32(fields + 6)
+            )
 
     def reload(self):
         self._counter = self._store.counter

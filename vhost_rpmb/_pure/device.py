@@ -8,6 +8,7 @@ made durable at once, and only then answered.
 from __future__ import annotations
 
 import hmac
+import struct
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["RpmbDevice"]
 
 _REPLAYED = -1  # a write that is durable, and whose answer is owed
+_REGISTER = struct.Struct(">HHHI")  # response, result, address, write counter
 
 logger = Logger(__name__)
 
@@ -107,6 +109,18 @@ class RpmbDevice:
         self._register = None
         if self._journal is not None:
             self._journal.clear()
+
+    @property
+    def register(self) -> bytes:
+        """The result register, for another host: 10 bytes, none if it is empty."""
+        return b"" if self._register is None else _REGISTER.pack(*self._register)
+
+    @register.setter
+    def register(self, packed: bytes) -> None:
+        if len(packed) not in (0, _REGISTER.size):
+            size = _REGISTER.size
+            raise ValueError(f"a result register has 0 or {size} bytes, not {len(packed)}")
+        self._register = Register(*_REGISTER.unpack(packed)) if packed else None
 
     def reload(self) -> None:
         """Take counter, key and replay record again: another daemon may have changed them."""

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     class ServedDevice(Device, Protocol):
         """A device that counts, and whose store may be owned anew."""
 
+        register: bytes  # the result register, for another host
+
         def reload(self) -> None:
             """Take the durable state again: another daemon may have changed it."""
 

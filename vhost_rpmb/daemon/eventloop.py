@@ -37,6 +37,10 @@ class EventLoop:
         self.epoll.register(fd, select.EPOLLIN | (select.EPOLLET if edge else 0))
         self._handlers[fd] = handler
 
+    def listen(self, fd: int, enabled: bool) -> None:
+        """Call the handler of `fd` when it is readable or, not `enabled`, at its hang-up only."""
+        self.epoll.modify(fd, select.EPOLLIN if enabled else select.EPOLLRDHUP)
+
     def remove(self, fd: int) -> None:
         """Stop watching `fd`; before it is closed."""
         self.epoll.unregister(fd)

@@ -39,6 +39,7 @@ _TRIES = struct.Struct("=I")
 _NUMBER = struct.Struct("=Q")  # of the descriptor stored last: none is used twice
 _CONSUMED_AT, _REPLIED_AT, _CONTROL_AT = (64, 1088), (128, 1152), (1280, 2560)  # by slot
 _JOURNAL = slice(512, 512 + 64)
+_NOTE = slice(576, 576 + 32)
 _SLOT_SIZE = 61440
 _SLOTS_AT = (4096, 4096 + _SLOT_SIZE)
 _SLOT = struct.Struct("=QII")  # sequence number (0: void), length, checksum
@@ -109,6 +110,15 @@ class Handover:
     def journal(self) -> memoryview | None:
         """Memory for the result register of the device, which outlives the process."""
         return memoryview(self._map)[_JOURNAL] if self._map is not None else None
+
+    @property
+    def note(self) -> memoryview | None:
+        """Memory for what was handed over on the connection, which outlives the process."""
+        return memoryview(self._map)[_NOTE] if self._map is not None else None
+
+    def rename(self, owner: str) -> None:
+        """Keep the connection for a device of another name: it arrived."""
+        self._owner = owner.encode()
 
     def connection(self) -> socket.socket:
         """The connection that the record describes; ValueError if it is another kind of file."""

@@ -37,12 +37,14 @@ _LANDLOCK_CREATE_RULESET_VERSION = 1
 _LANDLOCK_RULE_PATH_BENEATH = 1
 _LANDLOCK_RULE_NET_PORT = 2
 _CONNECT_TCP = 1 << 1
-# Rights in a folder and everything below it. None allows to truncate a file by its name.
+# Rights in a folder and everything below it.
 _RIGHTS = {
     Access.WRITE: 1 << 1,  # open files for writing
     Access.SYNC: 1 << 3,  # open the folder; seccomp allows no listing
     Access.READ: 1 << 2 | 1 << 3,  # open files for reading, and the folder; seccomp allows listing
     Access.REMOVE: 1 << 5,  # remove files that are not folders
+    Access.TRUNCATE: 1 << 14,  # since version 3 of the interface
+    Access.LINK: 1 << 8,  # link files; seccomp allows it
     Access.CREATE: 1 << 8,  # create regular files, and with REMOVE rename them
 }
 # Rights that a ruleset handles, by version of the interface: files, network, scopes.
@@ -96,6 +98,12 @@ _ALLOWED = (
     "rt_sigaction", "rt_sigprocmask", "rt_sigreturn", "sigaltstack",
 )  # fmt: skip
 
+_BY_ACCESS = {
+    # Files that are opened later have the stamp of an image.
+    Access.READ: ("getdents64", "fgetxattr", "fsetxattr"),
+    Access.LINK: ("link", "linkat"),
+}
+
 # Receiving and sending with a mark.
 _DESCRIPTOR_STORE = ("recvmmsg", "sendmmsg")
 _KCMP_FILE = 0
@@ -132,8 +140,8 @@ def enter(
         )
     if library is not None:
         try:
-            listing = any(Access.READ in access for access in folders.values())
-            _filter_calls(library, descriptor_store, listing, connections=bool(ports))
+            needed = reduce(or_, folders.values(), Access(0))
+            _filter_calls(library, descriptor_store, needed, connections=bool(ports))
         except OSError as error:
             logger.warning("sandbox: no seccomp filter: %s", error.strerror)
 
@@ -181,6 +189,7 @@ def _restrict_files(folders: Mapping[str, Access], ports: Collection[int]) -> No
     try:
         for path, access in folders.items():
             rights = reduce(or_, (_RIGHTS[operation] for operation in access), 0)
+            rights &= attributes.files
             parent = os.open(path, os.O_PATH | os.O_CLOEXEC)
             try:
                 rule = _PathBeneath(rights, parent)
@@ -212,7 +221,7 @@ class _Comparison(ctypes.Structure):
 
 
 def _filter_calls(
-    library: ctypes.CDLL, descriptor_store: bool, listing: bool, *, connections: bool
+    library: ctypes.CDLL, descriptor_store: bool, needed: Access, *, connections: bool
 ) -> None:
     library.seccomp_init.restype = ctypes.c_void_p
     context = ctypes.c_void_p(library.seccomp_init(ctypes.c_uint32(_FAIL)))
@@ -234,8 +243,9 @@ def _filter_calls(
     try:
         for name in _ALLOWED:
             allow(name)
-        if listing:
-            allow("getdents64")
+        for access, names in _BY_ACCESS.items():
+            for name in names if access in needed else ():
+                allow(name)
         if descriptor_store:
             for name in _DESCRIPTOR_STORE:
                 allow(name)

@@ -29,10 +29,13 @@ from vhost_rpmb.storage.interface import Access, Resources, SharedStore, Store, 
 from vhost_rpmb.storage.local.opening import open_store
 from vhost_rpmb.storage.paths import Paths
 from vhost_rpmb.typed import TYPE_CHECKING, NamedTuple
+from vhost_rpmb.vhost_user.backend import PROTOCOL_FEATURES
 from vhost_rpmb.vhost_user.session import Session
+from vhost_rpmb.vhost_user.wire import ProtocolFeature
 
 if TYPE_CHECKING:
     from vhost_rpmb.daemon.device import ServedDevice
+    from vhost_rpmb.daemon.migration import Migration
     from vhost_rpmb.injection.script import Script
     from vhost_rpmb.vhost_user.interfaces import Device
 
@@ -46,6 +49,7 @@ _OWNER_POLL = 0.05  # seconds between two looks at a device that another daemon 
 _ACCEPT_PAUSE = 0.1  # seconds, when the system has no descriptor or memory for a connection
 _PEER = struct.Struct("iII")  # SO_PEERCRED: pid, uid, gid
 _SO_PEERPIDFD = 77  # since Linux 6.5
+_MOVABLE = PROTOCOL_FEATURES | ProtocolFeature.DEVICE_STATE
 _NO_PROCESS = (errno.EINVAL, errno.ESRCH)  # before Linux 6.16: it has ended and was waited for
 
 logger = Logger(__name__)
@@ -80,6 +84,10 @@ class Options(NamedTuple):
     engine: str  # "fast" or "pure"
     verbosity: int  # 0 warnings, 1 connections, 2 messages of the protocol, 3 everything
     inject: Script | None  # faults, for tests of firmware
+    migration: str  # "off", "shared" or "copy"
+    incoming: bool  # the device arrives from another host; only with a mode
+    fence_path: str | None  # of copies; likewise
+    migration_key: str | None  # likewise
 
 
 def run(options: Options) -> None:
@@ -109,6 +117,11 @@ def run(options: Options) -> None:
         device = stack.enter_context(make_device(options, store, chosen, loop.epoll.poll))
         handover.open(store.name)
         device.journal = handover.journal
+        migration = None
+        if options.migration != "off":
+            from vhost_rpmb.daemon.migration import make_migration  # imported lazily: few use it
+
+            migration = make_migration(options, store, device, handover)
         sock, listening = _open_socket(options, descriptors, handover, stack)
         server = Server(
             *(loop, sock, device, chosen, handover),
@@ -117,6 +130,7 @@ def run(options: Options) -> None:
             poll_us=options.poll_us,
             shared=shared,
             reload=device.reload,
+            migration=migration,
         )
         stack.callback(server.close)
         if shared is not None:
@@ -126,7 +140,7 @@ def run(options: Options) -> None:
         if options.sandbox:
             resources = store.resources()
             sandbox.enter(
-                folders(resources, options.socket_path),
+                folders(resources, options.socket_path, migration),
                 resources.ports,
                 descriptor_store=handover.active,
             )
@@ -163,11 +177,16 @@ def _open_store(
     A home that hosts share is the second value too.
     """
     if options.flash_path is not None:
-        local = open_store(
-            Paths.resolve(options.flash_path, options.state_path, options.key_path),
-            key_set=options.key_set,
-            initial_counter=options.initial_counter,
-        )
+        paths = Paths.resolve(options.flash_path, options.state_path, options.key_path)
+        local: Store
+        if options.migration == "off":
+            local = open_store(
+                paths, key_set=options.key_set, initial_counter=options.initial_counter
+            )
+        else:
+            from vhost_rpmb.daemon.migration import open_movable  # imported lazily: few use it
+
+            local = open_movable(options, paths)
         stack.callback(local.close)
         return local, None
     from vhost_rpmb.daemon.fleet import open_fleet  # imported lazily: few devices use it
@@ -203,9 +222,13 @@ def _open_socket(
     return sock, False
 
 
-def folders(resources: Resources, socket_path: str | None) -> dict[str, Access]:
+def folders(
+    resources: Resources, socket_path: str | None, migration: Migration | None = None
+) -> dict[str, Access]:
     """Return the folders that stay accessible in the sandbox, and the access to each."""
     uses = dict(resources.folders)
+    for folder, access in migration.folders.items() if migration is not None else ():
+        uses[folder] = uses.get(folder, Access(0)) | access
     if socket_path is not None:
         folder = os.path.dirname(os.path.realpath(socket_path))
         uses[folder] = uses.get(folder, Access(0)) | Access.REMOVE
@@ -285,6 +308,7 @@ class Server:
         poll_us: int,
         shared: SharedStore | None = None,
         reload: Callable[[], None] = lambda: None,
+        migration: Migration | None = None,
     ) -> None:
         self._loop = loop
         self._listener = sock
@@ -301,6 +325,7 @@ class Server:
         self._log = LimitedLog(logger)
         self._shared = shared
         self._reload = reload  # called when the shared device is owned anew
+        self._migration = migration
         self.waiting = False  # to own the device: requests stay in the ring
         self.done = False
 
@@ -321,6 +346,8 @@ class Server:
     def connect(self, sock: socket.socket) -> None:
         """Serve a connected front-end."""
         self._device.clear_register()
+        if self._migration is not None:
+            self._migration.connected()
         self._handover.connect(sock, self._begin(sock).record)
         logger.info("front-end connected: %s", _peer(sock))
 
@@ -350,6 +377,9 @@ class Server:
             poll_us=self._poll_us,
             keeper=self._handover if self._handover.active else None,
             stopped=self._release if self._shared is not None else None,
+            protocol_features=PROTOCOL_FEATURES if self._migration is None else _MOVABLE,
+            state=self._migration,
+            wake=self._receive,
         )
         self._connection = sock
         self._loop.add(sock.fileno(), self._receive)
@@ -367,7 +397,15 @@ class Server:
         return self._guard(partial(self._session.run, once=once))
 
     def _own(self) -> bool:
-        """Own the device, if hosts share it: a vring runs."""
+        """Own the device, if hosts share it or it is handed over: a vring runs."""
+        if self._migration is not None:
+            refusal = self._migration.start()
+            self.waiting = refusal is None
+            if refusal:
+                assert self._session is not None
+                self._session.refuse(refusal)
+            if refusal or self.waiting:
+                return False
         if self._shared is None or self._shared.owned:
             return True
         self.waiting = not self._shared.begin()
@@ -402,6 +440,9 @@ class Server:
             else:
                 self._session.close()
                 self._release()
+                self.waiting = False
+                if self._migration is not None:
+                    self._migration.disconnected()
             self._session = self._connection = None
 
     def _watch_process(self, sock: socket.socket) -> None:

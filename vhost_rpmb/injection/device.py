@@ -118,6 +118,16 @@ class InjectedDevice(Closing):
         self._answers.register = None
         self._device.clear_register()
 
+    @property
+    def register(self) -> bytes:
+        """The result register, for another host."""
+        register: bytes = self._device.register
+        return register
+
+    @register.setter
+    def register(self, packed: bytes) -> None:
+        self._device.register = packed
+
     def reload(self) -> None:
         """Take the durable state again."""
         self._device.reload()

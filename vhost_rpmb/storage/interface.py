@@ -16,7 +16,21 @@ from vhost_rpmb.typed import TYPE_CHECKING, NamedTuple, Protocol
 if TYPE_CHECKING:
     from typing import Literal
 
-__all__ = ["Access", "DeviceStore", "Resources", "SharedStore", "Store", "TakeOver"]
+__all__ = [
+    "ACTIVE",
+    "EXPORTED",
+    "IMPORTED",
+    "SUPERSEDED",
+    "VACANT",
+    "Access",
+    "DeviceStore",
+    "Possession",
+    "Received",
+    "Resources",
+    "SharedStore",
+    "Store",
+    "TakeOver",
+]
 
 
 # From the present owner, see docs/fleet.md.
@@ -24,6 +38,38 @@ if TYPE_CHECKING:
     TakeOver = Literal["expired", "now", "never"]
 else:
     TakeOver = str
+
+
+# States of a device in files, see docs/decisions/0036-device-state.md.
+ACTIVE = "active"  # it is here, and may answer
+VACANT = "vacant"  # files that wait for a device of another host
+EXPORTED = "exported"  # handed to another host, which may have activated it
+IMPORTED = "imported"  # received from another host, not yet activated
+SUPERSEDED = "superseded"  # active elsewhere, for good
+
+
+class Possession(NamedTuple):
+    """Whether a device in files may answer.
+
+    ``generation``: the number of its hand-overs. ``token``: random, of the last hand-over; empty if
+    the host that gave it away took it back. ``claim``: by which this host claims the generation.
+    """
+
+    state: str = ACTIVE
+    generation: int = 0
+    token: bytes = b""
+    claim: bytes = b""
+
+
+class Received(NamedTuple):
+    """A device as another host gave it: ``image`` has all blocks, zeros where one is damaged."""
+
+    name: str
+    image: bytes
+    damaged: frozenset[int]
+    counter: int
+    key: bytes | None
+    replay: Replay
 
 
 class Access(enum.Flag):
@@ -34,6 +80,8 @@ class Access(enum.Flag):
     WRITE = enum.auto()  # open for writing; files that are open already need no access
     SYNC = enum.auto()  # open the folder itself and sync it
     READ = enum.auto()  # list the folder, and open files for reading
+    TRUNCATE = enum.auto()  # cut files that are opened for writing
+    LINK = enum.auto()  # with CREATE: give a file of the folder another name in it
 
 
 class Resources(NamedTuple):

@@ -32,8 +32,9 @@ from vhost_rpmb.typed import TYPE_CHECKING, NamedTuple
 from vhost_rpmb.vhost_user import foreign, inflight, saved, wire
 from vhost_rpmb.vhost_user.dirty_log import DirtyLog
 from vhost_rpmb.vhost_user.saved import SavedRegion, State
+from vhost_rpmb.vhost_user.transfer import StateTransfer
 from vhost_rpmb.vhost_user.vring import Vring
-from vhost_rpmb.vhost_user.wire import Message, ProtocolFeature, Request
+from vhost_rpmb.vhost_user.wire import Message, ProtocolFeature, Request, StateDirection
 from vhost_rpmb.virtio import spec as virtio
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ class Backend:
 
     The vrings add their kick descriptors to ``watcher``. ``store`` returns the number under which a
     descriptor is stored for another process, 0 if it is not. ``offered`` are the protocol features.
+    ``transfer`` is that of the device state.
     """
 
     def __init__(
@@ -70,11 +72,13 @@ class Backend:
         log: Log,
         store: Callable[[int], int],
         offered: ProtocolFeature,
+        transfer: StateTransfer,
     ) -> None:
         self._device = device
         self._engine = engine
         self._store = store
         self._offered = offered
+        self.transfer = transfer
         self._regions: dict[tuple[int, int, int], SavedRegion] = {}
         self._memory = engine.GuestMemory(MAX_MEM_SLOTS)
         self.dirty_log = DirtyLog(engine, self._memory, log)
@@ -91,6 +95,7 @@ class Backend:
 
     def close(self) -> None:
         """Unmap guest memory and close every descriptor."""
+        self.transfer.close()
         for vring in self.vrings:
             vring.close()
         self._memory.clear()
@@ -206,6 +211,7 @@ class Backend:
         did not remove the memory regions, and adds them again.
         """
         if self._owned:
+            self.transfer.close()
             self._features = self._status = 0
             for vring in self.vrings:
                 vring.reset(0, enabled=False)
@@ -424,6 +430,26 @@ class Backend:
         """
         foreign.check_unix_stream(message.fds[0])
 
+    def _set_device_state_fd(self, message: Message) -> bytes:
+        """Accept a descriptor for the device state; the transfer begins after the reply."""
+        asked = wire.StateTransferDescription.unpack(message.payload)
+        if asked.direction not in tuple(StateDirection) or asked.phase != wire.STATE_PHASE_STOPPED:
+            raise ValueError(
+                f"expected direction 0 or 1 and phase 0, found {asked.direction} and {asked.phase}"
+            )
+        if not message.fds:
+            raise ValueError("expected a file descriptor, found none")
+        if any(vring.running for vring in self.vrings):
+            raise ValueError("a vring is running: GET_VRING_BASE stops it")
+        saving = asked.direction == StateDirection.SAVE
+        self.transfer.accept(message.fds[0], saving=saving)
+        message.take_fds()
+        return wire.pack_u64(wire.STATE_FD_NONE)
+
+    def _check_device_state(self, _message: Message) -> bytes:
+        """Reply whether the transfer was a success, when it has ended."""
+        return self.transfer.check() or wire.pack_u64(0)
+
     # Vrings
 
     @property
@@ -526,6 +552,17 @@ MESSAGES: dict[int, Row] = {
     ),
     Request.SET_INFLIGHT_FD: Row(
         Backend._set_inflight_fd, wire.INFLIGHT_SIZE, _ONE, needs=_INFLIGHT
+    ),
+    Request.SET_DEVICE_STATE_FD: Row(
+        Backend._set_device_state_fd,
+        *(wire.TRANSFER_SIZE, _OPTIONAL, ProtocolFeature.DEVICE_STATE, True),
+        failure=wire.pack_u64(wire.STATE_FD_NONE | wire.STATE_ERROR),
+    ),
+    Request.CHECK_DEVICE_STATE: Row(
+        Backend._check_device_state,
+        needs=ProtocolFeature.DEVICE_STATE,
+        replies=True,
+        failure=wire.pack_u64(wire.STATE_ERROR),
     ),
     Request.RESET_DEVICE: Row(Backend._reset_device, needs=ProtocolFeature.RESET_DEVICE),
     Request.GET_MAX_MEM_SLOTS: Row(Backend._get_max_mem_slots, needs=_SLOTS, replies=True),

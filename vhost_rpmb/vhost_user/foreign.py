@@ -32,9 +32,12 @@ from vhost_rpmb.errors import PeerError
 __all__ = [
     "check_event",
     "check_memory",
+    "check_stream",
     "check_unix_stream",
     "close",
     "close_connection",
+    "close_here",
+    "in_background",
     "is_lasting",
     "left_open",
     "refuse_path",
@@ -81,6 +84,22 @@ def check_unix_stream(fd: int) -> None:
         sock.detach()
 
 
+def check_stream(fd: int, *, writing: bool, own: int) -> None:
+    """ValueError unless it is a pipe or a connected UNIX stream socket, not the socket `own`."""
+    refuse_path(fd)
+    name = _name(fd)
+    if name.startswith("socket:"):
+        check_unix_stream(fd)
+        if name == _name(own):
+            raise ValueError("expected another socket than that of this connection")
+        return
+    if not name.startswith("pipe:"):
+        raise ValueError("expected a pipe or a UNIX stream socket, found another kind of file")
+    expected = os.O_WRONLY if writing else os.O_RDONLY
+    if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE not in (expected, os.O_RDWR):
+        raise ValueError(f"expected the {'writing' if writing else 'reading'} end of a pipe")
+
+
 def check_memory(fd: int) -> None:
     """ValueError unless it is a file that can be guest memory.
 
@@ -115,7 +134,7 @@ def close(fds: Iterable[int]) -> None:
         if is_lasting(fd):
             os.close(fd)
         else:
-            _background.run(partial(_close, fd))
+            _background.run(partial(close_here, fd))
 
 
 def close_connection(sock: socket.socket) -> None:
@@ -127,9 +146,14 @@ def close_connection(sock: socket.socket) -> None:
     except OSError:
         unread = True
     if unread:
-        _background.run(partial(_close, sock.detach()))
+        _background.run(partial(close_here, sock.detach()))
     else:
         sock.close()
+
+
+def in_background(job: Callable[[], None]) -> None:
+    """Run a job that may block without limit in a thread."""
+    _background.run(job)
 
 
 def left_open() -> int:
@@ -184,15 +208,15 @@ def _query(fd: int) -> tuple[int, os.stat_result | None]:
             file_system = libc.file_system(own)
             answer.append((file_system, None if file_system in _REMOTE else os.fstat(own)))
         answering.release()
-        _close(own)
+        close_here(own)
 
     _background.run(job)
     answering.acquire(timeout=_PATIENCE)
     return answer[0] if answer else (0, None)
 
 
-def _close(fd: int) -> None:
-    """Close a descriptor; may block."""
+def close_here(fd: int) -> None:
+    """Close a descriptor in this thread; may block."""
     with suppress(OSError):
         sock = socket.socket(fileno=fd)
         try:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Device",
+    "DeviceState",
     "Engine",
     "Keeper",
     "Log",
@@ -71,6 +72,26 @@ class Device(Protocol):
         """Clear the state of the connection, and the journal: a new one begins."""
 
 
+class DeviceState(Protocol):
+    """The state of the device, which another host takes over, or gives.
+
+    Its methods raise ValueError or OSError for a refusal, upon which nothing has changed.
+    """
+
+    @property
+    def limit(self) -> int:
+        """The largest number of bytes of a state."""
+
+    def save(self) -> bytes:
+        """Give the device away durably; return its state."""
+
+    def sent(self, complete: bool) -> None:
+        """Note the end of the transfer: whether the front-end may have all of the state."""
+
+    def load(self, blob: bytes) -> None:
+        """Take a device over durably."""
+
+
 class Watcher(Protocol):
     """The event loop, as far as a connection uses it."""
 
@@ -87,6 +108,9 @@ class Watcher(Protocol):
 
         With `edge`, once for each arrival, not for as long as data is left.
         """
+
+    def listen(self, fd: int, enabled: bool) -> None:
+        """Call the handler of `fd` when it is readable or, not `enabled`, at its hang-up only."""
 
     def remove(self, fd: int) -> None:
         """Stop watching; before `fd` is closed, because the front-end has the same file open."""

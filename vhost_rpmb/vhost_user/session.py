@@ -9,6 +9,7 @@ could not distinguish an error from an answer.
 
 from __future__ import annotations
 
+import select
 import socket
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -27,12 +28,20 @@ from vhost_rpmb.vhost_user.backend import (
 )
 from vhost_rpmb.vhost_user.intake import KeptReader
 from vhost_rpmb.vhost_user.saved import Intake, Owed, State
+from vhost_rpmb.vhost_user.transfer import LATER, StateTransfer
 from vhost_rpmb.vhost_user.vring import Vring
 from vhost_rpmb.vhost_user.wire import Message, ProtocolFeature
 from vhost_rpmb.virtio import flags
 
 if TYPE_CHECKING:
-    from vhost_rpmb.vhost_user.interfaces import Device, Engine, Keeper, Log, Watcher
+    from vhost_rpmb.vhost_user.interfaces import (
+        Device,
+        DeviceState,
+        Engine,
+        Keeper,
+        Log,
+        Watcher,
+    )
 
 __all__ = ["Session"]
 
@@ -50,7 +59,8 @@ class Session:
     The caller's event loop calls `receive` when the socket is readable, and `run` while `pending`
     is true, between other events. The vrings add their kick descriptors to `watcher`.
 
-    `protocol_features` are those that are offered.
+    `protocol_features` are those that are offered. `state` is that of the device, for DEVICE_STATE;
+    `wake` is called in the event loop when a transfer of it has ended, and leads to `receive`.
 
     `stopped` is called after each message while no vring runs, before the reply is sent.
 
@@ -70,6 +80,8 @@ class Session:
         keeper: Keeper | None = None,
         stopped: Callable[[], None] | None = None,
         protocol_features: ProtocolFeature = PROTOCOL_FEATURES,
+        state: DeviceState | None = None,
+        wake: Callable[[], None] = lambda: None,
     ) -> None:
         self._sock = sock
         self._keeper = keeper
@@ -80,7 +92,11 @@ class Session:
             KeptReader(sock, keeper, self._save_intake) if keeper else wire.MessageReader(sock)
         )
         self._store = partial(_store, keeper)
-        self._backend = Backend(device, engine, watcher, log, self._store, protocol_features)
+        self._transfer = StateTransfer(state, sock.fileno(), watcher, wake)
+        self._held: Message | None = None  # its reply waits for the end of the transfer
+        self._backend = Backend(
+            *(device, engine, watcher, log, self._store, protocol_features, self._transfer)
+        )
         self._loop = engine.Loop(device, watcher.epoll, poll_us)
         self._set_state(self._backend.save())
         sock.setblocking(False)
@@ -99,6 +115,8 @@ class Session:
         Raises EOFError if the front-end has disconnected, PeerError if it broke the protocol in a
         way that ends the connection.
         """
+        if self._held is not None and not self._answer_held():
+            return
         for _ in range(_MESSAGES_AT_A_TIME):
             left_open = foreign.left_open()
             message = self._reader.read()
@@ -107,8 +125,22 @@ class Session:
                     self._serve(message)
             if foreign.left_open() > left_open:
                 raise PeerError("too many descriptors of front-ends wait to be closed")
-            if message is None or self._watcher.stopping:
+            if message is None or self._held is not None or self._watcher.stopping:
                 return
+
+    def _answer_held(self) -> bool:
+        """Serve the message that waits, unless the transfer still runs. EOFError at a hang-up."""
+        assert self._held is not None
+        if self._transfer.running:
+            hang_up = select.poll()
+            hang_up.register(self._sock, select.POLLRDHUP)
+            if hang_up.poll(0):
+                raise EOFError("the connection ended while the device state was transferred")
+            return False
+        message, self._held = self._held, None
+        self._watcher.listen(self._sock.fileno(), True)
+        self._serve(message)
+        return True
 
     def run(self, *, once: bool = False) -> bool:
         """Serve every pending vring, with `once` one batch, until something else needs attention.
@@ -124,6 +156,12 @@ class Session:
             # Never sleeps while another waits.
             idle = self._process(vring, once=once or len(vrings) > 1)
         return idle and not self.pending
+
+    def refuse(self, reason: str) -> None:
+        """Stop every vring that waits to be served, and report the reason."""
+        for vring in self._backend.vrings:
+            if vring.pending:
+                vring.refuse(reason)
 
     def close(self) -> None:
         """End the connection: unmap guest memory, close every descriptor and the socket."""
@@ -213,6 +251,10 @@ class Session:
                 self._stopped()
             if reply is None and self._wants_ack(message):
                 reply = wire.pack_u64(_ACK_SUCCESS)
+        if reply is LATER:
+            self._held = message
+            self._watcher.listen(self._sock.fileno(), False)
+            return
         fds: Sequence[int] = ()
         if isinstance(reply, Reply):
             fds = [reply.fd]
@@ -222,6 +264,9 @@ class Session:
             self._conclude(data, fds)
         finally:
             wire.close_fds(fds)
+        self._transfer.begin()
+        if self._transfer.running and any(vring.running for vring in self._backend.vrings):
+            self._transfer.cancel("a vring runs")
 
     def _check(self, row: Row, message: Message) -> None:
         if message.flags & (wire.FLAG_REPLY | ~wire.FLAGS_MASK):

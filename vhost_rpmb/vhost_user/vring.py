@@ -272,6 +272,11 @@ class Vring:
             self._record.clear()
             self._kept = False
 
+    def refuse(self, reason: str) -> None:
+        """Do not run: the device is not here. The next start asks again."""
+        self._fault = reason
+        self._stopped(reason)
+
     def handle(self, result: int) -> None:
         """Handle the flags that the engine's loop returned for this vring.
 

@@ -157,6 +157,7 @@ _SINGLE_REGION = struct.Struct("=QQQQQ")
 _CONFIG = struct.Struct("=III")
 _LOG = struct.Struct("=QQ")
 _INFLIGHT = struct.Struct("=QQHH4x")
+_TRANSFER = struct.Struct("=II")
 
 HEADER_SIZE = _HEADER.size  # 12 bytes
 U64_SIZE = _U64.size  # 8 bytes
@@ -168,6 +169,7 @@ SINGLE_REGION_SIZE = _SINGLE_REGION.size  # 40 bytes
 CONFIG_SIZE = _CONFIG.size  # 12 bytes, without the config space bytes
 LOG_SIZE = _LOG.size  # 16 bytes
 INFLIGHT_SIZE = _INFLIGHT.size  # 24 bytes
+TRANSFER_SIZE = _TRANSFER.size  # 8 bytes
 
 
 # Messages that descriptors belong to; of the first three unless VRING_NO_FD is set.
@@ -178,8 +180,12 @@ _WITH_FDS = (
     Request.ADD_MEM_REG,
     Request.SET_BACKEND_REQ_FD,
     Request.SET_INFLIGHT_FD,
+<<<<<<< HEAD
     Request.SET_LOG_BASE,
     Request.SET_LOG_FD,
+=======
+    Request.SET_DEVICE_STATE_FD,
+>>>>>>> 8496d00 (migration: hand the device to another host, as a copy or in shared files)
 )
 
 
@@ -350,6 +356,34 @@ class InflightDescription(NamedTuple):
     def unpack(cls, payload: bytes) -> Self:
         """From the payload; ValueError unless it has 24 bytes."""
         return cls(*_unpack(_INFLIGHT, payload))
+
+
+class StateDirection(IntEnum):
+    """The direction of a transfer of device state, as the back-end sees it."""
+
+    SAVE = 0
+    LOAD = 1
+
+
+STATE_PHASE_STOPPED = 0
+STATE_FD_NONE = 1 << 8  # in the reply to SET_DEVICE_STATE_FD: the front-end's descriptor is used
+STATE_ERROR = 1  # in the reply to CHECK_DEVICE_STATE, and in the low bits of the other
+
+
+class StateTransferDescription(NamedTuple):
+    """The parameters of SET_DEVICE_STATE_FD."""
+
+    direction: int
+    phase: int = STATE_PHASE_STOPPED
+
+    def pack(self) -> bytes:
+        """The 8 bytes of the payload."""
+        return _TRANSFER.pack(*self)
+
+    @classmethod
+    def unpack(cls, payload: bytes) -> Self:
+        """From the payload; ValueError unless it has 8 bytes."""
+        return cls(*_unpack(_TRANSFER, payload))
 
 
 def close_fds(fds: Sequence[int]) -> None:

@@ -31,9 +31,15 @@ class Contents(NamedTuple):
         return [address for address, mark in enumerate(self.damaged) if mark]
 
 
-def load(image: ImageFile, database: StateReader) -> Contents:
-    """Read the image, compare it with its digests, and put pending blocks in place of its own."""
-    memory = mmap.mmap(-1, image.size)
+def load(image: ImageFile, database: StateReader, memory: mmap.mmap | None = None) -> Contents:
+    """Read the image, compare it with its digests, and put pending blocks in place of its own.
+
+    ``memory`` (default: new) gets the blocks; what it has is replaced.
+    """
+    if memory is None:
+        memory = mmap.mmap(-1, image.size)
+    else:
+        memory[:] = bytes(image.size)
     blocks = image.size // spec.BLOCK_SIZE
     damaged = bytearray(blocks)
     digests = database.digests(blocks)

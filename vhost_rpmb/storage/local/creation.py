@@ -10,6 +10,7 @@ from contextlib import closing, contextmanager, suppress
 
 from vhost_rpmb.errors import StateError
 from vhost_rpmb.rpmb import spec
+from vhost_rpmb.storage.interface import ACTIVE
 from vhost_rpmb.storage.local.database import (
     SCHEMA,
     SET_DIGEST,
@@ -25,15 +26,18 @@ from vhost_rpmb.storage.paths import journal_of, log_of, new_of
 __all__ = ["create_arriving", "create_database"]
 
 
-def create_database(path: str, image: ImageFile, counter: int) -> None:
-    """Create the state file of a new device atomically; never replaces a file."""
+def create_database(path: str, image: ImageFile, counter: int, state: str = ACTIVE) -> None:
+    """Create the state file of a new device atomically; never replaces a file.
+
+    ``state``: ACTIVE, or VACANT for files that wait for a device.
+    """
     if os.path.lexists(log_of(path)):
         raise StateError(
             f"{log_of(path)}: expected its state file {path}, found none: restore the state file"
             " from a backup; a start without it would set the write counter back"
         )
     with _published(path, os.link) as database:
-        _fill(database, image.file_size, image.blocks(), counter)
+        _fill(database, image.file_size, image.blocks(), counter, state)
     sync_folder(image.path)
 
 
@@ -78,14 +82,18 @@ def _remove(paths: Iterable[str]) -> None:
 
 
 def _fill(
-    connection: sqlite3.Connection, size: int, blocks: Iterable[tuple[int, bytes]], counter: int
+    connection: sqlite3.Connection,
+    size: int,
+    blocks: Iterable[tuple[int, bytes]],
+    counter: int,
+    state: str = ACTIVE,
 ) -> None:
     """Write the state of a new device into an empty file, without syncing it."""
     connection.executescript(SCHEMA)
     with connection:
         connection.execute(
-            "INSERT INTO device VALUES (1, ?, ?, ?, NULL, NULL, 0, 0, ?, x'')",
-            (os.urandom(8).hex(), size, counter, STOPPED),
+            "INSERT INTO device VALUES (1, ?, ?, ?, NULL, NULL, 0, 0, ?, x'', ?, 0, x'', x'')",
+            (os.urandom(8).hex(), size, counter, STOPPED, state),
         )
         digests = ((address, digest(data)) for address, data in blocks)
         connection.executemany(SET_DIGEST, ((a, sha256) for a, sha256 in digests if sha256))

@@ -11,6 +11,14 @@ from contextlib import suppress
 from vhost_rpmb.errors import StateError
 from vhost_rpmb.rpmb import spec
 from vhost_rpmb.rpmb.replay import NO_REPLAY, Replay
+from vhost_rpmb.storage.interface import (
+    ACTIVE,
+    EXPORTED,
+    IMPORTED,
+    SUPERSEDED,
+    VACANT,
+    Possession,
+)
 from vhost_rpmb.storage.local.files import sync_folder, write_all
 from vhost_rpmb.storage.local.image import digest
 from vhost_rpmb.storage.local.statefile import (
@@ -46,12 +54,20 @@ __all__ = [
 
 _PAGE_SIZE = 4096  # bytes
 _ADDRESS_SIZE = 2  # bytes
+_DIGEST_SIZE = 32  # bytes
 _LOG_SIZE = 1 << 20  # bytes of the write-ahead log before SQLite moves them into the database file
 STOPPED, _RUNNING, _STARTING = 0, 1, 2
 _MARK_SIZE = 8  # bytes of a digest that recognise an earlier version of a block
 _MARKS = 8  # earlier versions of a block that are recognised
-# Since format 2; the default is the record of what format 1 wrote.
-_REPLAY = "replay BLOB NOT NULL DEFAULT x''"
+# Columns of later formats; the default is what earlier ones meant.
+_REPLAY = "replay BLOB NOT NULL DEFAULT x''"  # since format 2
+_POSSESSION = (  # since format 3
+    "state TEXT NOT NULL DEFAULT 'active'",
+    "generation INTEGER NOT NULL DEFAULT 0",
+    "token BLOB NOT NULL DEFAULT x''",
+    "claim BLOB NOT NULL DEFAULT x''",
+)
+_ADDED = {"device": (_REPLAY, *_POSSESSION), "pending": (_REPLAY,)}
 # One transaction, which the caller commits; the file is synced as a whole before it is published.
 SCHEMA = f"""
 PRAGMA page_size = {_PAGE_SIZE};
@@ -70,7 +86,11 @@ CREATE TABLE device (
     starts INTEGER NOT NULL,    -- how often it was started
     stamped INTEGER NOT NULL,   -- 1 if the image was stamped with name and starts
     running INTEGER NOT NULL,   -- not 0 while the write-ahead log belongs to the state; 2 at first
-    {_REPLAY}                   -- record of the last commit that is not pending
+    {_REPLAY},                  -- record of the last commit that is not pending
+    {_POSSESSION[0]},           -- whether the device may answer
+    {_POSSESSION[1]},           -- number of hand-overs
+    {_POSSESSION[2]},           -- of the last hand-over
+    {_POSSESSION[3]}            -- by which this host claims the generation
 ) STRICT;
 CREATE TABLE pending (          -- commits whose blocks the image need not hold yet, latest last
     id INTEGER PRIMARY KEY,
@@ -106,6 +126,11 @@ class DeviceRow(NamedTuple):
     stamped: int
     running: int
     replay: Replay
+    possession: Possession
+
+
+_FIXED = DeviceRow._fields[:-2]  # columns of every format
+_STATES = (ACTIVE, VACANT, EXPORTED, IMPORTED, SUPERSEDED)
 
 
 class Mark(NamedTuple):
@@ -183,19 +208,22 @@ class StateReader:
             )
         return row
 
-    def _has_replay(self) -> bool:
-        """Whether this is format 2; the file's header may be older than the log."""
-        found = self._execute("SELECT 1 FROM pragma_table_info('device') WHERE name = 'replay'")
-        return found.fetchone() is not None
+    def _columns(self, table: str) -> set[str]:
+        """The columns that a table has; the header may be of an older format than the log."""
+        found = self._execute(f"SELECT name FROM pragma_table_info('{table}')")
+        return {name for (name,) in found}
 
     def device(self) -> DeviceRow:
         """The row of the device, with write counter and replay record of the latest commit."""
-        replay = "replay" if self._has_replay() else "x''"
-        columns = ", ".join((*DeviceRow._fields[:-1], replay))
+        present = self._columns("device")
+        replay = "replay" if "replay" in present else "x''"
+        columns = ", ".join((*_FIXED, replay))
         found = self._execute(f"SELECT {columns} FROM device").fetchone()
         if found is None:
             raise self._damaged("it has no device")
-        row = DeviceRow._make((*found[:-1], NO_REPLAY))
+        row = DeviceRow._make((*found[:-1], NO_REPLAY, Possession()))
+        if "state" in present:
+            row = row._replace(possession=self._possession())
         latest = f"SELECT counter, {replay} FROM pending ORDER BY id DESC LIMIT 1"
         counter, packed = self._execute(latest).fetchone() or (row.counter, found[-1])
         if not 0 <= row.counter <= counter <= spec.MAX_WRITE_COUNTER:
@@ -207,6 +235,13 @@ class StateReader:
             return row._replace(counter=counter, replay=Replay.unpack(packed))
         except ValueError as error:
             raise self._damaged(str(error)) from error
+
+    def _possession(self) -> Possession:
+        found = self._execute(f"SELECT {', '.join(Possession._fields)} FROM device").fetchone()
+        possession = Possession._make(found)
+        if possession.state not in _STATES or possession.generation < 0:
+            raise self._damaged(f"state {possession.state!r}, generation {possession.generation}")
+        return possession
 
     def mark(self) -> Mark | None:
         """Why the device is not here; None for one that is."""
@@ -334,6 +369,20 @@ class Database(StateReader):
         self._execute("UPDATE device SET replay = x''")
         self._execute("UPDATE pending SET replay = x'' WHERE id = (SELECT max(id) FROM pending)")
 
+    def possess(self, possession: Possession) -> None:
+        """Store whether the device may answer."""
+        names = ", ".join(f"{name} = ?" for name in Possession._fields)
+        self._execute(f"UPDATE device SET {names}", possession)
+
+    def rename(self, name: str) -> None:
+        """Store the name of a device that was received."""
+        self._execute("UPDATE device SET name = ?", (name,))
+
+    def mark_damaged(self, addresses: Iterable[int]) -> None:
+        """Store that blocks cannot be served: no content has the digest that they get."""
+        rows = ((address, os.urandom(_DIGEST_SIZE)) for address in addresses)
+        self._connection.executemany(SET_DIGEST, rows)
+
     def set_digests(self, blocks: Iterable[tuple[int, bytes]]) -> None:
         """Store the digests of blocks (address, data) of the image, and mark earlier versions."""
         self._connection.executemany(SET_DIGEST, ((a, digest(data)) for a, data in blocks))
@@ -355,18 +404,23 @@ class Database(StateReader):
         finally:
             os.close(fd)
 
-    def mark_running(self, starts: int) -> None:
+    def mark_running(self, starts: int, possession: Possession | None = None) -> None:
         """Record in the database file itself that its write-ahead log now belongs to it.
 
         Until then the device is starting: the file may record fewer starts than its log, and an
-        older format, which is upgraded in the same transaction.
+        older format, which is upgraded in the same transaction. ``possession`` replaces the present
+        one in it.
         """
         self._owns_log = True
         with self.transaction():
-            if not self._has_replay():
-                for table in ("device", "pending"):
-                    self._execute(f"ALTER TABLE {table} ADD COLUMN {_REPLAY}")
+            for table, columns in _ADDED.items():
+                present = self._columns(table)
+                for column in columns:
+                    if column.split()[0] not in present:
+                        self._execute(f"ALTER TABLE {table} ADD COLUMN {column}")
             self._execute("UPDATE device SET running = ?, starts = ?", (_STARTING, starts))
+            if possession is not None:
+                self.possess(possession)
             self._execute(f"PRAGMA user_version = {user_version(starts)}")
         # The name of the log has to be durable before the file refers to it. SQLite syncs the
         # folder too, but does not report a failure.

@@ -8,25 +8,35 @@ different devices or times are recognised.
 from __future__ import annotations
 
 import hmac
+import mmap
 import os
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 
-from vhost_rpmb.errors import StateError, UsageError
+from vhost_rpmb.errors import Fenced, StateError, UsageError
 from vhost_rpmb.log import Logger
 from vhost_rpmb.rpmb import spec
+from vhost_rpmb.storage.interface import ACTIVE, IMPORTED, VACANT, Possession
 from vhost_rpmb.storage.local.contents import Contents, load
 from vhost_rpmb.storage.local.creation import create_database
 from vhost_rpmb.storage.local.database import Database, DeviceRow, Snapshot
-from vhost_rpmb.storage.local.image import ImageFile, Stamp, ranges
+from vhost_rpmb.storage.local.image import ImageFile, ranges
 from vhost_rpmb.storage.local.keyfile import fingerprint, read_key_file, require_key
 from vhost_rpmb.storage.local.statefile import check_neighbours, has_log, trouble
 from vhost_rpmb.storage.local.store import FAILURES, Store
 from vhost_rpmb.storage.paths import Paths
 from vhost_rpmb.typed import NamedTuple
 
-__all__ = ["Report", "choose_key", "mismatch", "named_errors", "open_store", "verify"]
+__all__ = [
+    "Report",
+    "check_possession",
+    "choose_key",
+    "mismatch",
+    "named_errors",
+    "open_store",
+    "verify",
+]
 
 logger = Logger(__name__)
 
@@ -39,15 +49,23 @@ def open_store(
     key_set: bool = False,
     initial_counter: int | None = None,
     warn: Callable[[str], None] = logger.warning,
+    waiting: bool = False,
+    vacant: bool = False,
+    hold: bool = False,
+    memory: mmap.mmap | None = None,
 ) -> Store:
     """Open a device's durable state, create it if there is none, and lock it for this process.
 
     ``paths.key`` is where a programmed key is stored; with ``key_set`` the key that is there counts
     as programmed. ``initial_counter`` (default 0) is the first write counter of a new device,
-    required for an image that has data. ``warn`` gets warnings for the operator.
+    required for an image that has data. ``warn`` gets warnings for the operator. ``waiting``: the
+    device need not be here (see `Possession`); ``vacant``: without a state file, create one that
+    waits for the device of another host. With ``hold`` the files are only locked and read, until
+    `Store.begin`. ``memory`` gets the blocks.
 
     Raises UsageError for a file that is not suitable, StateError for files that contradict each
-    other or are in use. The state of the device is unchanged then.
+    other or are in use, `Fenced` for a device that was handed to another host. The state of the
+    device is unchanged then.
     """
     with ExitStack() as undo:
         image = ImageFile(paths.flash, warn)
@@ -61,14 +79,19 @@ def open_store(
             else:
                 if key_set:
                     require_key(paths.key, key_file)
-                _check_new(image, paths.state, initial_counter)
-                create_database(paths.state, image, initial_counter or 0)
+                _check_new(image, paths.state, None if vacant else initial_counter)
+                state = VACANT if vacant else ACTIVE
+                create_database(paths.state, image, initial_counter or 0, state)
             database = Database(paths.state)
             undo.callback(_close_quietly, database)
             row = database.device()
+            if not waiting:
+                check_possession(row.possession, paths.state)
             _check_size(image, row, paths.state)
-            key, new = choose_key(row, paths, key_file, key_set, warn)
-            contents = load(image, database)
+            # The key of a vacant device comes with it.
+            empty = row.possession.state == VACANT
+            key, new = (None, None) if empty else choose_key(row, paths, key_file, key_set, warn)
+            contents = load(image, database, memory)
             if disagreement := mismatch(image, row, paths.state, contents):
                 raise StateError(disagreement)
             if initial_counter is not None and initial_counter != row.counter:
@@ -76,16 +99,30 @@ def open_store(
                     f"--initial-counter={initial_counter} was not applied: the write counter in"
                     f" {paths.state} is {row.counter}, and it only goes up"
                 )
-            store = Store(
-                *(paths, database, image, row.name, row.counter, key, row.replay, contents)
-            )
-            if new is not None:
-                database.program(None, new)
-            database.warm_log()
-            database.mark_running(row.starts + 1)
-            database.set_stamped(image.set_stamp(Stamp(row.name, row.starts + 1)))
+            store = Store(paths, database, image, row, key, contents)
+            if not hold:
+                store.begin(new)
         undo.pop_all()
     return store
+
+
+def check_possession(possession: Possession, device: str) -> None:
+    """Refuse a device that is not here."""
+    where = f"device {device}: expected one that is here, found"
+    if possession.state == VACANT:
+        raise StateError(
+            f"{where} none: it waits for one to arrive, start with --migration=copy and --incoming,"
+            " or remove the state file and name a new image"
+        )
+    if possession.state == IMPORTED:
+        raise StateError(
+            f"{where} one that arrived and was not used yet: start with --migration=copy"
+        )
+    if possession.state != ACTIVE:
+        raise Fenced(
+            f"{where} one that was handed to another host (generation {possession.generation}):"
+            " use it there; if it is not in use there, see vhost-rpmb-client release"
+        )
 
 
 def _close_quietly(database: Database) -> None:

@@ -39,8 +39,8 @@ __all__ = [
 ]
 
 APPLICATION_ID = 0x52504D42  # "RPMB"
-FORMAT = 2
-_FORMATS = (1, FORMAT)  # that this version can load
+FORMAT = 3
+_FORMATS = (1, 2, FORMAT)  # that this version can load
 # In place of a format: the device is not here, so that no version serves it. `moving` has the rest.
 AWAY = 255
 # The header of an SQLite database: its magic, and the offsets of user_version and application_id.

@@ -13,10 +13,10 @@ from contextlib import suppress
 from vhost_rpmb.log import FailureLog, Logger
 from vhost_rpmb.rpmb import spec
 from vhost_rpmb.rpmb.replay import NO_REPLAY, Replay
-from vhost_rpmb.storage.interface import Access, Resources
+from vhost_rpmb.storage.interface import Access, Possession, Received, Resources
 from vhost_rpmb.storage.local.contents import Contents
-from vhost_rpmb.storage.local.database import Database
-from vhost_rpmb.storage.local.image import ImageFile, ranges, runs
+from vhost_rpmb.storage.local.database import Database, DeviceRow
+from vhost_rpmb.storage.local.image import ImageFile, Stamp, ranges, runs
 from vhost_rpmb.storage.local.keyfile import fingerprint, write_key_file
 from vhost_rpmb.storage.paths import Paths
 
@@ -56,10 +56,8 @@ class Store:
         paths: Paths,
         database: Database,
         image_file: ImageFile,
-        name: str,
-        counter: int,
+        row: DeviceRow,
         key: bytes | None,
-        replay: Replay,
         contents: Contents,
     ) -> None:
         self._paths = paths
@@ -68,11 +66,14 @@ class Store:
         self._closed = False
         self._commit_uncertain = False  # a commit reported as failed may be durable
         self._failures = FailureLog(logger, "writes are made durable again")
-        self.name = name
-        self.counter = counter
+        self._begun = False  # the files say that the device is in use
+        self._starts = row.starts + 1
+        self.name = row.name
+        self.counter = row.counter
         self.key = key
-        self.replay = replay
-        self._owed = bool(replay.chains)  # answers of the last commit may not be published
+        self.replay = row.replay
+        self.possession = row.possession
+        self._owed = bool(row.replay.chains)  # answers of the last commit may not be published
         self.image = memoryview(contents.memory)
         self.damaged = contents.damaged
         self._pending = contents.pending
@@ -87,6 +88,82 @@ class Store:
                 image_file.path,
                 ranges(lost),
             )
+
+    def begin(self, fingerprint: bytes | None = None, possession: Possession | None = None) -> None:
+        """Record that the device is in use; until then nothing is changed.
+
+        ``fingerprint``: of a key that counts as programmed from now on. ``possession`` replaces the
+        present one in the same transaction. Raises sqlite3.Error and OSError.
+        """
+        if fingerprint is not None:
+            self._database.program(None, fingerprint)
+        self._database.warm_log()
+        self._begun = True
+        self._database.mark_running(self._starts, possession)
+        if possession is not None:
+            self.possession = possession
+        self._set_stamp()
+
+    def _set_stamp(self) -> None:
+        self._database.set_stamped(self._image_file.set_stamp(Stamp(self.name, self._starts)))
+
+    def possess(self, possession: Possession) -> None:
+        """Record durably whether the device may answer. OSError, with everything unchanged."""
+        try:
+            self._rewrite_uncertain_commit()
+            self._commit_uncertain = True
+            with self._database.transaction():
+                self._database.possess(possession)
+            self._commit_uncertain = False
+        except FAILURES as error:
+            self._undo(None)
+            raise OSError(None, f"it could not be made durable: {_why(error)}") from error
+        self.possession = possession
+
+    def adopt(self, received: Received, possession: Possession) -> None:
+        """Replace the device by one that was received, in one transaction.
+
+        OSError, with everything unchanged.
+        """
+        if not self.checkpoint():
+            raise OSError(None, "the image cannot be written")
+        size = spec.BLOCK_SIZE
+        memory = received.image
+        changed = [
+            (address, memory[address * size : (address + 1) * size])
+            for address, mark in enumerate(self.damaged)
+            if address not in received.damaged
+            and (mark or memory[address * size : (address + 1) * size] != self._block(address))
+        ]
+        new_key = received.key if self.key is None else None
+        try:
+            self._rewrite_uncertain_commit()
+            if new_key is not None and self._paths.key is not None:
+                write_key_file(self._paths.key, new_key)
+            self._commit_uncertain = True
+            with self._database.transaction():
+                self._database.rename(received.name)
+                self._database.possess(possession)
+                if new_key is not None:
+                    self._database.program(*self._columns(new_key))
+                self._database.mark_damaged(received.damaged)
+                self._database.add_pending(received.counter, changed, received.replay)
+            self._commit_uncertain = False
+        except FAILURES as error:
+            self._undo(new_key)
+            raise OSError(None, f"it could not be made durable: {_why(error)}") from error
+        self.name, self.possession = received.name, possession
+        self.counter, self.replay = received.counter, received.replay
+        self.key = received.key
+        self._owed = bool(received.replay.chains)
+        self.image[:] = memory
+        self.damaged[:] = bytes(len(self.damaged))
+        for address in received.damaged:
+            self.damaged[address] = 1
+        self._pending.update(address for address, _ in changed)
+        self._database_blocks += len(changed)
+        with suppress(*FAILURES):
+            self._set_stamp()
 
     def _block(self, address: int) -> bytes:
         start = address * spec.BLOCK_SIZE
@@ -139,6 +216,11 @@ class Store:
         """Note that no answer is owed, so that `close` empties the replay record."""
         self._owed = False
 
+    @property
+    def owed(self) -> Replay:
+        """The record of answers that are owed; empty if there are none."""
+        return self.replay if self._owed else NO_REPLAY
+
     def _columns(self, key: bytes) -> tuple[bytes | None, bytes | None]:
         """Return the columns of a key: itself, or its fingerprint if a file has the key."""
         return (key, None) if self._paths.key is None else (None, fingerprint(key))
@@ -162,6 +244,8 @@ class Store:
         with self._database.transaction():
             if self.key is None:
                 self._database.program(None, None)
+            self._database.rename(self.name)
+            self._database.possess(self.possession)
             self._database.add_pending(self.counter, (), self.replay)
         self._commit_uncertain = False
 
@@ -227,6 +311,9 @@ class Store:
             return
         self._closed = True
         try:
+            if not self._begun:
+                self._database.close()
+                return
             self.checkpoint()
             with suppress(*FAILURES):
                 self._rewrite_uncertain_commit()
