@@ -30,7 +30,7 @@ from vhost_rpmb.rpmb import spec
 pytestmark = pytest.mark.needs_sources
 MAN_PAGES = ("vhost-user-rpmb", "vhost-rpmb-client")
 RUN_HERE = ("client", "debugging", "device", "qemu", "quick-start")
-RUN_ELSEWHERE = ("fleet", "guest", "optee", "systemd")
+RUN_ELSEWHERE = ("fleet", "guest", "migration", "optee", "systemd")
 NOT_RUN = (
     "embedding",
     "faults",

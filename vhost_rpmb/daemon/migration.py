@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Protocol
 
 from vhost_rpmb.daemon.handover import Handover
 from vhost_rpmb.errors import Fenced, UsageError
@@ -24,6 +23,7 @@ from vhost_rpmb.storage.local.opening import check_possession, open_store
 from vhost_rpmb.storage.local.shared import SharedFiles
 from vhost_rpmb.storage.local.store import Store as LocalStore
 from vhost_rpmb.storage.paths import Paths
+from vhost_rpmb.typed import TYPE_CHECKING, Protocol
 from vhost_rpmb.vhost_user.interfaces import DeviceState
 
 if TYPE_CHECKING:

@@ -12,11 +12,12 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from vhost_rpmb.rpmb import spec
 from vhost_rpmb.rpmb.limits import MAX_REPLAY_WRITES, REPLAY_WRITE_SIZE
 from vhost_rpmb.rpmb.replay import Replay
+from vhost_rpmb.typed import NamedTuple
 
 __all__ = ["COPY", "TICKET", "State", "largest", "pack", "unpack"]
 

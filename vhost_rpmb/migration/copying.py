@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from typing import Protocol
 
 from vhost_rpmb.log import Logger
 from vhost_rpmb.migration.blob import COPY, State, largest, pack, unpack
@@ -26,6 +25,7 @@ from vhost_rpmb.storage.interface import (
 )
 from vhost_rpmb.storage.local.keyfile import fingerprint
 from vhost_rpmb.storage.local.store import Store
+from vhost_rpmb.typed import Protocol
 
 __all__ = ["Copying", "MovableDevice", "pass_on", "superseded"]
 

@@ -74,7 +74,8 @@ class Handing:
             if self._expected:
                 return "the device is expected from another host, and did not arrive"
             try:
-                self._files.open()
+                if not self._files.opened:
+                    self._files.open()
             except OperatorError as error:
                 return self._busy(str(error))
             self._busy_since = 0.0

@@ -3,11 +3,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from vhost_rpmb.migration.blob import State
 from vhost_rpmb.storage.interface import EXPORTED, IMPORTED, VACANT, Possession
 from vhost_rpmb.storage.local.keyfile import fingerprint
+from vhost_rpmb.typed import NamedTuple
 
 __all__ = ["Present", "check_arrival", "is_own"]
 

@@ -18,6 +18,7 @@ from vhost_rpmb.client.verbs import (
     load,
     read_block,
     read_counter,
+    release,
     verify,
     write_block,
     write_key,
@@ -49,5 +50,6 @@ VERBS: tuple[Verb, ...] = (
     load,
     dump,
     verify,
+    release,
     fleet,
 )

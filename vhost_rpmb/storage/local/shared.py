@@ -29,8 +29,8 @@ class SharedFiles:
     """The device in shared files; implements `vhost_rpmb.storage.interface.Store`.
 
     With ``incoming`` the files are not touched before `open`; otherwise they are opened now, and
-    closed again if the device is not here. ``active``: requests may be served. Counter, key and
-    replay record are those of the open files.
+    closed again if the device is not here. ``active``: since `begin`, requests may be served.
+    Counter, key and replay record are those of the open files.
     """
 
     confirm = None  # the lock keeps every other daemon out
@@ -60,10 +60,8 @@ class SharedFiles:
                 open_store(paths, warn=warn, **options).close()  # type: ignore[arg-type]
             self.open()
             self.name = self.store.name
-            if self.store.possession.state == ACTIVE:
-                self.begin()
-            else:
-                self.leave()
+            if self.store.possession.state != ACTIVE:
+                self.close()
 
     @property
     def store(self) -> Store:
