@@ -49,7 +49,7 @@ _OWNER_POLL = 0.05  # seconds between two looks at a device that another daemon 
 _ACCEPT_PAUSE = 0.1  # seconds, when the system has no descriptor or memory for a connection
 _PEER = struct.Struct("iII")  # SO_PEERCRED: pid, uid, gid
 _SO_PEERPIDFD = 77  # since Linux 6.5
-_MOVABLE = PROTOCOL_FEATURES | ProtocolFeature.DEVICE_STATE
+_MOVABLE = PROTOCOL_FEATURES | ProtocolFeature.LOG_SHMFD | ProtocolFeature.DEVICE_STATE
 _NO_PROCESS = (errno.EINVAL, errno.ESRCH)  # before Linux 6.16: it has ended and was waited for
 
 logger = Logger(__name__)

@@ -180,12 +180,9 @@ _WITH_FDS = (
     Request.ADD_MEM_REG,
     Request.SET_BACKEND_REQ_FD,
     Request.SET_INFLIGHT_FD,
-<<<<<<< HEAD
     Request.SET_LOG_BASE,
     Request.SET_LOG_FD,
-=======
     Request.SET_DEVICE_STATE_FD,
->>>>>>> 8496d00 (migration: hand the device to another host, as a copy or in shared files)
 )
 
 
