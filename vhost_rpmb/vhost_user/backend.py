@@ -176,7 +176,10 @@ class Backend:
         raise ValueError("this back-end does not have this message")
 
     def _get_features(self, _message: Message) -> bytes:
-        return wire.pack_u64(self._device.features | wire.F_PROTOCOL_FEATURES)
+        offered = self._device.features | wire.F_PROTOCOL_FEATURES
+        if self._offered & ProtocolFeature.LOG_SHMFD:
+            offered |= wire.F_LOG_ALL
+        return wire.pack_u64(offered)
 
     def _set_features(self, message: Message) -> None:
         features = wire.unpack_u64(message.payload)
