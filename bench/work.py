@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """One process that is guest and device: what a batch costs without any wake-up.
 
-``python -m bench.work ENGINE FOLDER BATCHES [kept]`` has a device in FOLDER answer so many batches
-of 64 reads; run under a tool that counts, twice with different numbers. ``kept``: with what lets
-requests outlive the process, the in-flight region and the journal of the result register.
+``python -m bench.work ENGINE FOLDER BATCHES [kept|logged]`` has a device in FOLDER answer so many
+batches of 64 reads; run under a tool that counts, twice with different numbers. ``kept``: with what
+lets requests outlive the process, the in-flight region and the journal of the result register.
+``logged``: with a dirty log, in which answers and ring are marked.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 
 from bench.daemon import KEY, reads
-from vhost_rpmb import engine
+from vhost_rpmb import engine, memfd
 from vhost_rpmb.driver.memory import DEFAULT_REGIONS, GuestMemory
 from vhost_rpmb.driver.ring import Ring
 from vhost_rpmb.rpmb import spec
@@ -31,7 +32,15 @@ DEPTH = 64  # requests in a batch
 class Work:
     """A ring with 64 reads of ``blocks`` blocks, offered to a device again and again."""
 
-    def __init__(self, name: str, folder: Path, blocks: int = 1, *, kept: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        blocks: int = 1,
+        *,
+        kept: bool = False,
+        logged: bool = False,
+    ) -> None:
         chosen = engine.load(name)
         flash = folder / "work"
         flash.touch()
@@ -85,6 +94,15 @@ class Work:
                 recorded.add_region(0, description.mmap_size, 0, 0, fd)
                 os.close(fd)
                 self._queue.resume(0, recorded, 0, 0, ())
+            if logged:
+                size = guest.regions[-1].end // (8 * virtio.VHOST_LOG_PAGE)
+                bits = chosen.GuestMemory(1)
+                stack.callback(bits.clear)
+                fd = memfd.create("dirty-log", size)
+                bits.add_region(0, size, 0, 0, fd)
+                os.close(fd)
+                memory.set_log(bits, True)
+                self._queue.mark_ring(self._ring.used_ring)
             self._more = MORE
             self._batches = 0
             self._resources = stack.pop_all()
@@ -105,7 +123,7 @@ class Work:
 
 
 def main(name: str, folder: Path, batches: int, *mode: str) -> None:
-    work = Work(name, folder, kept="kept" in mode)
+    work = Work(name, folder, kept="kept" in mode, logged="logged" in mode)
     for _ in range(batches):
         work.batch()
     work.close()

@@ -264,6 +264,9 @@ class Stream(Target):
             fds = [source.pick(self._files.all) for _ in range(source.pick((0, 1, 2, 33, 253)))]
         else:
             fds = self._fds(request, payload)
+        if request == Request.SET_LOG_BASE:
+            # One in guest memory would show the order of writes and marks, which is the engine's.
+            fds = [self._files.log if fd == self._files.arena else fd for fd in fds]
         data = _HEADER.pack(request, flags, size) + payload
         if how & 0x80:
             cut = source.number(1) % len(data)

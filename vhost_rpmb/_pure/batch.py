@@ -93,7 +93,7 @@ def _scatter(memory: GuestMemory, writable: list[tuple[int, int]], answer: bytes
     for address, length in writable:
         if done >= len(answer):
             return
-        memory.write(address, answer[done : done + length])
+        memory._put(address, answer[done : done + length])
         done += length
 
 

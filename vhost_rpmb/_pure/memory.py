@@ -14,6 +14,7 @@ from operator import attrgetter
 from weakref import WeakSet
 
 from vhost_rpmb import libc
+from vhost_rpmb._pure.barrier import full_barrier
 from vhost_rpmb.virtio import limits
 from vhost_rpmb.virtio.spec import VHOST_LOG_PAGE
 
@@ -268,9 +269,10 @@ class GuestMemory:
     def write(self, guest_address: int, data: bytes) -> None:
         """Copy ``data`` in, across regions that adjoin; GuestMemoryError (and no write) outside.
 
-        Buffers are written by this method only, rings by _store() and by their indices.
+        Buffers are written by this method and by _put(), rings by the views of their parts.
         """
-        self._store(guest_address, data, self._marks_writes)
+        self._put(guest_address, data)
+        self._mark_noted()
 
     def set_log(self, log: GuestMemory | None, marks_writes: bool = False) -> None:
         """Use another dirty log, or none: a bit for each page from guest address 0 on.
@@ -280,22 +282,14 @@ class GuestMemory:
         self._log = log
         self._log_pages = log.regions[0][1] * 8 if log else 0
         self._marks_writes = log is not None and marks_writes
+        self._noted: set[int] = set()
         self._marked = False
         self._log_fault = ""
 
     def mark(self, guest_address: int, length: int) -> None:
         """Mark the pages of a range, of a byte or more, in the dirty log, if there is one."""
-        if self._log is None:
-            return
-        self._marked = True
-        last = (guest_address + length - 1) // VHOST_LOG_PAGE
-        for page in range(guest_address // VHOST_LOG_PAGE, last + 1):
-            if page >= self._log_pages:
-                self._log_fault = self._log_fault or _LOG_TOO_SMALL
-                break
-            if not self._log._set_bit(page // 8, page % 8):
-                self._log_fault = _LOG_LOST
-                break
+        self._note(guest_address, length)
+        self._mark_noted()
 
     def take_marked(self) -> bool:
         """Tell whether anything was marked since the last call."""
@@ -307,25 +301,55 @@ class GuestMemory:
         """The reason why pages could not be marked in this dirty log; empty if all could."""
         return self._log_fault
 
-    def _set_bit(self, offset: int, bit: int) -> bool:
-        """Set a bit of the first region by one atomic access; False if its memory was lost."""
-        region = self._regions[0]
-        self._touch(region, region.skipped + offset, 1)
-        try:
-            libc.atomic_set_bit(region.start + region.skipped + offset, bit)
-        except OSError:
-            return False
-        return not self._lost
-
-    def _store(self, guest_address: int, data: bytes, marked: bool = False) -> None:
-        """Copy ``data`` in, ``marked`` in the dirty log or not."""
+    def _put(self, guest_address: int, data: bytes) -> None:
+        """Copy ``data`` in; its pages are marked by _mark_noted(), before the batch ends."""
         done = 0
         for region, start, count in list(self._spans(guest_address, len(data))):
             self._touch(region, start, count)
             region.map[start : start + count] = data[done : done + count]
-            if marked:
-                self.mark(guest_address + done, count)
             done += count
+        if self._marks_writes and data:
+            self._note(guest_address, len(data))
+
+    def _note(self, guest_address: int, length: int) -> None:
+        """Note the pages of a range that has been written: a batch marks each of them once."""
+        if self._log is None:
+            return
+        self._marked = True
+        first = guest_address // VHOST_LOG_PAGE
+        last = (guest_address + length - 1) // VHOST_LOG_PAGE
+        if last >= self._log_pages:
+            self._log_fault = self._log_fault or _LOG_TOO_SMALL
+            last = self._log_pages - 1
+        self._noted.add(last) if first == last else self._noted.update(range(first, last + 1))
+
+    def _mark_noted(self) -> None:
+        """Mark the pages that were noted."""
+        if not self._noted or self._log is None:
+            return
+        full_barrier()  # all that was written before a look at the bits
+        for page in self._noted:
+            if not self._log._set_bit(page // 8, page % 8):
+                self._log_fault = _LOG_LOST
+                break
+        self._noted.clear()
+
+    def _set_bit(self, offset: int, bit: int) -> bool:
+        """Set a bit of the first region by one atomic access; False if its memory was lost.
+
+        One that is set already, behind a full barrier, needs no access: whoever clears it finds
+        what was written before.
+        """
+        region = self._regions[0]
+        place = region.skipped + offset
+        if region.start + place >> limits.TOUCHED_AREA_BITS not in self._touched:
+            self._touch(region, place, 1)
+        if not region.map[place] >> bit & 1 and not region.lost:
+            try:
+                libc.atomic_set_bit(region.start + place, bit)
+            except OSError:
+                return False
+        return not region.lost
 
     @property
     def _lost(self) -> bool:

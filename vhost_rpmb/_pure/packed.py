@@ -16,9 +16,10 @@ import sys
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from vhost_rpmb._pure.barrier import full_barrier
 from vhost_rpmb._pure.inflight import PackedInflight
 from vhost_rpmb._pure.memory import GuestMemory
-from vhost_rpmb._pure.ring import BrokenChainError, BrokenRingError, Chain, Ring, full_barrier
+from vhost_rpmb._pure.ring import BrokenChainError, BrokenRingError, Chain, Ring
 from vhost_rpmb.virtio import rules
 from vhost_rpmb.virtio import spec as virtio
 
@@ -180,7 +181,8 @@ class PackedRing(Ring):
 
     def write_slot(self, slot: int, descriptor: bytes) -> None:
         """Store the descriptor of a slot, of a ring that is mapped."""
-        self.memory._store(self._address + slot * virtio.VIRTQ_DESC_SIZE, descriptor)
+        start = slot * virtio.VIRTQ_DESC_SIZE
+        self._parts[0][start : start + len(descriptor)] = descriptor
         self._mark_slots(slot, slot)
 
     def look(self) -> int:
@@ -289,11 +291,11 @@ class PackedRing(Ring):
         for taken, length in self._waiting:
             written = virtio.VIRTQ_DESC_F_WRITE if length else 0
             flags = (_AVAILABLE_OR_USED if position.wrap else 0) | written
-            address = self._address + position.slot * virtio.VIRTQ_DESC_SIZE + _USED_AT
+            start = position.slot * virtio.VIRTQ_DESC_SIZE + _USED_AT
             used = _USED.pack(length, taken.identity, flags)
             if position == first:
                 first_flags, used = flags, used[:_USED_LENGTH_AND_ID]
-            self.memory._store(address, used)
+            self._parts[0][start : start + len(used)] = used
             last = position
             position = position.advanced(taken.slots, self.size)
         slots = _count(self._waiting)

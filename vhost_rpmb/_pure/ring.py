@@ -9,7 +9,6 @@ token that the format gave it.
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass, field
 
 from vhost_rpmb._pure.memory import GuestMemory, GuestMemoryError
@@ -19,20 +18,6 @@ from vhost_rpmb.virtio import spec as virtio
 __all__ = ["Ring"]
 
 _MAX_CHAIN_BYTES = 1 << 32
-_LOCK = threading.Lock()
-
-
-def full_barrier() -> None:
-    """Order all loads and stores before against all after it, as the driver sees them.
-
-    Taking a lock is an atomic acquire, giving it back an atomic release, and each is a full barrier
-    on x86-64. On processors that order less, what stands before may still move behind the acquire,
-    and what follows ahead of the release; but no acquire overtakes an earlier release, so a second
-    round keeps the two apart.
-    """
-    for _ in range(2):
-        with _LOCK:
-            pass
 
 
 @dataclass(slots=True)

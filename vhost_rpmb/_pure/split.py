@@ -10,9 +10,10 @@ from __future__ import annotations
 import struct
 import sys
 
+from vhost_rpmb._pure.barrier import full_barrier
 from vhost_rpmb._pure.inflight import Inflight
 from vhost_rpmb._pure.memory import GuestMemory
-from vhost_rpmb._pure.ring import BrokenChainError, BrokenRingError, Chain, Ring, full_barrier
+from vhost_rpmb._pure.ring import BrokenChainError, BrokenRingError, Chain, Ring
 from vhost_rpmb.virtio import rules
 from vhost_rpmb.virtio import spec as virtio
 
@@ -91,8 +92,7 @@ class SplitRing(Ring):
                 for part in parts:
                     part.release()
                 raise BrokenRingError(rule)
-            self._used_address, part = found  # of the last one
-            parts.append(part)
+            parts.append(found[1])
         self._parts = (parts[0], parts[1], parts[2])
         self._available_flags = _Index(parts[1], 0)
         self._available_index = _Index(parts[1], 2)
@@ -215,9 +215,10 @@ class SplitRing(Ring):
             self._next_available = (self._next_available - 1) & 0xFFFF
 
     def put(self, token: int, length: int) -> None:
+        assert self._parts is not None
         slot = (self._next_used + self._unpublished) % self.size
-        element = _USED_ELEMENT.pack(token, length)
-        self.memory._store(self._used_address + 4 + 8 * slot, element)
+        start = 4 + 8 * slot
+        self._parts[2][start : start + 8] = _USED_ELEMENT.pack(token, length)
         self._unpublished += 1
         if self.inflight is not None:
             self.inflight.put(token)

@@ -6,10 +6,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+from vhost_rpmb._pure.barrier import full_barrier
 from vhost_rpmb._pure.inflight import Inflight, PackedInflight
 from vhost_rpmb._pure.memory import GuestMemory
 from vhost_rpmb._pure.packed import PackedRing
-from vhost_rpmb._pure.ring import BrokenRingError, Chain, Ring, full_barrier
+from vhost_rpmb._pure.ring import BrokenRingError, Chain, Ring
 from vhost_rpmb._pure.split import SplitRing
 from vhost_rpmb.virtio import limits, rules
 from vhost_rpmb.virtio import spec as virtio
@@ -217,7 +218,7 @@ class Virtqueue:
         for address, length in writable:
             if done >= len(data):
                 break
-            self._memory.write(address, data[done : done + length])
+            self._memory._put(address, data[done : done + length])
             done += length
 
     def _memory_lost(self) -> bool:
@@ -300,6 +301,7 @@ class Virtqueue:
         ``drained``: everything available was taken, so the driver shall kick for the next chain.
         """
         flags = 0
+        self._memory._mark_noted()  # a process that is killed has marked what it published
         if self._ring.mapped and not self._memory_lost():
             self._ring.publish()
             if drained and not self._rule:
