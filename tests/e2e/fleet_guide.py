@@ -14,19 +14,22 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 from tests.nemesis import network
 from tests.nemesis.network import Place
-from tests.support.daemon import Daemon
+from tests.support.daemon import PATIENCE, Daemon, until
 from tests.support.documents import blocks_of_guide
 from tests.support.etcd import make_etcd, make_etcdctl
 from tests.support.oracle import KEY
+from vhost_rpmb.driver.rpmb import RpmbClient
 
 NETWORK = "192.0.2"
 MEMBERS = {f"etcd-{number}": f"{NETWORK}.1{number}" for number in (1, 2, 3)}
 CONFIG = "/etc/vhost-user-rpmb/fleet.toml"
+WAITS = "waiting for the end of its lease"
 A, B = b"a" * 256, b"b" * 256
 
 
@@ -142,7 +145,8 @@ def tell(folder: Path, operator: Operator, places: list[Place]) -> None:
         with daemon(folder, "vm1") as served, served.client() as guest:
             guest.program_key(KEY)
             guest.write(0, A)
-        move(folder, operator)
+        move(folder)
+        transfer(folder, operator)
         lose(folder, operator)
         operator.run(block("snapshot save"))
         with daemon(folder, "vm1") as served, served.client(KEY) as guest:
@@ -168,7 +172,41 @@ def tell(folder: Path, operator: Operator, places: list[Place]) -> None:
             assert guest.read(0, 1) == A
 
 
-def move(folder: Path, operator: Operator) -> None:
+def move(folder: Path) -> None:
+    """The daemon of another host is started while the first one serves; one move fails."""
+    other = folder / "other"
+    other.mkdir()
+    with daemon(folder, "vm1") as source, daemon(other, "vm1") as destination:
+        with source.client(KEY) as leaving, destination.client() as arriving:
+            arriving.frontend.stop_ring()  # as that of a virtual machine that waits
+            leaving.write(0, B)
+            leaving.frontend.stop_ring()
+            leaving.frontend.start_ring(leaving.ring)  # it goes on
+            leaving.write(0, A)
+            counter = leaving.read_counter()
+            leaving.frontend.stop_ring()
+            arriving.frontend.start_ring(arriving.ring)
+            assert arriving.read_counter() == counter
+            assert arriving.read(0, 1) == A
+        # The other order: the ring runs here before it stops there.
+        with ThreadPoolExecutor(1) as threads, source.client(KEY) as leaving:
+            assert leaving.read_counter() == counter
+            before = destination.log.count(WAITS)
+            waiting = threads.submit(read_one, destination)
+            until(lambda: destination.log.count(WAITS) > before)
+            leaving.write(0, B)
+            leaving.frontend.stop_ring()
+            assert waiting.result(PATIENCE) == B
+            leaving.frontend.start_ring(leaving.ring)
+            leaving.write(0, A)
+
+
+def read_one(served: Daemon) -> bytes:
+    with RpmbClient.connect(served.socket_path, KEY, timeout=PATIENCE) as guest:
+        return guest.read(0, 1)
+
+
+def transfer(folder: Path, operator: Operator) -> None:
     """A device in files goes into the store and back."""
     Path("/var/lib/vm2").mkdir()
     Path("/var/lib/vm2/rpmb.img").write_bytes(bytes(128 * 1024))
