@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Protocol
 
 from vhost_rpmb import libc
 from vhost_rpmb.errors import UsageError
 from vhost_rpmb.storage.fleet.config import load
+from vhost_rpmb.storage.fleet.engine import Refused, Unknown
 from vhost_rpmb.storage.fleet.layout import Keys
 from vhost_rpmb.storage.fleet.opening import Opening
 from vhost_rpmb.storage.fleet.requests import Requests
@@ -43,6 +45,8 @@ def open_fleet(
     kek = config.key_encryption_key()
     engine = config.connect()
     try:
+        with suppress(Refused, Unknown):  # the first member may not answer now
+            engine.check_version()
         opening = Opening(
             Requests(engine, stopping=stopping, report=report),
             Keys(config.prefix, device),

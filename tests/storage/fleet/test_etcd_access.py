@@ -19,7 +19,10 @@ import pytest
 from tests.storage.fleet.story import KEK, block
 from tests.support.authority import Authority
 from tests.support.etcd import EtcdCluster
+from tests.support.fleet import Host, create_device
+from vhost_rpmb.daemon.fleet import open_fleet
 from vhost_rpmb.errors import Fenced, StateError
+from vhost_rpmb.storage.fleet import etcd as etcd_module
 from vhost_rpmb.storage.fleet.administration import accept, create, quarantine
 from vhost_rpmb.storage.fleet.engine import Compare, Get, Put, Refused, Unknown
 from vhost_rpmb.storage.fleet.etcd import Endpoint, Etcd, resolve
@@ -269,6 +272,28 @@ def test_version_with_unsafe_leases_is_warned_about(
         engine.check_version()
     expected = f"expected version 3.5.13 or later, found {version or 'none'}"
     assert expected in caplog.text
+
+
+@pytest.mark.etcd
+def test_start_of_a_daemon_checks_the_version(
+    tmp_path: Path,
+    members: EtcdCluster,
+    prefix: bytes,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    host = Host(tmp_path / "host", members, prefix.decode())
+    create_device(host)
+    monkeypatch.setattr(etcd_module, "_FIRST_SAFE_VERSION", (99,))
+    opened = open_fleet(
+        f"etcd:{host.config}",
+        "vm-1",
+        "expired",
+        stopping=lambda: False,
+        report=lambda reason: None,
+    )
+    opened.close()
+    assert caplog.text.count("etcd: expected version") == 1
 
 
 def test_safe_version_is_accepted(caplog: pytest.LogCaptureFixture) -> None:

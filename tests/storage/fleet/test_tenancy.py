@@ -264,6 +264,21 @@ def test_ring_that_runs_again_takes_two_requests(moves: Moves) -> None:
     assert moves.cluster.count - before == 2
 
 
+def test_refresh_does_not_wait_for_an_outage(moves: Moves) -> None:
+    """The front-end of a virtual machine that is about to arrive is served meanwhile."""
+    cluster, destination = moves.cluster, moves.daemons["destination"]
+    moves.write("source", (0, block(2)))
+    for lost in (0, 1, 2):  # the records, then what is read of the log
+        first = cluster.count + lost
+        cluster.plan = {number: Fault(Kind.LOSE_REQUEST) for number in range(first, first + 100)}
+        began = cluster.now
+        destination.refresh()
+        assert cluster.now - began < 0.1
+        cluster.plan = {}
+    moves.daemons["source"].end()
+    moves.begin("destination")
+
+
 def idle(daemon: Tenancy) -> None:
     """Let a daemon do its deferred work."""
     while daemon.checkpoint_due:

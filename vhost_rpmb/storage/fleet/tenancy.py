@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from vhost_rpmb.errors import StateError
+from vhost_rpmb.errors import StateError, Stopped
 from vhost_rpmb.log import Logger
 from vhost_rpmb.rpmb import spec
 from vhost_rpmb.rpmb.replay import NO_REPLAY, Replay
 from vhost_rpmb.storage.fleet.engine import Refused
 from vhost_rpmb.storage.fleet.opening import Opening, say_waiting
 from vhost_rpmb.storage.fleet.ownership import Ownership, boot_time, try_take_over
+from vhost_rpmb.storage.fleet.requests import Requests
 from vhost_rpmb.storage.fleet.store import FleetStore
 from vhost_rpmb.storage.fleet.witness import Witness
 from vhost_rpmb.storage.interface import Resources, TakeOver
@@ -110,14 +111,16 @@ class Tenancy:
     def refresh(self) -> None:
         """Bring the state in memory closer to that of the owner, so that `begin` reads less.
 
-        A device that its owner changes meanwhile, or that is refused, is left to `begin`.
+        Each request is tried once: the front-end does not wait for an outage. A device that its
+        owner changes meanwhile, or that is refused, is left to `begin`.
         """
         if self._store is not None:
             return
         try:
-            self._state = self._opening.refresh(self._state)
+            once = Requests(self._opening.requests.engine, stopping=lambda: True)
+            self._state = self._opening._replace(requests=once).refresh(self._state)
             self._seen = self._state.found
-        except (Refused, StateError):
+        except (Refused, StateError, Stopped):
             self._state = self._state.without_head()
 
     # The store
