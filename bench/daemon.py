@@ -50,7 +50,7 @@ class Tools:
     """The compiled programs of this folder, and what they say."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
         here = Path(__file__).parent
         for name in ("load", "floor"):
             command = ["cc", "-O2", "-o", str(folder / name), str(here / f"{name}.c"), "-lcrypto"]
@@ -69,7 +69,7 @@ class Tools:
 
     def _run(self, name: str, *arguments: object) -> list[str]:
         done = subprocess.run(
-            [str(self._folder / name), *map(str, arguments)],
+            [str(self.folder / name), *map(str, arguments)],
             check=True,
             stdout=subprocess.PIPE,
             text=True,
