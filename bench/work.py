@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """One process that is guest and device: what a batch costs without any wake-up.
 
-``python -m bench.work ENGINE FOLDER BATCHES [kept] [logged] [packed]`` has a device in FOLDER answer
-so many batches of 64 reads; run under a tool that counts, twice with different numbers. ``kept``:
-with what lets requests outlive the process, the in-flight region and the journal of the result
-register. ``logged``: with a dirty log, in which answers and ring are marked. ``packed``: in a packed
-ring.
+``python -m bench.work ENGINE FOLDER BATCHES [kept] [logged] [packed]`` has a device in FOLDER
+answer so many batches of 64 reads; run under a tool that counts, twice with different numbers.
+``kept``: with what lets requests outlive the process, the in-flight region and the journal of the
+result register. ``logged``: with a dirty log, in which answers and ring are marked. ``packed``: in
+a packed ring.
 """
 
 from __future__ import annotations
