@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 
@@ -72,7 +73,30 @@ def bad_descriptors(index: int, good: bytes) -> list[bytes]:
     ]
 
 
-def image_and_hammer(frames: list[bytes]) -> tuple[bytes, list[str]]:
+def slot(address: int, length: int, flags: int, identity: int = 0) -> bytes:
+    """A descriptor of a packed ring that is available in the first lap."""
+    return descriptor(address, length, identity, flags | virtio.VIRTQ_DESC_F_AVAIL)
+
+
+def bad_slots(good: bytes) -> list[bytes]:
+    """What a slot turns into behind the device's back, its flags alone included."""
+    flipped = [
+        good[:14] + flags.to_bytes(2, "little")
+        for flags in (0, NEXT, virtio.VIRTQ_DESC_F_AVAIL, virtio.VIRTQ_DESC_F_USED, 0xFFFF)
+    ]
+    return [
+        *[good] * 10,
+        *flipped,
+        slot(GUEST + SIZE - 512, 4096, NEXT),
+        slot(2**64 - 256, 512, WRITE, 0xFFFF),
+        slot(GUEST + BUFFERS - 256, 0xFFFF_FFFF, NEXT),
+        slot(0, 0, NEXT),
+        slot(GUEST + TABLES, 48, INDIRECT),
+        slot(GUEST + TABLES, 0xFFFF_FFF0, INDIRECT),
+    ]
+
+
+def image_and_hammer(frames: list[bytes], packed: bool) -> tuple[bytes, list[str]]:
     """Give the guest's file, and how another process rewrites it."""
     image = bytearray(SIZE + BEYOND)
     image[SIZE:] = (SECRET * BEYOND)[:BEYOND]
@@ -94,19 +118,31 @@ def image_and_hammer(frames: list[bytes]) -> tuple[bytes, list[str]]:
         table = TABLES + 64 * number
         put(table, request, *bad_descriptors(0, request))
         put(table + 16, room, *bad_descriptors(1, room))
+        if packed:
+            index = 2 * number
+            chain = [slot(GUEST + place, 512, NEXT), slot(answer, 512, WRITE, number)]
+            if number % 2:  # one slot: the other one is a chain of its own
+                chain = [slot(GUEST + table, 32, INDIRECT, number), slot(answer, 512, WRITE)]
+            for part, good in enumerate(chain):
+                put(16 * (index + part), good, *bad_slots(good))
+            continue
         index = 4 * number
         direct = descriptor(GUEST + place, 512, NEXT, index + 1)
         head = descriptor(GUEST + table, 32, INDIRECT) if number % 2 else direct
         put(16 * index, head, *bad_descriptors(index, head), direct)
         put(16 * index + 16, room, *bad_descriptors(index + 1, room))
+    if packed:
+        return bytes(image), places
     ring = available_ring([4 * number for number in range(CHAINS)])
     put(AVAILABLE, ring)
     places.append(f"{AVAILABLE + 4}:{hexed(bytes(2), bytes((4, 0)), bytes((8, 0)))}")
     return bytes(image), places
 
 
-def test_only_authenticated_data_is_stored(keyed: Rig, guest: RawGuest) -> None:
+@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
+def test_only_authenticated_data_is_stored(keyed: Rig, guest: RawGuest, packed: bool) -> None:
     store = keyed.store
+    features = 1 << virtio.VIRTIO_F_INDIRECT_DESC | packed << virtio.VIRTIO_F_RING_PACKED
     blocks = [bytes([number]) * 256 for number in (1, 2, 3, 4)]
     rounds = written = broken = 0
     deadline = time.monotonic() + MOST
@@ -115,13 +151,15 @@ def test_only_authenticated_data_is_stored(keyed: Rig, guest: RawGuest) -> None:
         # The guest has written these requests with the key; nothing else may ever be stored.
         counter = store.counter
         signed = [write_data(counter, 10 + n, block) for n, block in enumerate(blocks)]
-        image, places = image_and_hammer([*signed, read_counter()])
+        image, places = image_and_hammer([*signed, read_counter()], packed)
         guest.fill(image)
         guest.share()
         with hammer("rewrite", guest.fd, *places, size=SIZE):
             for _ in range(100):
                 before, known = bytes(store.image), store.counter
-                guest.start(1 << virtio.VIRTIO_F_INDIRECT_DESC)
+                guest.start(features)
+                if packed:  # used descriptors have overwritten it
+                    os.pwrite(guest.fd, image[: 32 * CHAINS], 0)
                 broken += bool(keyed.device.process(guest.queue) & FAULTS)
                 guest.queue.take_faults()
                 rounds += 1
