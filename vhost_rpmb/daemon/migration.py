@@ -105,7 +105,10 @@ def make_migration(
         note.clear()
     if isinstance(store, SharedFiles):
         return Handing(store, device, note, incoming=options.incoming)
-    assert isinstance(store, LocalStore)
+    if not isinstance(store, LocalStore):
+        from vhost_rpmb.migration.tickets import Tickets  # imported lazily: with --store only
+
+        return Tickets(store, device, note, incoming=options.incoming)  # type: ignore[arg-type]
     fence = None if options.fence_path is None else Fence(options.fence_path)
     sealer = None
     if options.migration_key is not None:

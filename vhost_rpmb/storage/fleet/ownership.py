@@ -227,8 +227,11 @@ def try_take_over(
     lease_seconds: int,
     clock: Callable[[], float] = boot_time,
     seen: Mapping[bytes, bytes] | None = None,
+    after: str | None = None,
 ) -> Ownership | Owner:
     """Become the owner of a device, or return the present one, whose lease has not ended.
+
+    ``after``: the token of the only owner that may be replaced; raises `Fenced` for another.
 
     ``mode``: "expired" leaves a device to an owner that is alive, "never" refuses it with an error,
     "now" looks at no lease: writes of the previous owner fail from then on, but it may answer reads
@@ -243,6 +246,11 @@ def try_take_over(
         try:
             while True:
                 before, alive = present_owner(keys, found, mode, presence)
+                if after is not None and before.token != after:
+                    raise Fenced(
+                        f"device {keys.device} is superseded: expected the owner that handed it"
+                        f" over, found {before}: use it there"
+                    )
                 if alive and mode != "now" and not guess:
                     if attempt is not None:
                         attempt.end(requests)

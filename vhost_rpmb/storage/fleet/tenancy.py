@@ -14,8 +14,14 @@ from vhost_rpmb.log import Logger
 from vhost_rpmb.rpmb import spec
 from vhost_rpmb.rpmb.replay import NO_REPLAY, Replay
 from vhost_rpmb.storage.fleet.engine import Refused
+from vhost_rpmb.storage.fleet.layout import Owner
 from vhost_rpmb.storage.fleet.opening import Opening, say_waiting
-from vhost_rpmb.storage.fleet.ownership import Ownership, boot_time, try_take_over
+from vhost_rpmb.storage.fleet.ownership import (
+    Ownership,
+    active_owner,
+    boot_time,
+    try_take_over,
+)
 from vhost_rpmb.storage.fleet.requests import Requests
 from vhost_rpmb.storage.fleet.store import FleetStore
 from vhost_rpmb.storage.fleet.witness import Witness
@@ -51,6 +57,8 @@ class Tenancy:
         self._store: FleetStore | None = None
         self._witness: Witness | None = None  # of the last time that the device was owned
         self._seen: Mapping[bytes, bytes] | None = self._state.found  # and not tried
+        self.after: str | None = None  # the token of the only owner that `begin` may replace
+        self.owner: Owner | None = None  # as which it was owned last
         self._told = False  # that another daemon owns the device
         self._closed = False
         info = self._state.device.info
@@ -80,7 +88,8 @@ class Tenancy:
             self._opening.presence,
             lease_seconds=self.lease_seconds,
             clock=self._clock,
-            seen=self._seen,
+            seen=self._seen if self.after is None else None,
+            after=self.after,
         )
         self._seen = None
         if not isinstance(outcome, Ownership):
@@ -90,9 +99,21 @@ class Tenancy:
             return False
         self._store = self._opening.own(outcome, self._state)
         self._witness = self._store.witness
+        self.owner, self.after = outcome.owner, None
         self._mode, self._told = "expired", False
         logger.info("device %s is owned by this daemon", keys.device)
         return True
+
+    def present(self) -> Owner:
+        """The owner in the store now. Raises StateError and `Stopped`."""
+        keys = self._opening.keys
+        found = self._opening.requests.read([], [keys.owner]).found
+        return active_owner(found.get(keys.owner, b""), keys.device)
+
+    @property
+    def head(self) -> bytes:
+        """The record that authenticates the state in memory; that of the owner's last change."""
+        return self._state.device.head_record
 
     def end(self) -> None:
         """Release the device, so that another daemon can take it over at once; idempotent."""
