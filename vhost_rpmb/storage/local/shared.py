@@ -6,6 +6,8 @@ The device keeps the same memory for its blocks while the files are closed and o
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import mmap
 import os
 from collections.abc import Callable
@@ -49,7 +51,8 @@ class SharedFiles:
         self._warn = warn
         self._store: Store | None = None
         self.active = False
-        self.name = "incoming"
+        # Of a kept connection: the name of the device is not known before the files are open.
+        self.name = hashlib.sha256(os.fsencode(paths.state)).hexdigest()[:16]
         size = _size_of(paths.flash)
         self._memory = mmap.mmap(-1, size)
         self.image = memoryview(self._memory)
@@ -58,10 +61,19 @@ class SharedFiles:
             if not os.path.lexists(paths.state):
                 options = {"key_set": key_set, "initial_counter": initial_counter}
                 open_store(paths, warn=warn, **options).close()  # type: ignore[arg-type]
+            self._open_first()
+
+    def _open_first(self) -> None:
+        """Open the files of a device that is here; leave them to a host that has it."""
+        try:
             self.open()
-            self.name = self.store.name
-            if self.store.possession.state != ACTIVE:
-                self.close()
+        except StateError as error:
+            if not _is_locked(self._paths.flash):
+                raise
+            self._warn(f"nothing is served while another host has the device: {error}")
+            return
+        if self.store.possession.state != ACTIVE:
+            self.close()
 
     @property
     def store(self) -> Store:
@@ -185,3 +197,13 @@ def _size_of(path: str) -> int:
             " name the image of the device"
         )
     return min(size, spec.MAX_CAPACITY)
+
+
+def _is_locked(path: str) -> bool:
+    """Whether a process has the image of a device open."""
+    with open(path, "rb") as image:
+        try:
+            fcntl.flock(image, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
