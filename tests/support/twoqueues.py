@@ -8,12 +8,12 @@ contents do not matter where no guest runs. On the engine in Python, whose class
 import os
 import sys
 
-from vhost_rpmb import _pure, cli
+from vhost_rpmb import cli, engine
 
 
 def main() -> int:
     os.environ[cli.ENGINE_VARIABLE] = "pure"
-    _pure.RpmbDevice.num_queues = 2
+    engine.load("pure").RpmbDevice.num_queues = 2
     return cli.main(sys.argv[1:])
 
 
