@@ -55,6 +55,23 @@ class Machine:
         return [split(Path(f"{name}.answer").read_bytes()) for name in files[::2]]
 
 
+def test_dirty_log_on_another_vmm(second_vmm: Path, daemon: Daemon, tmp_path: Path) -> None:
+    """It checks after each request that the used ring and the answer are marked, nothing else."""
+    daemon.command_line.append("--migration=copy")
+    daemon.start()
+    machine = Machine(second_vmm, daemon, "log", tmp_path)
+    blocks = [os.urandom(BLOCK_SIZE) for _ in range(32)]
+    (programmed,), (written,), read, _ = machine.run(
+        (program_key() + read_result(), 1),
+        (signed_write(0, 5, *blocks) + read_result(), 1),
+        (read_data(5, 32, bytes(16)), 32),
+        (program_key(bytes(32)), 0),
+    )
+    assert programmed.result == written.result == 0
+    assert [frame.data for frame in read] == blocks
+    daemon.stop()
+
+
 @pytest.mark.parametrize("memory", ["table", "slots"])
 def test_device_on_another_vmm(
     second_vmm: Path, daemon: Daemon, memory: str, tmp_path: Path

@@ -1,16 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 //! A VMM and its guest driver, as small as they get, on rust-vmm's vhost-user front-end.
 //!
-//!     second-vmm SOCKET table|slots FRAMES ROOM [FRAMES ROOM]...
+//!     second-vmm SOCKET table|slots|log FRAMES ROOM [FRAMES ROOM]...
 //!
 //! Attaches the RPMB device behind SOCKET, with its memory in one memory table or in a memory slot.
 //! Each file FRAMES becomes one descriptor chain with ROOM bytes for the answer, which goes to
 //! FRAMES.answer. Prints the configuration space's three bytes, then the available ring's index at
-//! which the device has stopped.
+//! which the device has stopped. With `log`, there is a memory table and, from the start of the queue
+//! on, a dirty log, in which the used ring and the answers have to be marked and nothing else.
 
 use std::error::Error;
 use std::fs::File;
-use std::os::fd::FromRawFd;
+use std::collections::BTreeSet;
+use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::unix::fs::FileExt;
 use std::sync::atomic::Ordering;
 use std::{env, fs, process};
 
@@ -18,7 +21,9 @@ use vhost::vhost_user::message::{
     VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
 };
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
-use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
+use vhost::{
+    VhostBackend, VhostUserDirtyLogRegion, VhostUserMemoryRegionInfo, VringConfigData,
+};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemory, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -39,6 +44,10 @@ const REQUEST: u64 = MEMORY_START + 0x4_0000;
 const ANSWER: u64 = MEMORY_START + 0x8_0000;
 const MOST: usize = 0x4_0000;
 
+const LOG_PAGE: u64 = 4096;
+const LOG_SIZE: u64 = (MEMORY_START + MEMORY_SIZE as u64) / LOG_PAGE / 8;
+const VHOST_VRING_F_LOG: u32 = 1;
+
 /// A device with its queue running, and the guest's side of the queue.
 struct Device {
     frontend: Frontend,
@@ -46,10 +55,11 @@ struct Device {
     kick: EventFd,
     call: EventFd,
     sent: u16,
+    log: Option<File>,
 }
 
 impl Device {
-    fn attach(socket: &str, slots: bool) -> Outcome<(Device, Vec<u8>)> {
+    fn attach(socket: &str, slots: bool, logged: bool) -> Outcome<(Device, Vec<u8>)> {
         let mut frontend = Frontend::connect(socket, 1)?;
         frontend.set_owner()?;
         let offered = frontend.get_features()?;
@@ -61,6 +71,7 @@ impl Device {
             & (VhostUserProtocolFeatures::MQ
                 | VhostUserProtocolFeatures::REPLY_ACK
                 | VhostUserProtocolFeatures::CONFIG
+                | VhostUserProtocolFeatures::LOG_SHMFD
                 | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS);
         frontend.set_protocol_features(protocol)?;
         frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
@@ -91,22 +102,31 @@ impl Device {
         let host = |address| memory.get_host_address(GuestAddress(address)).map(|p| p as u64);
         frontend.set_vring_num(0, QUEUE_SIZE)?;
         frontend.set_vring_base(0, 0)?;
-        frontend.set_vring_addr(
-            0,
-            &VringConfigData {
-                queue_max_size: QUEUE_SIZE,
-                queue_size: QUEUE_SIZE,
-                flags: 0,
-                desc_table_addr: host(DESCRIPTOR_TABLE)?,
-                avail_ring_addr: host(AVAILABLE_RING)?,
-                used_ring_addr: host(USED_RING)?,
-                log_addr: None,
-            },
-        )?;
+        let mut ring = VringConfigData {
+            queue_max_size: QUEUE_SIZE,
+            queue_size: QUEUE_SIZE,
+            flags: 0,
+            desc_table_addr: host(DESCRIPTOR_TABLE)?,
+            avail_ring_addr: host(AVAILABLE_RING)?,
+            used_ring_addr: host(USED_RING)?,
+            log_addr: None,
+        };
+        frontend.set_vring_addr(0, &ring)?;
         frontend.set_vring_call(0, &call)?;
         frontend.set_vring_kick(0, &kick)?;
         frontend.set_vring_enable(0, true)?;
-        let device = Device { frontend, memory, kick, call, sent: 0 };
+        let mut log = None;
+        if logged {
+            if !protocol.contains(VhostUserProtocolFeatures::LOG_SHMFD) {
+                return Err("no dirty log is offered".into());
+            }
+            log = Some(start_log(&frontend)?);
+            frontend.set_features(wanted | VhostUserVirtioFeatures::LOG_ALL.bits())?;
+            ring.flags = VHOST_VRING_F_LOG;
+            ring.log_addr = Some(USED_RING);
+            frontend.set_vring_addr(0, &ring)?;
+        }
+        let device = Device { frontend, memory, kick, call, sent: 0, log };
         Ok((device, config))
     }
 
@@ -137,6 +157,9 @@ impl Device {
         }
         let mut answer = vec![0; length as usize];
         self.memory.read_slice(&mut answer, GuestAddress(ANSWER))?;
+        if let Some(log) = &self.log {
+            check_log(log, u64::from(length))?;
+        }
         Ok(answer)
     }
 
@@ -150,8 +173,48 @@ impl Device {
     }
 }
 
-/// Memory in a file of its own, which the device can map too.
-fn guest_memory() -> Outcome<GuestMemoryMmap> {
+/// Let the device mark what it writes. Its reply is the description of the log, which this version
+/// of the crate takes for an acknowledgement; later ones expect it.
+fn start_log(frontend: &Frontend) -> Outcome<File> {
+    let file = memory_file(LOG_SIZE)?;
+    let region = VhostUserDirtyLogRegion {
+        mmap_size: LOG_SIZE,
+        mmap_offset: 0,
+        mmap_handle: file.as_raw_fd(),
+    };
+    frontend.set_hdr_flags(VhostUserHeaderFlag::empty());
+    frontend.set_log_base(0, Some(region))?;
+    frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+    let mut reply = [0u8; 12 + 16];
+    // SAFETY: the buffer has as many bytes as the call may write.
+    let read = unsafe {
+        libc::recv(frontend.as_raw_fd(), reply.as_mut_ptr().cast(), reply.len(), libc::MSG_WAITALL)
+    };
+    let number = |at: usize| u64::from_ne_bytes(reply[at..at + 8].try_into().unwrap());
+    if read != reply.len() as isize || (number(12), number(20)) != (LOG_SIZE, 0) {
+        return Err(format!("reply to SET_LOG_BASE: {read} bytes, {reply:?}").into());
+    }
+    Ok(file)
+}
+
+/// Check that the used ring and an answer of so many bytes are marked, and nothing else; clear it.
+fn check_log(log: &File, length: u64) -> Outcome<()> {
+    let mut bits = vec![0; LOG_SIZE as usize];
+    log.read_exact_at(&mut bits, 0)?;
+    let marked: BTreeSet<u64> = (0..8 * LOG_SIZE)
+        .filter(|page| bits[(page / 8) as usize] >> (page % 8) & 1 == 1)
+        .collect();
+    let mut written = BTreeSet::from([USED_RING / LOG_PAGE]);
+    written.extend((0..length).map(|offset| (ANSWER + offset) / LOG_PAGE));
+    if marked != written {
+        return Err(format!("the pages {marked:x?} are marked instead of {written:x?}").into());
+    }
+    log.write_all_at(&vec![0; bits.len()], 0)?; // nothing is in flight
+    Ok(())
+}
+
+/// A file of memory, which the device can map too.
+fn memory_file(size: u64) -> Outcome<File> {
     // SAFETY: the name is a C string, and the descriptor is new and nobody else's.
     let file = unsafe {
         let descriptor = libc::memfd_create(c"guest".as_ptr(), libc::MFD_CLOEXEC);
@@ -160,16 +223,21 @@ fn guest_memory() -> Outcome<GuestMemoryMmap> {
         }
         File::from_raw_fd(descriptor)
     };
-    file.set_len(MEMORY_SIZE as u64)?;
+    file.set_len(size)?;
+    Ok(file)
+}
+
+fn guest_memory() -> Outcome<GuestMemoryMmap> {
+    let file = memory_file(MEMORY_SIZE as u64)?;
     let range = (GuestAddress(MEMORY_START), MEMORY_SIZE, Some(FileOffset::new(file, 0)));
     Ok(GuestMemoryMmap::from_ranges_with_files([range])?)
 }
 
 fn run(arguments: &[String]) -> Outcome<()> {
     let [socket, memory, requests @ ..] = arguments else {
-        return Err("usage: second-vmm SOCKET table|slots FRAMES ROOM [FRAMES ROOM]...".into());
+        return Err("usage: second-vmm SOCKET table|slots|log FRAMES ROOM [FRAMES ROOM]...".into());
     };
-    let (mut device, config) = Device::attach(socket, memory == "slots")?;
+    let (mut device, config) = Device::attach(socket, memory == "slots", memory == "log")?;
     println!("config {config:?}");
     for pair in requests.chunks(2) {
         let [frames, room] = pair else {
