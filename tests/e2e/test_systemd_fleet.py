@@ -27,6 +27,15 @@ START, STOP = (text for _, text in blocks_of_guide("fleet") if "systemctl st" in
 UNIT = "vhost-user-rpmb-fleet@vm1"
 SOCKET = "/run/vhost-user-rpmb-fleet/vm1.sock"
 FOLDER = "/etc/vhost-user-rpmb"
+# A front-end whose ring runs, so that its daemon owns the device.
+RING = f"""\
+import time
+from vhost_rpmb.driver.rpmb import RpmbClient
+client = RpmbClient.connect({SOCKET!r}, timeout={TIMEOUT})
+client.read_counter()
+print("owned", flush=True)
+time.sleep(1000)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -114,9 +123,12 @@ def test_unit_serves_a_shared_device_confined_and_ends_when_fenced(guest: Guest)
     assert found, rating
     assert float(found[1]) <= 2.0
 
-    # A restart continues; another owner fences it, and systemd leaves it there.
+    # A restart continues; another owner fences it while its ring runs, and systemd leaves it there.
     run(guest, f"systemctl restart {UNIT}.service")
     assert client(guest, "read-counter key")["write_counter"] == 1
+    guest.put_file("/root/ring.py", RING.encode())
+    run(guest, "$(head -n 1 $(which vhost-rpmb-client) | cut -c 3-) ring.py > ring.log 2>&1 &")
+    run(guest, "for try in $(seq 300); do grep -q owned ring.log && exit; sleep 1; done; exit 1")
     fleet(guest, "take-over", "vm1", "--take-over=now")
     ends = time.monotonic() + TIMEOUT
     while show(guest, "ActiveState")["ActiveState"] != "failed":
