@@ -806,3 +806,26 @@ def test_error_suggests_nothing_where_nothing_is_near() -> None:
     with pytest.raises(UsageError) as caught:
         parse_options(["--flash-path=f", "--socket-path=s", "--zzz"], {})
     assert "did you mean" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--incoming"], "--incoming needs --migration=shared or copy"),
+        (["--fence-path=f"], "--fence-path needs --migration=copy"),
+        (["--fence-path=f", "--migration=shared"], "--fence-path needs --migration=copy"),
+        (["--migration-key=k", "--migration=shared"], "--migration-key needs --migration=copy"),
+        (["--migration=copy", "--inject=f"], "--inject is for tests"),
+        (["--migration=both"], "--migration"),
+    ],
+    ids=" ".join,
+)
+def test_options_of_migration_belong_together(arguments: list[str], text: str) -> None:
+    with pytest.raises(UsageError, match=text):
+        parse(*arguments)
+
+
+def test_copy_is_for_files() -> None:
+    arguments = ["--socket-path=s", "--store=etcd:c", "--device=d", "--migration=copy"]
+    with pytest.raises(UsageError, match="--migration=copy is for files"):
+        parse_options(arguments, {})

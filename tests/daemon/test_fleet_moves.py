@@ -14,11 +14,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.daemon import Daemon, until
+from tests.support.daemon import PATIENCE, Daemon, until
 from tests.support.etcd import EtcdCluster
 from tests.support.fleet import Host, create_device, daemons, describe, two_hosts
+from tests.support.hosts import (
+    SETUP,
+    MovingFrontend,
+    StateRefusedError,
+    leave,
+    resume,
+)
 from tests.support.oracle import KEY, read_data
-from vhost_rpmb.driver.errors import BackendError
+from vhost_rpmb.driver.errors import BackendError, QueueError
 from vhost_rpmb.driver.rpmb import RpmbClient
 from vhost_rpmb.engine import Engine
 from vhost_rpmb.storage.fleet.engine import Compare, Get, Put
@@ -227,3 +234,31 @@ def test_hand_over_costs_few_transactions(
     median, unit = statistics.median(took), statistics.median(plain)
     print(f"hand-over {1000 * median:.1f} ms, plain transaction {1000 * unit:.1f} ms")
     assert median < 40 * unit + 0.05
+
+
+def test_ticket_hands_the_device_over(hosts: list[Host], serve: Callable[..., Daemon]) -> None:
+    """Nothing is served before it arrives, and it is used once."""
+    create_device(hosts[0])
+    source = serve(hosts[0], "--migration=shared")
+    destination = serve(hosts[1], "--migration=shared", "--incoming")
+    with machine(source) as here:
+        here.program_key(KEY)
+        assert here.write(0, A) == 1
+        with pytest.raises(QueueError):
+            machine(destination, KEY).read_counter()
+        ticket = leave(here)
+        with machine(destination, KEY, ticket) as there:
+            assert there.read(0, 1) == A
+            assert there.write(0, B) == 2
+            resume(here)
+            with pytest.raises(QueueError):
+                here.read_counter()
+    with pytest.raises(StateRefusedError):
+        machine(source, KEY, ticket)
+    assert "a snapshot cannot be restored" in source.log
+
+
+def machine(daemon: Daemon, key: bytes | None = None, blob: bytes | None = None) -> RpmbClient:
+    frontend = MovingFrontend.connect(daemon.socket_path, timeout=PATIENCE)
+    frontend.blob = blob
+    return RpmbClient(frontend, key, timeout=PATIENCE, setup=SETUP)

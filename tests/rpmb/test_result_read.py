@@ -75,3 +75,19 @@ def test_unknown_request_fails(keyed: Rig, kind: int) -> None:
 
 def test_unknown_request_without_a_key_has_no_mac(rig: Rig) -> None:
     assert rig.chain(request(6)) == [Frame(result=GENERAL)]
+
+
+def test_register_travels_to_another_device(keyed: Rig) -> None:
+    assert keyed.chain(write_data(0, 5, A)) == []
+    packed = keyed.device.register
+    assert packed == bytes.fromhex("0300000000050000") + b"\0\1"
+    expected = keyed.chain(read_result())
+    keyed.device.clear_register()
+    assert keyed.device.register == b""
+    keyed.device.register = packed
+    assert keyed.chain(read_result()) == expected
+    keyed.device.register = b""
+    assert keyed.chain(read_result())[0].result == GENERAL
+    for wrong in (packed[:-1], packed + b"\0"):
+        with pytest.raises(ValueError, match="0 or 10 bytes"):
+            keyed.device.register = wrong
