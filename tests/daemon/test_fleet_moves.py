@@ -238,14 +238,13 @@ def test_hand_over_costs_few_transactions(
 
 def test_ticket_hands_the_device_over(hosts: list[Host], serve: Callable[..., Daemon]) -> None:
     """Nothing is served before it arrives, and it is used once."""
-    create_device(hosts[0])
     source = serve(hosts[0], "--migration=shared")
     destination = serve(hosts[1], "--migration=shared", "--incoming")
     with machine(source) as here:
         here.program_key(KEY)
         assert here.write(0, A) == 1
-        with pytest.raises(QueueError):
-            machine(destination, KEY).read_counter()
+        with machine(destination, KEY) as early, pytest.raises(QueueError):
+            early.read_counter()
         ticket = leave(here)
         with machine(destination, KEY, ticket) as there:
             assert there.read(0, 1) == A
