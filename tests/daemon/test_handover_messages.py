@@ -26,6 +26,8 @@ from vhost_rpmb.virtio import spec as virtio
 PAGE = 4096
 AFTER_THE_REPLY = ("replied", "removed")  # the front-end can be faster than the daemon
 VERSION_1 = 1 << virtio.VIRTIO_F_VERSION_1
+OFFERED = PROTOCOL_FEATURES | ProtocolFeature.LOG_SHMFD | ProtocolFeature.DEVICE_STATE
+LOGGED = wire.F_PROTOCOL_FEATURES | wire.F_LOG_ALL
 DONE, FAILED = wire.pack_u64(0), wire.pack_u64(1)
 FIRST, SECOND = (
     MemoryRegion(address, 4 * PAGE, 0x7000_0000 + address, address) for address in (0, 4 * PAGE)
@@ -71,11 +73,13 @@ def conversation(files: Files) -> list[Step]:
     config = wire.Config(0, 3, 0, bytes(3))
     asked = wire.InflightDescription(0, 0, 1, 8)
     region = asked._replace(mmap_size=inflight.stride(8)).pack()
+    log = wire.LogDescription(PAGE, PAGE)
+    marked = addresses._replace(flags=wire.VRING_ADDRESS_LOG, log=2 * PAGE)
     return [
         (Request.SET_OWNER, b"", (), DONE),
         (Request.SET_OWNER, b"", (), DONE),
         (Request.SET_FEATURES, wire.pack_u64(VERSION_1 | wire.F_PROTOCOL_FEATURES), (), DONE),
-        (Request.GET_PROTOCOL_FEATURES, b"", (), wire.pack_u64(PROTOCOL_FEATURES)),
+        (Request.GET_PROTOCOL_FEATURES, b"", (), wire.pack_u64(OFFERED)),
         (Request.GET_QUEUE_NUM, b"", (), wire.pack_u64(1)),
         (Request.GET_MAX_MEM_SLOTS, b"", (), wire.pack_u64(509)),
         (Request.GET_CONFIG, config.pack(), (), config._replace(data=b"\1\x20\xff").pack()),
@@ -107,7 +111,12 @@ def conversation(files: Files) -> list[Step]:
         (Request.SET_VRING_CALL, wire.pack_u64(wire.VRING_NO_FD), (), DONE),
         (Request.SET_BACKEND_REQ_FD, b"", (files.channel,), DONE),
         (Request.GET_VRING_BASE, ring.pack(), (), VringState(0, 7).pack()),
-        (Request.SET_LOG_BASE, wire.pack_u64(PAGE), (files.memory,), DONE),
+        (Request.SET_LOG_BASE, log.pack(), (files.memory,), log.pack()),
+        (Request.SET_LOG_BASE, log.pack(), (files.other_memory,), log.pack()),
+        (Request.SET_LOG_FD, b"", (files.memory,), FAILED),
+        (Request.SET_LOG_FD, b"", (files.call,), DONE),
+        (Request.SET_FEATURES, wire.pack_u64(VERSION_1 | LOGGED), (), DONE),
+        (Request.SET_VRING_ADDR, marked.pack(), (), DONE),
         (Request.RESET_OWNER, b"", (), DONE),
         (Request.SET_OWNER, b"", (), DONE),
         (Request.RESET_DEVICE, b"", (), DONE),
@@ -120,7 +129,13 @@ class Running:
 
     def __init__(self, folder: Path, stack: ExitStack, engine: str) -> None:
         self.faults = Faults(folder)
-        options = ("--fd=3", f"--flash-path={folder / 'flash.img'}", "-v", *SANDBOX)
+        options = (
+            "--fd=3",
+            f"--flash-path={folder / 'flash.img'}",
+            "-v",
+            "--migration=copy",
+            *SANDBOX,
+        )
         self.daemon = stack.enter_context(
             Supervised(folder, engine=engine, command=self.faults.command(*options))
         )
@@ -129,7 +144,7 @@ class Running:
         # The front-end's own reader expects no descriptors in replies.
         self.frontend._reader = wire.MessageReader(self.frontend._sock)
         # The vring has user addresses, unlike those of its memory.
-        features = wire.pack_u64(PROTOCOL_FEATURES & ~ProtocolFeature.GPA_ADDRESSES)
+        features = wire.pack_u64(OFFERED & ~ProtocolFeature.GPA_ADDRESSES)
         self.frontend.send(Request.SET_PROTOCOL_FEATURES, features, flags=wire.FLAG_NEED_REPLY)
         self.takes(Request.SET_PROTOCOL_FEATURES, DONE)
 
