@@ -151,6 +151,27 @@ def test_monitor_commands(kit: Kit, daemon: Daemon) -> None:
     assert "refused" not in daemon.log
 
 
+@on_each_guest
+def test_dirty_log_of_the_monitor(kit: Kit, daemon: Daemon) -> None:
+    """With the log that --migration offers; QEMU starts and ends it under requests."""
+    daemon.command_line += ["--migration=copy", "--verbose"]
+    daemon.start()
+    monitor_path = daemon.folder / "monitor.sock"
+    with (
+        VirtualMachine(kit, daemon.socket_path, monitor_path) as vm,
+        Monitor(monitor_path) as monitor,
+    ):
+        program_key(vm)
+        for number in range(2):
+            assert monitor.dirty_rate()["mode"] == "dirty-bitmap"
+            write_and_read(vm, number)
+        assert not re.search("WARNING: |BUG: |Oops: ", succeed(vm, "dmesg"))
+    daemon.stop()
+    assert re.search("SET_LOG_BASE: flags 0x[19], 16 bytes, 1 file descriptors", daemon.log)
+    assert "not complete" not in daemon.log
+    assert "refused" not in daemon.log
+
+
 def write_and_read(vm: VirtualMachine, number: int) -> None:
     """Write the block of this number, the first with this counter, and read it."""
     block = b"%-256d" % number
