@@ -30,6 +30,14 @@ static inline uint64_t make_packed_used(uint32_t length, uint16_t id, uint16_t f
     return htole64(length | (uint64_t)id << 32 | (uint64_t)flags << 48);
 }
 
+static inline void store_used(unsigned char *place, uint64_t used) {
+    memcpy(place, &used, sizeof used);
+}
+
+static inline void store_used_without_flags(unsigned char *place, uint64_t used) {
+    memcpy(place, &used, sizeof used - sizeof(uint16_t));
+}
+
 /* An event area: a position and flags, in one access. */
 static inline uint32_t load_area(const unsigned char *area) {
     return le32toh(__atomic_load_n((const uint32_t *)area, __ATOMIC_ACQUIRE));

@@ -6,6 +6,8 @@ from vhost_rpmb._fast.ring cimport Buffers, Chain, Ring
 
 cdef extern from "packed.h" nogil:
     uint64_t make_packed_used(uint32_t length, uint16_t id, uint16_t flags)
+    void store_used(unsigned char *, uint64_t)
+    void store_used_without_flags(unsigned char *, uint64_t)
     uint32_t load_area(const unsigned char *)
     uint32_t make_area(uint16_t position, uint16_t flags)
 
@@ -16,9 +18,11 @@ cdef struct Position:
 
 
 cdef struct Put:
-    # A chain that is to be published.
-    uint64_t token
-    uint32_t length
+    # A chain that is to be published: its used descriptor, but for the bits of the lap.
+    uint64_t used
+    uint32_t slots
+    uint16_t entry  # in the in-flight record
+    uint16_t flags
 
 
 cdef class PackedRing(Ring):

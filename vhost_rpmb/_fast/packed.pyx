@@ -22,7 +22,6 @@ cdef extern from "ring.h" nogil:
 cdef enum:
     START = 0x8000  # the position in the base of a new ring: slot 0 of the first lap
     USED_AT = 8  # of a descriptor: length, id and flags of a used one
-    LENGTH_AND_ID = 6  # bytes
     FLAGS_AT = 14
     AVAILABLE_OR_USED = VIRTQ_DESC_F_AVAIL | VIRTQ_DESC_F_USED
 
@@ -43,7 +42,7 @@ cdef class PackedRing(Ring):
         cdef uint32_t available = _pack(self._available)
         if self.tracked and self.inflight.waiting:
             available = _pack(self._used)
-        return available | _pack(self._used) << 16
+        return available | <uint32_t>_pack(self._used) << 16
 
     cdef uint32_t used(self) noexcept nogil:
         return _pack(self._used)
@@ -158,14 +157,14 @@ cdef class PackedRing(Ring):
     cdef int _take_new(self, Chain *chain, Buffers *buffers, uint16_t flags) except -1 nogil:
         """Take the chain at the available position; ``flags`` are those of its head."""
         cdef packed_descriptor entry
-        cdef Position position = self._available
         cdef uint32_t left = self.size - self._outstanding
+        cdef uint32_t slot = self._available.slot
         cdef uint32_t slots = 0
         cdef uint64_t head = 0
         if self.tracked:
             head = self.inflight.begin()
         while True:
-            load_packed(&entry, self._descriptors + position.slot * <size_t>VIRTQ_DESC_SIZE)
+            load_packed(&entry, self._descriptors + slot * <size_t>VIRTQ_DESC_SIZE)
             if not slots:
                 entry.flags = flags  # the driver may have changed them since
             if self.tracked:
@@ -173,15 +172,17 @@ cdef class PackedRing(Ring):
             if chain.fault == CHAIN_GOOD:
                 chain.fault = self._judge(chain, buffers, &entry, not slots)
             slots += 1
-            position = self._advanced(position, 1)
             if not entry.flags & VIRTQ_DESC_F_NEXT:
                 break
             if slots == left:
                 return RING_ENDLESS_CHAIN
+            slot += 1
+            if slot == self.size:
+                slot = 0
         if self.tracked:
             self.inflight.end()
         self.walked += slots
-        self._available = position
+        self._available = self._advanced(self._available, slots)
         self._outstanding += slots
         chain.token = entry.id | <uint64_t>slots << 16 | head << 32
         return RING_OK
@@ -202,7 +203,7 @@ cdef class PackedRing(Ring):
         chain.token = entry.id | <uint64_t>slots << 16 | <uint64_t>head << 32
         return RING_OK
 
-    cdef int _judge(
+    cdef inline int _judge(
         self, Chain *chain, Buffers *buffers, const packed_descriptor *entry, bint first
     ) except -2 nogil:
         """Check the next descriptor of a chain; return CHAIN_GOOD, or the rule that it breaks."""
@@ -263,49 +264,56 @@ cdef class PackedRing(Ring):
         self._outstanding -= slots
 
     cdef void put(self, uint64_t token, uint32_t length) noexcept nogil:
-        self._waiting[self._waiting_count].token = token
-        self._waiting[self._waiting_count].length = length
+        cdef Put *put = &self._waiting[self._waiting_count]
+        put.slots = token >> 16 & 0xFFFF
+        put.entry = <uint16_t>(token >> 32)
+        put.flags = VIRTQ_DESC_F_WRITE if length else 0
+        put.used = make_packed_used(length, <uint16_t>token, put.flags)
         self._waiting_count += 1
-        self._waiting_slots += token >> 16 & 0xFFFF
+        self._waiting_slots += put.slots
 
     cdef uint32_t position(self) noexcept nogil:
         return _pack(self._advanced(self._used, self._waiting_slots))
 
     cdef void publish(self) noexcept nogil:
         cdef Position position = self._used
-        cdef uint64_t token
+        cdef uint64_t lap = make_packed_used(0, 0, AVAILABLE_OR_USED)
         cdef uint64_t used
         cdef uint32_t last = 0
         cdef uint16_t flags
-        cdef uint16_t first_flags = 0
         cdef uint32_t index
         cdef unsigned char *place
+        cdef const Put *put = self._waiting
         self._first = self._used
         self._published = self._waiting_slots
         if not self._waiting_count:
             return
         if self.tracked:
             for index in range(self._waiting_count):
-                token = self._waiting[index].token
-                position = self._advanced(position, token >> 16 & 0xFFFF)
-                self.inflight.put(<uint16_t>(token >> 32), _pack(position))
+                position = self._advanced(position, put[index].slots)
+                self.inflight.put(put[index].entry, _pack(position))
             position = self._used
+        self.memory.touch(self._descriptors, self.size * <uint64_t>VIRTQ_DESC_SIZE)
         for index in range(self._waiting_count):
-            token = self._waiting[index].token
-            flags = AVAILABLE_OR_USED if position.wrap else 0
-            if self._waiting[index].length:
-                flags |= VIRTQ_DESC_F_WRITE
-            used = make_packed_used(self._waiting[index].length, <uint16_t>token, flags)
+            used = put[index].used
+            if position.wrap:
+                used |= lap
             place = self.slot(position.slot) + USED_AT
             if index:
-                self.memory.store(place, &used, sizeof(used))
+                store_used(place, used)
             else:
-                first_flags = flags
-                self.memory.store(place, &used, LENGTH_AND_ID)
+                store_used_without_flags(place, used)
             last = position.slot
-            position = self._advanced(position, token >> 16 & 0xFFFF)
-        store_index(self.slot(self._used.slot) + FLAGS_AT, first_flags)
-        self._mark_slots(self._first.slot, last)
+            position.slot += put[index].slots
+            if position.slot >= self.size:
+                position.slot -= self.size
+                position.wrap ^= 1
+        flags = put[0].flags
+        if self._used.wrap:
+            flags |= AVAILABLE_OR_USED
+        store_index(self.slot(self._used.slot) + FLAGS_AT, flags)
+        if self.marked:
+            self._mark_slots(self._first.slot, last)
         self._used = position
         self._outstanding -= self._waiting_slots
         self._waiting_count = self._waiting_slots = 0
