@@ -33,6 +33,8 @@ _CALLS = (
     "openat,close,pwrite64,write,ftruncate,fsync,fdatasync,rename,link,linkat,unlink,dup,dup2,dup3,"
     "fsetxattr"
 )
+_UNFINISHED = " <unfinished ...>"
+_RESUMED = re.compile(r"<\.\.\. \w+ resumed>(.*)")
 _LINE = re.compile(r"^\d+ +(\w+)\((.*)\) += (-?\d+)")
 
 
@@ -57,7 +59,15 @@ def record(
         trace += ["-e", f"inject=fsync,fdatasync:error=EIO:when={failing_sync}"]
     subprocess.run([*trace, *command], check=True, env=environment)
     calls = []
-    for line in log.read_text().splitlines():
+    begun: dict[str, str] = {}  # by thread: a call during which another thread called
+    for logged in log.read_text().splitlines():
+        line = logged
+        thread, _, rest = line.partition(" ")
+        if line.endswith(_UNFINISHED):
+            begun[thread] = line.removesuffix(_UNFINISHED)
+            continue
+        if resumed := _RESUMED.match(rest.lstrip()):
+            line = begun.pop(thread) + resumed[1]  # it counts when it ends
         if (found := _LINE.match(line)) and (int(found[3]) >= 0 or "sync" in found[1]):
             calls.append(Call(found[1], found[2].split(", "), int(found[3])))
     return calls

@@ -139,13 +139,17 @@ class Life:
     def run(self, report: Callable[[Outcome], None], kill: bool) -> None:
         source = random.Random(3)
         steps: list[Callable[[], bool]] = [self.start, self.program]
-        for number, count in enumerate((1, 3, 0, 1, 32, -1, 1, 0, 2, 2)):
+        for number, count in enumerate((1, 3, 0, 1, 32, -1, 1, 0, 2, 40, -2, 2, -3)):
             address, data = source.randrange(40), source.randbytes(max(count, 1) * spec.BLOCK_SIZE)
             if count > 0:
                 data = bytes(len(data)) if number == 6 else data
                 steps.append(lambda address=address, data=data: self.write(address, data))  # type: ignore[misc]
             elif count == 0:
                 steps.append(self.checkpoint)
+            elif count == -2:
+                steps += [self.slice] * 2
+            elif count == -3:
+                steps.append(self.slices)
             else:
                 steps += [self.stop, self.start]
         steps.append(self.stop)
@@ -217,6 +221,21 @@ class Life:
     def checkpoint(self) -> bool:
         assert self._store is not None
         done = self._store.checkpoint()
+        self.check()
+        return done
+
+    def slice(self) -> bool:
+        """A part of a checkpoint."""
+        assert self._store is not None
+        done = self._store.checkpoint_slice()
+        self.check()
+        return done is not False
+
+    def slices(self) -> bool:
+        """The parts that are left."""
+        assert self._store is not None
+        while (done := self._store.checkpoint_slice()) is None:
+            self.check()
         self.check()
         return done
 

@@ -30,7 +30,9 @@ KEY = bytes(range(50, 82))
 class Step(NamedTuple):
     """One step: a commit (blocks or key), or None for a checkpoint or a clean stop and start."""
 
-    kind: str  # "commit", "key", "checkpoint", "restart", or "settled restart": owes no answer
+    # "commit", "key", "checkpoint", "slice" of one, "slices" to its end, "restart", or "settled
+    # restart": owes no answer
+    kind: str
     blocks: tuple[tuple[int, bytes], ...] = ()
 
 
@@ -47,6 +49,10 @@ def steps() -> Iterator[Step]:
         yield Step("commit", tuple(enumerate(data, address)))
         if number in (4, 11, 12, 20):
             yield Step("checkpoint")
+        if number in (1, 14):
+            yield Step("slice")
+        if number in (2, 15):
+            yield Step("slices")
         if number in (8, 17):
             yield Step("restart" if number == 8 else "settled restart")
 
@@ -87,6 +93,12 @@ def main(flash: str, key_path: str | None) -> None:
                 done = store.commit(counter + 1, list(step.blocks), None, record(step, counter))
             elif step.kind == "checkpoint":
                 done = store.checkpoint()
+            elif step.kind == "slice":
+                done = store.checkpoint_slice() is not False
+            elif step.kind == "slices":
+                while (left := store.checkpoint_slice()) is None:
+                    pass
+                done = left
             else:
                 if step.kind == "settled restart":
                     store.settle()

@@ -52,13 +52,13 @@ def test_idle_time_in_the_engine_counts_for_the_checkpoint(engine: Engine, tmp_p
         stack.callback(store.close)
         loop = RecordingLoop()
         stack.callback(loop.close)
-        checkpoint = store.checkpoint
+        checkpoint = store.checkpoint_slice
 
-        def observed() -> bool:
+        def observed() -> bool | None:
             quiet.append(loop.quiet)
             return checkpoint()
 
-        store.checkpoint = observed  # type: ignore[method-assign]
+        store.checkpoint_slice = observed  # type: ignore[method-assign]
         device = engine.RpmbDevice(store)
         sock = listener.listen(path, None, stack)
         handover = Handover(DescriptorStore(Notifier({}), {}))

@@ -16,7 +16,7 @@ from tests.support.rig import make_image
 from tests.support.store import KIB, A, B, Open, in_killed_process, state_of
 from vhost_rpmb.rpmb import spec
 from vhost_rpmb.storage.local.opening import open_store
-from vhost_rpmb.storage.local.store import MAX_PENDING
+from vhost_rpmb.storage.local.store import MAX_PENDING, Store
 from vhost_rpmb.storage.paths import Paths
 
 
@@ -273,3 +273,61 @@ def test_commit_without_memory_fails_and_keeps_the_state(opened: Open, flash: Pa
     store = opened()
     assert store.counter == len(answers) - 1
     assert store.image[98 * 256] == 98
+
+
+def write_some(store: Store, first: int, count: int) -> None:
+    for number in range(first, first + count):
+        assert store.commit(number, [(number, bytes([number % 251 + 1]) * 256)], None)
+
+
+def test_checkpoint_in_slices(opened: Open, flash: Path) -> None:
+    """Commits between slices stay pending, those before are moved."""
+    store = opened()
+    write_some(store, 1, 100)
+    slices = 1
+    between = {3: 40, 9: 7, 12: 300}  # by slice: a block, the first two for the second time
+    while store.checkpoint_slice() is None:
+        slices += 1
+        if slices in between:
+            address = between[slices]
+            assert store.commit(store.counter + 1, [(address, A)], None)
+    assert slices > 15
+    assert store.checkpoint_due == any(number <= slices for number in between)
+    before = bytes(store.image)
+    counter = store.counter
+    store.close()
+    assert flash.read_bytes() == before
+    again = opened()
+    assert (bytes(again.image), again.counter, any(again.damaged)) == (before, counter, False)
+
+
+@pytest.mark.parametrize("stop", range(0, 24, 3))
+def test_kill_between_slices(opened: Open, flash: Path, stop: int) -> None:
+    def work() -> None:
+        store = open_store(Paths.resolve(str(flash)))
+        write_some(store, 1, 100)
+        for _ in range(stop):
+            store.checkpoint_slice()
+        write_some(store, 90, 20)
+
+    in_killed_process(work)
+    store = opened()
+    expected = bytearray(128 * KIB)
+    for number in range(1, 110):
+        expected[number * 256 : (number + 1) * 256] = bytes([number % 251 + 1]) * 256
+    assert (bytes(store.image), store.counter) == (bytes(expected), 109)
+    assert not any(store.damaged)
+    assert store.checkpoint()
+    assert flash.read_bytes() == expected
+
+
+def test_full_checkpoint_and_close_end_one_in_slices(opened: Open, flash: Path) -> None:
+    for end in (Store.checkpoint, Store.close):
+        store = opened()
+        write_some(store, store.counter + 1, 40)
+        for _ in range(4):
+            assert store.checkpoint_slice() is None
+        end(store)
+        assert not store.checkpoint_due
+        assert flash.read_bytes() == bytes(store.image)
+        store.close()

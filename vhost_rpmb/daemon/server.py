@@ -241,12 +241,17 @@ def serve(loop: EventLoop, stop: StopSignals, server: Server, store: Store, stat
     That second passes here or, while the ring is served, in the engine's loop, never in both.
     """
     idle = False
+    under_way = False  # a checkpoint, in slices: a request that arrives is served in between
     not_before = 0.0  # the earliest time of a checkpoint; later after a failed one
     while not (stop.requested or server.done):
-        if idle and store.checkpoint_due and time.monotonic() >= not_before:
-            not_before = 0.0 if store.checkpoint() else time.monotonic() + _RETRY
+        due = under_way or (idle and time.monotonic() >= not_before)
+        under_way = False
+        if due and store.checkpoint_due:
+            done = store.checkpoint_slice()
+            under_way = done is None
+            not_before = time.monotonic() + _RETRY if done is False else 0.0
         timeout: float | None = None
-        if server.pending:
+        if server.pending or under_way:
             timeout = 0
         elif server.waiting:
             timeout = _OWNER_POLL

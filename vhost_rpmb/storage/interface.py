@@ -176,6 +176,12 @@ class Store(DeviceStore, Protocol):
         Return False if it failed: nothing is lost, the reason is logged, and it stays due.
         """
 
+    def checkpoint_slice(self) -> bool | None:
+        """Do a part of a checkpoint, which a request may have to wait for; None: more is left.
+
+        Otherwise as `checkpoint`. The device may be served in between.
+        """
+
     def resources(self) -> Resources:
         """What serving and closing will still use; asked once, before the sandbox is entered."""
 

@@ -217,6 +217,10 @@ class FleetStore:
         self._checkpoint_at = 2 * self._limit
         return True
 
+    def checkpoint_slice(self) -> bool | None:
+        """As `checkpoint`: all of it."""
+        return self.checkpoint()
+
     def _put_chunks(self, numbers: Sequence[int]) -> None:
         """Put chunks as they are in memory; repeated later, it compares a head that is gone."""
         puts = []

@@ -196,6 +196,10 @@ class Tenancy:
             self._witness.flush()
         return self._store is None or not self._log_is_long or self._store.checkpoint()
 
+    def checkpoint_slice(self) -> bool | None:
+        """As `checkpoint`: all of it."""
+        return self.checkpoint()
+
     @property
     def _log_is_long(self) -> bool:
         return self._store is not None and self._store.checkpoint_due

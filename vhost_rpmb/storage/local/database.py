@@ -327,14 +327,29 @@ class Database(StateReader):
         (mode,) = self._execute("PRAGMA journal_mode = WAL").fetchone()
         if mode != "wal":  # how SQLite reports that the change failed
             raise sqlite3.OperationalError("a write-ahead log is not possible here")
-        self._execute("PRAGMA synchronous = FULL")
+        self._durable = False  # the transactions that follow are synced
+        self._be_durable()
         self._execute(f"PRAGMA wal_autocheckpoint = {_LOG_SIZE // _PAGE_SIZE}")
         self._execute("BEGIN EXCLUSIVE")
         self._execute("COMMIT")
 
     def transaction(self) -> _Transaction:
         """Make the statements of a with-block one durable transaction."""
+        self._be_durable()
         return _Transaction(self._connection)
+
+    def lazy_transaction(self) -> _Transaction:
+        """Make a with-block one transaction, which is durable together with the next other one."""
+        if self._durable:
+            self._durable = False
+            self._execute("PRAGMA synchronous = NORMAL")
+        return _Transaction(self._connection)
+
+    def _be_durable(self) -> None:
+        """Sync each of the transactions that follow."""
+        if not self._durable:
+            self._execute("PRAGMA synchronous = FULL")
+            self._durable = True
 
     def program(self, key: bytes | None, fingerprint: bytes | None) -> None:
         """Store a key or the fingerprint of one; without either, no key is programmed."""
@@ -347,6 +362,7 @@ class Database(StateReader):
 
         One row for any number of blocks: every write of the guest waits for this statement.
         """
+        self._be_durable()
         packed = b"".join(
             [
                 part
@@ -359,10 +375,27 @@ class Database(StateReader):
             (counter, packed, replay.pack()),
         )
 
-    def clear_pending(self, counter: int, replay: Replay) -> None:
-        """Set counter and replay record, and delete all pending blocks."""
+    def clear_pending(self, counter: int, replay: Replay, last: int | None = None) -> None:
+        """Set counter and replay record, and delete all pending blocks, or those up to a commit."""
         self._execute("UPDATE device SET counter = ?, replay = ?", (counter, replay.pack()))
-        self._execute("DELETE FROM pending")
+        if last is None:
+            self._execute("DELETE FROM pending")
+        else:
+            self._execute("DELETE FROM pending WHERE id <= ?", (last,))
+
+    def last_pending(self) -> int:
+        """The number of the last pending commit; 0 if there is none."""
+        (number,) = self._execute("SELECT ifnull(max(id), 0) FROM pending").fetchone()
+        return int(number)
+
+    def clear_oldest(self, last: int, count: int) -> bool:
+        """Delete so many of the oldest pending commits, if one up to ``last`` is left then."""
+        found = "SELECT id FROM pending WHERE id < ? ORDER BY id LIMIT 1 OFFSET ?"
+        row = self._execute(found, (last, count)).fetchone()
+        if row is None:
+            return False
+        self._execute("DELETE FROM pending WHERE id < ?", row)
+        return True
 
     def clear_replay(self) -> None:
         """Make the replay record empty, where it was kept last."""
@@ -450,6 +483,7 @@ class Database(StateReader):
         """
         try:
             if self._owns_log:
+                self._be_durable()
                 try:
                     self._mark_stopped()
                 except sqlite3.Error:

@@ -163,6 +163,10 @@ class SharedFiles:
         """Write the pending blocks into the image."""
         return not self.active or self.store.checkpoint()
 
+    def checkpoint_slice(self) -> bool | None:
+        """Do a part of it."""
+        return self.store.checkpoint_slice() if self.active else True
+
     def resources(self) -> Resources:
         """Return the folders of the files: they are opened again later."""
         opening = Access.READ | Access.WRITE

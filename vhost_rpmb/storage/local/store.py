@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import os
 import sqlite3
+from collections.abc import Iterator
 from contextlib import suppress
 
 from vhost_rpmb.log import FailureLog, Logger
 from vhost_rpmb.rpmb import spec
 from vhost_rpmb.rpmb.replay import NO_REPLAY, Replay
 from vhost_rpmb.storage.interface import Access, Possession, Received, Resources
+from vhost_rpmb.storage.local.background import Background
 from vhost_rpmb.storage.local.contents import Contents
 from vhost_rpmb.storage.local.database import Database, DeviceRow
 from vhost_rpmb.storage.local.image import ImageFile, Stamp, ranges, runs
@@ -25,6 +27,10 @@ __all__ = ["FAILURES", "Store", "resources"]
 logger = Logger(__name__)
 
 MAX_PENDING = 4096  # blocks stored in the database before a checkpoint writes them into the image
+# Of a slice, which a request may have to wait for.
+_SLICE_BLOCKS = 16
+_SLICE_COMMITS = 16
+_SLICE_SECONDS = 0.0002  # of waiting for the sync of the image
 
 # Exceptions of a durable step that are answered with a failure instead of ending the process.
 FAILURES = (sqlite3.Error, OSError, MemoryError)
@@ -77,6 +83,7 @@ class Store:
         self.image = memoryview(contents.memory)
         self.damaged = contents.damaged
         self._pending = contents.pending
+        self._slices: Iterator[None] | None = None  # of the checkpoint that is under way
         self._database_blocks = contents.pending_total
         self._checkpoint_at = MAX_PENDING
         lost = contents.lost
@@ -263,13 +270,14 @@ class Store:
     @property
     def checkpoint_due(self) -> bool:
         """Whether blocks wait in the database to be written into the image."""
-        return bool(self._pending)
+        return bool(self._pending) or self._slices is not None
 
     def checkpoint(self) -> bool:
         """Write the pending blocks into the image, and delete them from the database.
 
         Return False if that fails; nothing is lost, the reason is logged.
         """
+        self._drop_slices()
         if not self._pending:
             return True
         addresses = sorted(self._pending)
@@ -283,23 +291,97 @@ class Store:
                 self._database.set_digests((a, self._block(a)) for a in addresses)
                 self._database.clear_pending(self.counter, self.replay)
         except FAILURES as error:
-            # Every block is written again at the next try: after a failed sync the kernel may have
-            # marked pages clean that are not on the disk.
-            self._commit_uncertain = True
-            with suppress(*FAILURES):
-                self._compact_pending()
-            self._checkpoint_at = self._database_blocks + MAX_PENDING // 4
-            logger.error(
-                "%d blocks could not be written into %s (they stay in the state database): %s",
-                len(addresses),
-                self._image_file.path,
-                _why(error),
-            )
+            self._checkpoint_failed(error)
             return False
         self._pending.clear()
         self._database_blocks = 0
         self._checkpoint_at = MAX_PENDING
         return True
+
+    def _checkpoint_failed(self, error: BaseException) -> None:
+        # Every block is written again at the next try: after a failed sync the kernel may have
+        # marked pages clean that are not on the disk.
+        self._commit_uncertain = True
+        with suppress(*FAILURES):
+            self._compact_pending()
+        self._checkpoint_at = self._database_blocks + MAX_PENDING // 4
+        logger.error(
+            "%d blocks could not be written into %s (they stay in the state database): %s",
+            len(self._pending),
+            self._image_file.path,
+            _why(error),
+        )
+
+    def checkpoint_slice(self) -> bool | None:
+        """Do a part of a checkpoint; None: more is left. Otherwise as `checkpoint`.
+
+        Between two parts the device may be served: what is committed then stays pending.
+        """
+        try:
+            self._rewrite_uncertain_commit()
+            if self._slices is None:
+                self._slices = self._slice_checkpoint()
+            next(self._slices)
+        except StopIteration:
+            self._slices = None
+            return True
+        except FAILURES as error:
+            self._drop_slices()
+            self._checkpoint_failed(error)
+            return False
+        return None
+
+    def _drop_slices(self) -> None:
+        """End a checkpoint that is under way, as if it had not begun."""
+        if self._slices is not None:
+            slices, self._slices = self._slices, None
+            with suppress(*FAILURES):  # of the sync that it waits for
+                slices.close()  # type: ignore[attr-defined]
+
+    def _slice_checkpoint(self) -> Iterator[None]:
+        """The steps of `checkpoint`, about the blocks that are pending now.
+
+        A block that is committed meanwhile has a later row, and its digest is not read before that
+        row is gone. So none of the transactions has to be durable at once, and a commit reported as
+        failed has no effect that counts. Rows go from the oldest on; the last one, which has the
+        counter, together with the counter's move to the device's row.
+        """
+        moved, self._pending = self._pending, set()
+        blocks, counter, replay = self._database_blocks, self.counter, self.replay
+        sync = None
+        try:
+            last = self._database.last_pending()
+            addresses = sorted(moved)
+            parts = [
+                addresses[start : start + _SLICE_BLOCKS]
+                for start in range(0, len(addresses), _SLICE_BLOCKS)
+            ]
+            for part in parts:
+                for first, count in runs(part):
+                    start = first * spec.BLOCK_SIZE
+                    end = start + count * spec.BLOCK_SIZE
+                    self._image_file.write(start, self.image[start:end])
+                yield
+            sync = Background(self._image_file.sync)
+            while not sync.ended(_SLICE_SECONDS):
+                yield
+            for part in parts:
+                with self._database.lazy_transaction():
+                    self._database.set_digests((a, self._block(a)) for a in part)
+                yield
+            while True:
+                with self._database.lazy_transaction():
+                    if not self._database.clear_oldest(last, _SLICE_COMMITS):
+                        self._database.clear_pending(counter, replay, last)
+                        break
+                yield
+            moved.clear()
+            self._database_blocks -= blocks
+            self._checkpoint_at = MAX_PENDING
+        finally:
+            self._pending |= moved
+            if sync is not None:
+                sync.ended()  # before the file is closed
 
     def resources(self) -> Resources:
         """Return the folders in which serving and closing create, write or remove files."""
