@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Many daemons on one host: what each of them costs, beside bare interpreters in the same run.
 
-``python -m bench.host [DAEMONS [SECONDS]]`` prints memory by smaps_rollup of so many idle daemons,
-the processor time that all of them take together while they are idle, and the latencies of all of
-them busy at once. The daemons run as installed: in an environment that has no other package.
+Memory by smaps_rollup, processor time and wake-ups of idle daemons, latencies of all of them busy
+at once. The daemons run as installed: in an environment that has no other package.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -130,46 +128,13 @@ def busy(tools: Tools, running: Sequence[RunningDevice], count: int) -> list[flo
         return [percentile(load.times, 99) for load in loads]
 
 
-def main(count: int = 50, seconds: float = 10) -> None:
-    with tempfile.TemporaryDirectory() as name, environment(Path(name)) as python:
-        folder = Path(name)
-        floors = {"bare": BARE, "with sqlite3": WITH_SQLITE}
-        for title, program in floors.items():
-            with interpreters(python, program, count) as pids:
-                print(f"interpreter, {title}: {medians(pids)}")
-        with daemons(folder, python, count) as running:
-            pids = [device.pid for device in running]
-            print(f"idle daemon: {medians(pids)}")
-            clients = [device.client() for device in running]
-            print(f"daemon with a front-end: {medians(pids)}")
-            for client in clients:
-                client.program_key(bytes(32))
-                client.close()
-            took, woken = idle(pids, seconds)
-            print(f"{count} idle daemons in {seconds:g} s: {took * 1e3:.1f} ms, {woken} wake-ups")
-            found = sorted(busy(Tools(folder), running, 5000))
-            print(
-                f"{count} busy daemons: p99 {found[0]:.0f} to {found[-1]:.0f} us, median "
-                f"{median(found):.0f} us"
-            )
-        sparse(folder, python)
-
-
-def sparse(folder: Path, python: Path) -> None:
-    """Print what a larger image costs: 16 MiB without data, and with 1 MiB of data."""
-    private = {}
-    for title, data in (("empty", 0), ("with 1 MiB of data", 2**20)):
-        home = folder / title
-        home.mkdir()
-        image = home / "rpmb.img"
-        image.write_bytes(os.urandom(data))
-        os.truncate(image, spec.MAX_CAPACITY)
-        device = RunningDevice(home, "--initial-counter=1")
-        device.command_line[0] = str(python)
-        with device:
-            private[title] = memory(device.pid).private
-    print("image of 16 MiB:", ", ".join(f"{title} {kib} KiB" for title, kib in private.items()))
-
-
-if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+def sparse(folder: Path, python: Path, data: int) -> int:
+    """Private memory in KiB of a daemon whose image has 16 MiB, ``data`` bytes of them not zero."""
+    image = folder / "rpmb.img"
+    image.write_bytes(os.urandom(data))
+    os.truncate(image, spec.MAX_CAPACITY)
+    device = RunningDevice(folder, "--initial-counter=1")
+    device.command_line[0] = str(python)
+    device.environment["VHOST_RPMB_ENGINE"] = "fast"
+    with device:
+        return memory(device.pid).private

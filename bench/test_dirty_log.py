@@ -15,7 +15,7 @@ def test_instructions(bench: Bench, goal: Goal) -> None:
     """A read whose answer and used element are marked, and one without a log."""
 
     def measure() -> Measured:
-        plain = bench.counted_read("callgrind")
+        plain = bench.read_instructions
         logged = bench.counted_read("callgrind", mode=["logged"])
         return Measured(logged / plain, f"{logged:.0f} instructions / {plain:.0f}")
 

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
@@ -26,6 +28,7 @@ SECONDS = 10
 class Host(NamedTuple):
     """Running daemons; what each takes without a front-end, beside bare interpreters."""
 
+    python: Path
     running: list[RunningDevice]
     idle: Memory
     bare: Memory
@@ -50,7 +53,7 @@ def many(bench: Bench) -> Iterator[Host]:
             for device in running:
                 with device.client() as client:
                     client.program_key(bytes(32))
-            yield Host(running, idle, *floors)
+            yield Host(python, running, idle, *floors)
 
 
 @pytest.mark.gate
@@ -69,6 +72,19 @@ def test_memory(goal: Goal, many: Host, kind: str, limit: float) -> None:
         return Measured(used, f"{used:.2f} MiB; {how}")
 
     goal(f"{kind} memory of each of {DAEMONS} daemons, MiB", measure, limit)
+
+
+@pytest.mark.gate
+@pytest.mark.quiet
+def test_sparse_image(goal: Goal, many: Host, tmp_path: Path) -> None:
+    """A large image costs no more than twice its data beyond a small one without data."""
+
+    def measure() -> Measured:
+        data, folder = 2**20, Path(tempfile.mkdtemp(dir=tmp_path))
+        used = host.sparse(folder, many.python, data) - many.idle.private
+        return Measured(used * 1024 / data, f"{used} KiB for 1 MiB of data")
+
+    goal("private memory of an image of 16 MiB / its data", measure, 2)
 
 
 @pytest.mark.gate
