@@ -82,9 +82,9 @@ def test_an_engine_that_is_neither_is_refused() -> None:
 def test_a_compiled_engine_that_cannot_be_loaded_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def broken(name: str) -> ModuleType:
+    def broken(name: str) -> object:
         raise ImportError(f"undefined symbol in {name}")
 
-    monkeypatch.setattr(engine, "import_module", broken)
+    monkeypatch.setattr(engine, "_import", broken)
     with pytest.raises(OperatorError, match=r"undefined symbol.*--debug"):
         engine.load("fast")
