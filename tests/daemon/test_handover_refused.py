@@ -63,8 +63,8 @@ CHANGES: dict[str, tuple[Callable[[Supervisor], object], str]] = {
     "damaged": (damage, "its record is damaged"),
     "other magic": (lambda m: os.pwrite(record(m), b"RPMBSES2", 0), "another format"),
     "newer format": (
-        lambda m: rewrite(m, 16, b"\2\0"),
-        "expected a record of format 1, found format 2",
+        lambda m: rewrite(m, 16, b"\3\0"),
+        "expected a record of format 1 to 2, found format 3",
     ),
     "other device": (lambda m: rewrite(m, 0, b"?"), "it belongs to another device"),
     "no record": (lambda m: drop(m, "rpmb-session"), "its record is missing"),

@@ -40,6 +40,23 @@ def test_data_counter_and_key_survive_a_stop(opened: Open, flash: Path) -> None:
     assert bytes(store.image) == flash.read_bytes()
 
 
+def test_error_of_our_own_during_the_stop_leaves_a_state_that_starts(
+    opened: Open, flash: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = opened()
+    assert store.commit(1, [(3, A)], KEY)
+
+    def fail() -> bool:
+        raise RuntimeError
+
+    monkeypatch.setattr(store, "checkpoint", fail)
+    with pytest.raises(RuntimeError):
+        store.close()
+    assert not Path(f"{state_of(flash)}-wal").exists()
+    store = opened()
+    assert (store.counter, bytes(store.image[768:1024])) == (1, A)
+
+
 def test_data_counter_and_key_survive_a_kill(opened: Open, flash: Path) -> None:
     def work() -> None:
         store = open_store(Paths.resolve(str(flash)))

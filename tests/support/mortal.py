@@ -58,8 +58,11 @@ STEPS: list[tuple[Any, str]] = [
 
 def set_odds(path: Path, odds: int) -> None:
     """Let the daemon die at one in so many steps from now on; 0: not at all."""
-    with path.open("wb") as file:
-        file.write(_ODDS.pack(odds, 0))
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
+    try:
+        os.pwrite(fd, _ODDS.pack(odds, 0), 0)  # in one step, because the daemon reads it
+    finally:
+        os.close(fd)
 
 
 def main() -> int:

@@ -393,20 +393,26 @@ class Store:
             return
         self._closed = True
         try:
-            if not self._begun:
+            try:
+                if self._begun:
+                    self._complete()
+            finally:
+                # Also after an error of our own: without the mark, the log that SQLite removes at
+                # the end of the process would be missed by the next start.
                 self._database.close()
-                return
-            self.checkpoint()
-            with suppress(*FAILURES):
-                self._rewrite_uncertain_commit()
-                if self.replay.chains and not self._owed:
-                    with self._database.transaction():
-                        self._database.clear_replay()
-            self._database.close()
         except FAILURES as error:
             logger.error("the state could not be marked as clean: %s", _why(error))
         finally:
             self._image_file.close()
+
+    def _complete(self) -> None:
+        """Do what the next start would have to do, as far as the disk allows it."""
+        self.checkpoint()
+        with suppress(*FAILURES):
+            self._rewrite_uncertain_commit()
+            if self.replay.chains and not self._owed:
+                with self._database.transaction():
+                    self._database.clear_replay()
 
 
 def _why(error: BaseException) -> str:
