@@ -328,7 +328,8 @@ def test_installed_version(installation: Installation) -> None:
 def test_installed_capabilities(installation: Installation) -> None:
     done = installation.run("vhost-user-rpmb", "--print-capabilities")
     assert (done.returncode, done.stderr) == (0, "")
-    assert json.loads(done.stdout) == {"type": "rpmb"}
+    features = ["migration-shared", "migration-copy"]
+    assert json.loads(done.stdout) == {"type": "rpmb", "features": features}
 
 
 def test_installed_client(installation: Installation) -> None:

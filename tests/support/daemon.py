@@ -30,10 +30,12 @@ SANDBOX = ["--sandbox=off"] if NO_SANDBOX else []
 
 
 def environment(options: Sequence[str] = ("--sandbox=on",)) -> dict[str, str]:
-    """The environment of a process, without coverage if it is to be in the sandbox."""
-    if "--sandbox=on" not in options:
-        return dict(os.environ)
-    return {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}
+    """The environment of a process, without coverage if it is to be in the sandbox.
+
+    Without that of the worker either: a suite that the process runs is not distributed.
+    """
+    left_out = ("PYTEST_XDIST", *(["COVERAGE"] if "--sandbox=on" in options else []))
+    return {name: value for name, value in os.environ.items() if not name.startswith(left_out)}
 
 
 GET_FEATURES = struct.pack("=III", Request.GET_FEATURES, wire.VERSION, 0)
