@@ -10,9 +10,10 @@ import pytest
 from tests.support.driver import EVENT_IDX, INDIRECT
 from vhost_rpmb.driver.errors import QueueError
 from vhost_rpmb.driver.memory import GuestMemory
-from vhost_rpmb.driver.packed import PackedRing, Position, make_ring
+from vhost_rpmb.driver.packed import PackedRing, make_ring
 from vhost_rpmb.driver.ring import Ring, Segment, Used
 from vhost_rpmb.virtio import spec as virtio
+from vhost_rpmb.virtio.position import Position
 
 AVAIL, USED = virtio.VIRTQ_DESC_F_AVAIL, virtio.VIRTQ_DESC_F_USED
 SIZE = 5

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import pytest
 
 from vhost_rpmb.vhost_user.inflight import InvalidRecordError, stride
-from vhost_rpmb.vhost_user.inflight_packed import PackedRecovery, Position, initial, recover
+from vhost_rpmb.vhost_user.inflight_packed import PackedRecovery, initial, recover
+from vhost_rpmb.virtio.position import Position
 
 AVAIL, USED = 1 << 7, 1 << 15
 NEXT = 1

@@ -12,11 +12,12 @@ import pytest
 from tests.support.oracle import read_counter
 from tests.support.rig import ALL_FEATURES, Rig, RigFactory
 from tests.support.stores import states_of
-from vhost_rpmb.driver.packed import PackedRing, Position
+from vhost_rpmb.driver.packed import PackedRing
 from vhost_rpmb.driver.ring import Segment, Used
 from vhost_rpmb.engine import Engine
 from vhost_rpmb.virtio import spec as virtio
 from vhost_rpmb.virtio.flags import MORE, NOTIFY, Unanswered
+from vhost_rpmb.virtio.position import Position
 
 PACKED = 1 << virtio.VIRTIO_F_RING_PACKED
 EVENT_INDEX = 1 << virtio.VIRTIO_F_EVENT_IDX

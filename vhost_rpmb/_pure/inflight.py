@@ -17,27 +17,17 @@ from vhost_rpmb._pure.memory import GuestMemory
 
 __all__ = ["Inflight", "PackedInflight"]
 
-_HEADER = 16  # bytes
-_ENTRY = 16  # bytes of each descriptor
-# Positions in units of the field's size: of the header, and of the entry of descriptor 0.
-_LAST_BATCH_HEAD, _USED_INDEX = 6, 7
-_TAKEN, _NEXT, _COUNTER = 16, 11, 3
 
+class _Inflight:
+    """The part that the records of both formats share.
 
-class Inflight:
-    """The record of a split ring of ``size`` descriptors at ``offset`` of the region ``memory``.
-
-    ``last``: the head that the record names as the last one answered. ``heads``: those to be served
-    again, in this order, before any other.
+    ``length``: of the record, in bytes. ``heads``: the chains to be served again, in this order.
     """
 
-    def __init__(
-        self, memory: GuestMemory, offset: int, size: int, last: int, heads: Sequence[int]
-    ) -> None:
+    def __init__(self, memory: GuestMemory, offset: int, length: int, heads: Sequence[int]) -> None:
         self.memory = memory
         self._offset = offset
-        self._length = _HEADER + _ENTRY * size
-        self._last = last
+        self._length = length
         self._counter = len(heads)  # those have the numbers below
         self._again = deque(heads)
         self._answered: list[int] = []
@@ -58,16 +48,37 @@ class Inflight:
 
     @property
     def waiting(self) -> int:
-        """The number of heads that are still to be served again."""
+        """The number of chains that are still to be served again."""
         return len(self._again)
-
-    def take_again(self) -> int:
-        """Return the next head to be served again; the region has it in flight already."""
-        return self._again.popleft()
 
     def take_back(self, head: int) -> None:
         """Serve a chain that was taken again, before all others; it stays in flight."""
         self._again.appendleft(head)
+
+
+_HEADER = 16  # bytes
+_ENTRY = 16  # bytes of each descriptor
+# Positions in units of the field's size: of the header, and of the entry of descriptor 0.
+_LAST_BATCH_HEAD, _USED_INDEX = 6, 7
+_TAKEN, _NEXT, _COUNTER = 16, 11, 3
+
+
+class Inflight(_Inflight):
+    """The record of a split ring of ``size`` descriptors at ``offset`` of the region ``memory``.
+
+    ``last``: the head that the record names as the last one answered. ``heads``: those to be served
+    again, in this order, before any other.
+    """
+
+    def __init__(
+        self, memory: GuestMemory, offset: int, size: int, last: int, heads: Sequence[int]
+    ) -> None:
+        super().__init__(memory, offset, _HEADER + _ENTRY * size, heads)
+        self._last = last
+
+    def take_again(self) -> int:
+        """Return the next head to be served again; the region has it in flight already."""
+        return self._again.popleft()
 
     def take(self, head: int) -> None:
         """Record that a chain is in flight."""
@@ -104,7 +115,7 @@ _COPY = struct.Struct("=HHIQ")  # id, flags, len, addr
 _DESCRIPTOR = struct.Struct("<QIHH")  # in the ring: addr, len, id, flags
 
 
-class PackedInflight:
+class PackedInflight(_Inflight):
     """The record of a packed ring of ``size`` descriptors at ``offset`` of the region ``memory``.
 
     ``record``: the bytes of the record, checked; what the region has by now is not read. ``heads``:
@@ -116,9 +127,7 @@ class PackedInflight:
     def __init__(
         self, memory: GuestMemory, offset: int, size: int, record: bytes, heads: Sequence[int]
     ) -> None:
-        self.memory = memory
-        self._offset = offset
-        self._length = _PACKED_HEADER + _PACKED_ENTRY * size
+        super().__init__(memory, offset, _PACKED_HEADER + _PACKED_ENTRY * size, heads)
         free, slot, wrap = _HEADER_FIELDS.unpack_from(record)
         self.used = self._used = slot | wrap << 15
         self._free: int = free
@@ -135,37 +144,11 @@ class PackedInflight:
                 self._copies[head].append(_DESCRIPTOR.pack(address, length, identity, flags))
                 entry = self._following[entry]
         self.slots = sum(len(copies) for copies in self._copies.values())
-        self._counter = len(heads)  # those have the numbers below
-        self._again = deque(heads)
-        self._answered: list[int] = []
-
-    def map(self) -> None:
-        """Find the record in the region, whose memory is mapped."""
-        found = self.memory._ring_part(self._offset, self._length, 8)
-        assert found is not None
-        self._bytes = found[1]
-        self._halves = self._bytes.cast("H")
-        self._words = self._bytes.cast("Q")
-
-    def unmap(self) -> None:
-        """Release the region."""
-        self._words.release()
-        self._halves.release()
-        self._bytes.release()
-
-    @property
-    def waiting(self) -> int:
-        """The number of chains that are still to be served again."""
-        return len(self._again)
 
     def take_again(self) -> tuple[int, list[bytes]]:
         """Return the next chain to be served again: its entry, and its descriptors."""
         head = self._again.popleft()
         return head, self._copies[head]
-
-    def take_back(self, head: int) -> None:
-        """Serve a chain that was taken again, before all others; it stays in flight."""
-        self._again.appendleft(head)
 
     def take(self, descriptors: list[bytes]) -> int:
         """Record that a chain is in flight; return its first entry."""

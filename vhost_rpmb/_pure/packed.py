@@ -22,6 +22,7 @@ from vhost_rpmb._pure.memory import GuestMemory
 from vhost_rpmb._pure.ring import BrokenChainError, BrokenRingError, Chain, Ring
 from vhost_rpmb.virtio import rules
 from vhost_rpmb.virtio import spec as virtio
+from vhost_rpmb.virtio.position import AVAILABLE_OR_USED, Position
 
 __all__ = ["PackedRing"]
 
@@ -31,32 +32,7 @@ _USED_AT = 8
 _USED_LENGTH_AND_ID = 6  # bytes
 _CELLS = virtio.VIRTQ_DESC_SIZE // 2  # 16-bit fields of a descriptor
 _FLAGS = 7  # the last of them
-_AVAILABLE_OR_USED = virtio.VIRTQ_DESC_F_AVAIL | virtio.VIRTQ_DESC_F_USED
 _START = 0x8000_8000  # the base of a new ring: slot 0 of the first lap
-
-
-class _Position(NamedTuple):
-    """A slot, and the wrap counter of its lap; as 16 bits in a vring base and an event area."""
-
-    slot: int
-    wrap: int
-
-    @classmethod
-    def unpack(cls, value: int) -> _Position:
-        return cls(value & 0x7FFF, value >> 15)
-
-    def pack(self) -> int:
-        return self.slot | self.wrap << 15
-
-    def advanced(self, count: int, size: int) -> _Position:
-        """Return the position ``count`` slots later, at most a lap."""
-        slot = self.slot + count
-        return _Position(slot - size, self.wrap ^ 1) if slot >= size else _Position(slot, self.wrap)
-
-    def moved_back(self, count: int, size: int) -> _Position:
-        """Return the position ``count`` slots earlier, at most a lap."""
-        slot = self.slot - count
-        return _Position(slot + size, self.wrap ^ 1) if slot < 0 else _Position(slot, self.wrap)
 
 
 class _Taken(NamedTuple):
@@ -118,7 +94,7 @@ class PackedRing(Ring):
         self.inflight = self.region = None
         # There are front-ends that pass the available position alone. What lies between the two
         # was not answered, and is in the ring.
-        self._used = self._available = _Position.unpack(base >> 16 or base)
+        self._used = self._available = Position.unpack(base >> 16 or base)
         self._outstanding = 0  # slots of chains that were taken and not published
         self._waiting: list[tuple[_Taken, int]] = []  # to be published, with lengths
         self._published = self._used, 0  # the batch published last: position before it, slots
@@ -133,16 +109,7 @@ class PackedRing(Ring):
             (rules.RING_DRIVER_AREA, virtio.VIRTQ_EVENT_SIZE, 4),
             (rules.RING_DEVICE_AREA, virtio.VIRTQ_EVENT_SIZE, 4),
         )
-        places: list[int] = []
-        parts: list[memoryview] = []
-        for address, (rule, length, alignment) in zip(self.addresses, wanted, strict=True):
-            found = self.memory._ring_part(address, length, alignment)
-            if found is None:
-                for part in parts:
-                    part.release()
-                raise BrokenRingError(rule)
-            places.append(found[0])
-            parts.append(found[1])
+        places, parts = self._find_parts(wanted)
         self._parts = parts
         self._address, _, self._device_area_address = places
         self._cells = parts[0].cast("H")
@@ -170,7 +137,7 @@ class PackedRing(Ring):
         """Continue where the record of what is in flight says, and keep it."""
         self.inflight = inflight
         self.region = inflight.memory
-        self._used = _Position.unpack(inflight.used)
+        self._used = Position.unpack(inflight.used)
         self._available = self._used.advanced(inflight.slots, self.size)
         self._outstanding = inflight.slots
         self._published = self._used, 0
@@ -206,8 +173,8 @@ class PackedRing(Ring):
     def _is_available(self) -> bool:
         """Tell whether the driver made the next slot available, and all slots are not taken."""
         self._head_flags = self._swap(self._cells[self._available.slot * _CELLS + _FLAGS])
-        wanted = virtio.VIRTQ_DESC_F_AVAIL if self._available.wrap else virtio.VIRTQ_DESC_F_USED
-        return self._outstanding < self.size and self._head_flags & _AVAILABLE_OR_USED == wanted
+        flags = self._head_flags & AVAILABLE_OR_USED
+        return self._outstanding < self.size and flags == self._available.available
 
     def _take_slots(self) -> list[bytes]:
         """Copy the slots of the next chain; BrokenRingError if it has no end."""
@@ -290,7 +257,7 @@ class PackedRing(Ring):
         position = first
         for taken, length in self._waiting:
             written = virtio.VIRTQ_DESC_F_WRITE if length else 0
-            flags = (_AVAILABLE_OR_USED if position.wrap else 0) | written
+            flags = position.used | written
             start = position.slot * virtio.VIRTQ_DESC_SIZE + _USED_AT
             used = _USED.pack(length, taken.identity, flags)
             if position == first:
@@ -328,7 +295,7 @@ class PackedRing(Ring):
             return False
         if flags != virtio.RING_EVENT_FLAGS_DESC or not self.event_index:
             return True
-        asked = _Position.unpack(event)
+        asked = Position.unpack(event)
         place = asked.slot if asked.wrap == first.wrap else asked.slot + self.size
         return first.slot <= place < first.slot + slots
 

@@ -9,6 +9,7 @@ token that the format gave it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from vhost_rpmb._pure.memory import GuestMemory, GuestMemoryError
@@ -139,6 +140,27 @@ class Ring:
     def changed(self) -> bool:
         """Look again: tell whether there are chains that were not taken."""
         raise NotImplementedError
+
+    # Shared by the formats.
+
+    def _find_parts(
+        self, wanted: Sequence[tuple[int, int, int]]
+    ) -> tuple[list[int], list[memoryview]]:
+        """Return guest addresses and memory of the parts, each with its rule, length and alignment.
+
+        BrokenRingError, with nothing held, where a part breaks its rule.
+        """
+        places: list[int] = []
+        parts: list[memoryview] = []
+        for address, (rule, length, alignment) in zip(self.addresses, wanted, strict=True):
+            found = self.memory._ring_part(address, length, alignment)
+            if found is None:
+                for part in parts:
+                    part.release()
+                raise BrokenRingError(rule)
+            places.append(found[0])
+            parts.append(found[1])
+        return places, parts
 
     # The checks of chains.
 

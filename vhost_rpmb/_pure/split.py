@@ -85,14 +85,7 @@ class SplitRing(Ring):
             (rules.RING_AVAILABLE, 6 + 2 * size, 2),
             (rules.RING_USED, 6 + 8 * size, 4),
         )
-        parts: list[memoryview] = []
-        for address, (rule, length, alignment) in zip(self.addresses, wanted, strict=True):
-            found = self.memory._ring_part(address, length, alignment)
-            if found is None:
-                for part in parts:
-                    part.release()
-                raise BrokenRingError(rule)
-            parts.append(found[1])
+        _, parts = self._find_parts(wanted)
         self._parts = (parts[0], parts[1], parts[2])
         self._available_flags = _Index(parts[1], 0)
         self._available_index = _Index(parts[1], 2)

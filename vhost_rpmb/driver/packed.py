@@ -13,42 +13,11 @@ from vhost_rpmb.driver.errors import QueueError
 from vhost_rpmb.driver.memory import GuestMemory
 from vhost_rpmb.driver.ring import Ring, Segment, Used, full_barrier
 from vhost_rpmb.virtio import spec as virtio
+from vhost_rpmb.virtio.position import AVAILABLE_OR_USED, Position
 
 _DESCRIPTOR = struct.Struct("<QIHH")  # addr, len, id, flags
 _LENGTH_AND_ID = struct.Struct("<IH")
 _LENGTH_AT, _FLAGS_AT = 8, 14  # bytes, in a descriptor
-_BOTH = virtio.VIRTQ_DESC_F_AVAIL | virtio.VIRTQ_DESC_F_USED
-
-
-class Position(NamedTuple):
-    """A slot of the ring, and the wrap counter of its lap."""
-
-    slot: int
-    wrap: int
-
-    @classmethod
-    def unpack(cls, value: int) -> "Position":
-        """From the 16 bits of a vring base or an event area."""
-        return cls(value & 0x7FFF, value >> 15)
-
-    def pack(self) -> int:
-        """As the 16 bits of a vring base or an event area."""
-        return self.slot | self.wrap << 15
-
-    def advanced(self, count: int, size: int) -> "Position":
-        """The position ``count`` slots later, at most a lap."""
-        slot = self.slot + count
-        return Position(slot - size, self.wrap ^ 1) if slot >= size else Position(slot, self.wrap)
-
-    @property
-    def available(self) -> int:
-        """The flags of a slot that is available in this lap."""
-        return virtio.VIRTQ_DESC_F_AVAIL if self.wrap else virtio.VIRTQ_DESC_F_USED
-
-    @property
-    def used(self) -> int:
-        """The flags of a slot that is used in this lap."""
-        return _BOTH if self.wrap else 0
 
 
 class _Chain(NamedTuple):
@@ -176,7 +145,7 @@ class PackedRing(Ring):
         found = []
         while self._packed_chains:
             place = self._place(self._used.slot)
-            if self.memory.load16(place + _FLAGS_AT) & _BOTH != self._used.used:
+            if self.memory.load16(place + _FLAGS_AT) & AVAILABLE_OR_USED != self._used.used:
                 break
             full_barrier()
             raw = self.memory.read(place + _LENGTH_AT, _LENGTH_AND_ID.size)

@@ -43,9 +43,9 @@ from vhost_rpmb.vhost_user.inflight import (
     check_marks,
 )
 from vhost_rpmb.vhost_user.interfaces import Virtqueue
-from vhost_rpmb.virtio import spec as virtio
+from vhost_rpmb.virtio.position import AVAILABLE_OR_USED, Position
 
-__all__ = ["PackedRecovery", "Position", "initial", "recover", "resume"]
+__all__ = ["PackedRecovery", "initial", "recover", "resume"]
 
 # features, version, desc_num, free_head, old_free_head, used_idx, old_used_idx, and both wraps
 _HEADER = struct.Struct("=QHHHHHHBB10x")
@@ -61,19 +61,6 @@ _VERSION = struct.Struct("=H")
 _VERSION_AT = 8
 _COUNTER = struct.Struct("=Q")
 _COUNTER_AT = 8
-_AVAILABLE_OR_USED = virtio.VIRTQ_DESC_F_AVAIL | virtio.VIRTQ_DESC_F_USED
-
-
-class Position(NamedTuple):
-    """A slot of the ring, and the wrap counter of its lap."""
-
-    slot: int
-    wrap: int
-
-    def advanced(self, count: int, size: int) -> Position:
-        """Return the position `count` slots later, at most a lap."""
-        slot = self.slot + count
-        return Position(slot - size, self.wrap ^ 1) if slot >= size else Position(slot, self.wrap)
 
 
 class PackedRecovery(NamedTuple):
@@ -121,7 +108,7 @@ def recover(record: bytes, size: int, flags_of: Callable[[int], int]) -> PackedR
             f"{old_slot}, {wrap} and {old_wrap}"
         )
     new, used = Position(slot, wrap), Position(old_slot, old_wrap)
-    undone = new != used and _is_available(flags_of(used.slot), used.wrap)
+    undone = new != used and flags_of(used.slot) & AVAILABLE_OR_USED == used.available
     if new == used or undone:
         free = old_free  # a chain that was half taken, or a batch that was not published
     else:
@@ -163,8 +150,7 @@ def resume(queue: Virtqueue, record: Record, size: int) -> None:
     record.check_size(size)
     content = record.read(_place(size))
     if not _VERSION.unpack_from(content, _VERSION_AT)[0]:
-        base = queue.base >> 16
-        content = initial(size, Position(base & 0x7FFF, base >> 15))
+        content = initial(size, Position.unpack(queue.base >> 16))
         rest = _VERSION_AT + _VERSION.size
         record.store(rest, content[rest:])
         record.store(0, content[:rest])  # with its version at the end
@@ -177,12 +163,6 @@ def resume(queue: Virtqueue, record: Record, size: int) -> None:
         recovered[offset : offset + len(data)] = data
     queue.set_base(queue.base)  # a broken ring works again
     queue.resume_packed(record.memory, record.offset, bytes(recovered), found.heads)
-
-
-def _is_available(flags: int, wrap: int) -> bool:
-    return flags & _AVAILABLE_OR_USED == (
-        virtio.VIRTQ_DESC_F_AVAIL if wrap else virtio.VIRTQ_DESC_F_USED
-    )
 
 
 def _walk(following: list[int], number: int) -> list[int]:
