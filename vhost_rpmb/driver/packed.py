@@ -7,23 +7,16 @@ laps by one bit.
 
 import struct
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from vhost_rpmb.driver.errors import QueueError
 from vhost_rpmb.driver.memory import GuestMemory
-from vhost_rpmb.driver.ring import Ring, Segment, Used, full_barrier
+from vhost_rpmb.driver.ring import Chain, Ring, Segment, Used, full_barrier
 from vhost_rpmb.virtio import spec as virtio
 from vhost_rpmb.virtio.position import AVAILABLE_OR_USED, Position
 
 _DESCRIPTOR = struct.Struct("<QIHH")  # addr, len, id, flags
 _LENGTH_AND_ID = struct.Struct("<IH")
 _LENGTH_AT, _FLAGS_AT = 8, 14  # bytes, in a descriptor
-
-
-class _Chain(NamedTuple):
-    slots: int
-    indirect_table: int | None
-    writable: int  # bytes
 
 
 class PackedRing(Ring):
@@ -34,17 +27,6 @@ class PackedRing(Ring):
 
     _first_index = 0x8000_8000
     _alignments = (16, 4, 4)
-
-    def __init__(
-        self,
-        memory: GuestMemory,
-        size: int = 64,
-        *,
-        features: int = 0,
-        first_index: int | None = None,
-    ) -> None:
-        self._packed_chains: dict[int, _Chain] = {}
-        super().__init__(memory, size, features=features, first_index=first_index)
 
     def _part_lengths(self) -> tuple[int, int, int]:
         return virtio.VIRTQ_DESC_SIZE * self.size, virtio.VIRTQ_EVENT_SIZE, virtio.VIRTQ_EVENT_SIZE
@@ -66,11 +48,6 @@ class PackedRing(Ring):
         """The number of slots that are in no chain."""
         return self.size - self._outstanding
 
-    @property
-    def in_flight(self) -> int:
-        """The number of chains that were added and are not used yet."""
-        return len(self._packed_chains)
-
     def add(
         self,
         readable: Sequence[Segment],
@@ -80,14 +57,7 @@ class PackedRing(Ring):
     ) -> int:
         """Put a chain into the next slots; return its buffer id."""
         segments = [*readable, *writable]
-        if indirect is None:
-            indirect = self.indirect and len(segments) > 1
-        needed = 1 if indirect else len(segments)
-        if not 0 < needed <= self.free_descriptors:
-            raise QueueError(
-                f"a chain of {needed} descriptors does not fit: {self.free_descriptors} of "
-                f"{self.size} descriptors are free"
-            )
+        indirect, needed = self._fit(len(segments), indirect)
         chain = [
             (*segment, virtio.VIRTQ_DESC_F_WRITE if number >= len(readable) else 0)
             for number, segment in enumerate(segments)
@@ -101,9 +71,9 @@ class PackedRing(Ring):
             self.memory.write(table, packed)
             chain = [(table, len(packed), virtio.VIRTQ_DESC_F_INDIRECT)]
         identity = self._free.pop()
+        slots = [self._next.advanced(number, self.size).slot for number in range(needed)]
         self.add_slots(identity, chain)
-        written = sum(segment.length for segment in writable)
-        self._packed_chains[identity] = _Chain(needed, table, written)
+        self._chains[identity] = Chain(slots, table, sum(segment.length for segment in writable))
         return identity
 
     def add_slots(self, identity: int, chain: Sequence[tuple[int, int, int]]) -> None:
@@ -143,24 +113,22 @@ class PackedRing(Ring):
     def collect(self) -> list[Used]:
         """The chains that were used since the last call; QueueError as of a split ring."""
         found = []
-        while self._packed_chains:
+        while self._chains:
             place = self._place(self._used.slot)
             if self.memory.load16(place + _FLAGS_AT) & AVAILABLE_OR_USED != self._used.used:
                 break
             full_barrier()
             raw = self.memory.read(place + _LENGTH_AT, _LENGTH_AND_ID.size)
             length, identity = _LENGTH_AND_ID.unpack(raw)
-            chain = self._packed_chains.pop(identity, None)
+            chain = self._chains.get(identity)
             if chain is None:
                 raise QueueError(f"the device returned buffer id {identity}: not in flight")
-            if length > chain.writable:
-                raise QueueError(f"expected at most {chain.writable} bytes written, found {length}")
-            self._used = self._used.advanced(chain.slots, self.size)
-            self._outstanding -= chain.slots
+            used = Used(identity, length)
+            self._forget(chain, used)
+            self._used = self._used.advanced(len(chain.descriptors), self.size)
+            self._outstanding -= len(chain.descriptors)
             self._free.append(identity)
-            if chain.indirect_table is not None:
-                self.memory.free(chain.indirect_table)
-            found.append(Used(identity, length))
+            found.append(used)
         return found
 
     def _ask_for_call(self) -> None:
@@ -173,12 +141,6 @@ class PackedRing(Ring):
     def suppress_calls(self) -> None:
         """Ask the device for no notifications, until the next wait()."""
         self.set_driver_area(0, virtio.RING_EVENT_FLAGS_DISABLE)
-
-    def _drop_chains(self) -> None:
-        for chain in self._packed_chains.values():
-            if chain.indirect_table is not None:
-                self.memory.free(chain.indirect_table)
-        self._packed_chains.clear()
 
     # Raw access
 

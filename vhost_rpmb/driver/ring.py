@@ -53,7 +53,9 @@ class Used(NamedTuple):
     length: int
 
 
-class _Chain(NamedTuple):
+class Chain(NamedTuple):
+    """A chain that is not used yet: its descriptors in the ring, and its room for an answer."""
+
     descriptors: list[int]
     indirect_table: int | None
     writable: int  # bytes
@@ -91,7 +93,7 @@ class Ring(Closing):
         self.descriptor_table, self.available_ring, self.used_ring = map(
             memory.allocate, self._lengths, self._alignments
         )
-        self._chains: dict[int, _Chain] = {}
+        self._chains: dict[int, Chain] = {}
         self._offered: Counter[int] = Counter()
         self.reset(first_index)
         try:
@@ -171,14 +173,7 @@ class Ring(Closing):
         by the features. QueueError when too few descriptors are free.
         """
         segments = [*readable, *writable]
-        if indirect is None:
-            indirect = self.indirect and len(segments) > 1
-        needed = 1 if indirect else len(segments)
-        if not 0 < needed <= self.free_descriptors:
-            raise QueueError(
-                f"a chain of {needed} descriptors does not fit: {self.free_descriptors} of "
-                f"{self.size} descriptors are free"
-            )
+        indirect, needed = self._fit(len(segments), indirect)
         table = (
             self.memory.allocate(virtio.VIRTQ_DESC_SIZE * len(segments), 16) if indirect else None
         )
@@ -201,9 +196,21 @@ class Ring(Closing):
         if table is not None:
             length = virtio.VIRTQ_DESC_SIZE * len(segments)
             self.write_descriptor(head, table, length, virtio.VIRTQ_DESC_F_INDIRECT, 0)
-        self._chains[head] = _Chain(indices, table, sum(segment.length for segment in writable))
+        self._chains[head] = Chain(indices, table, sum(segment.length for segment in writable))
         self._append(head)
         return head
+
+    def _fit(self, segments: int, indirect: bool | None) -> tuple[bool, int]:
+        """Whether a chain is in an indirect table, and its descriptors; QueueError: too many."""
+        if indirect is None:
+            indirect = self.indirect and segments > 1
+        needed = 1 if indirect else segments
+        if not 0 < needed <= self.free_descriptors:
+            raise QueueError(
+                f"a chain of {needed} descriptors does not fit: {self.free_descriptors} of "
+                f"{self.size} descriptors are free"
+            )
+        return indirect, needed
 
     def publish(self) -> bool:
         """Make all added chains available to the device; return whether it wants a kick."""
@@ -321,12 +328,16 @@ class Ring(Closing):
                 raise QueueError(f"the device returned head index {used.head}: not in flight")
             self._offered[used.head] -= 1
             return
+        self._forget(chain, used)
+        self._free += reversed(chain.descriptors)
+
+    def _forget(self, chain: Chain, used: Used) -> None:
+        """Forget a chain that was used; QueueError if more was written than it has room for."""
         if used.length > chain.writable:
             raise QueueError(
                 f"expected at most {chain.writable} bytes written, found {used.length}"
             )
         del self._chains[used.head]
-        self._free += reversed(chain.descriptors)
         if chain.indirect_table is not None:
             self.memory.free(chain.indirect_table)
 
