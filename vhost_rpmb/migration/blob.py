@@ -12,8 +12,8 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Sequence
-from typing import Any
 
+from vhost_rpmb.cursor import Cursor
 from vhost_rpmb.rpmb import spec
 from vhost_rpmb.rpmb.limits import MAX_REPLAY_WRITES, REPLAY_WRITE_SIZE
 from vhost_rpmb.rpmb.replay import Replay
@@ -121,10 +121,10 @@ def unpack(blob: bytes, kind: int) -> State:
             f"expected {_KINDS[kind]}, found {_KINDS.get(found, f'kind {found}')}: use the same"
             " mode on both hosts"
         )
-    return _unpack(_Cursor(content, _HEADER.size), kind)
+    return _unpack(Cursor(content, "state", _HEADER.size), kind)
 
 
-def _unpack(cursor: _Cursor, kind: int) -> State:
+def _unpack(cursor: Cursor, kind: int) -> State:
     name = cursor.counted(_BYTE).decode("ascii", "replace")
     generation, token, counter, size, config = cursor.take(_IDENTITY)
     if not size or size % spec.CAPACITY_UNIT or size > spec.MAX_CAPACITY:
@@ -169,29 +169,3 @@ def _check(state: State) -> None:
             raise ValueError("expected ascending addresses of the image, found others")
     if not set(addresses).isdisjoint(state.damaged) or (state.kind == TICKET and addresses):
         raise ValueError("expected blocks of a copy that are not damaged, found others")
-
-
-class _Cursor:
-    """Reads the parts of a blob; ValueError at its end."""
-
-    def __init__(self, data: bytes, position: int) -> None:
-        self._data = data
-        self._position = position
-
-    def raw(self, count: int) -> bytes:
-        left = len(self._data) - self._position
-        if count > left:
-            raise ValueError(f"expected {count} more bytes of the state, found {left}")
-        self._position += count
-        return self._data[self._position - count : self._position]
-
-    def take(self, layout: struct.Struct) -> tuple[Any, ...]:
-        return layout.unpack(self.raw(layout.size))
-
-    def counted(self, layout: struct.Struct) -> bytes:
-        return self.raw(self.take(layout)[0])
-
-    def end(self) -> None:
-        left = len(self._data) - self._position
-        if left:
-            raise ValueError(f"expected the end of the state, found {left} more bytes")

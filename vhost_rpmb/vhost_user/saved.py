@@ -11,6 +11,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 
+from vhost_rpmb.cursor import Cursor
 from vhost_rpmb.typed import NamedTuple
 from vhost_rpmb.vhost_user.wire import MemoryRegion
 
@@ -137,7 +138,7 @@ class Record(NamedTuple):
     @classmethod
     def unpack(cls, packed: bytes) -> Record:
         """From bytes; ValueError if they are damaged or of an unknown format."""
-        cursor = _Cursor(packed)
+        cursor = Cursor(packed, "record")
         (found,) = cursor.take(_FORMAT)
         if not 0 < found <= FORMAT:
             raise ValueError(f"expected a record of format 1 to {FORMAT}, found format {found}")
@@ -202,38 +203,13 @@ def _pack_files(files: Sequence[int]) -> bytes:
     return _COUNT.pack(len(files)) + b"".join(_NUMBER.pack(file) for file in files)
 
 
-class _Cursor:
-    """Reads the parts of a record; ValueError at its end."""
-
-    def __init__(self, data: bytes) -> None:
-        self._data = data
-        self._position = 0
-
-    def raw(self, count: int) -> bytes:
-        left = len(self._data) - self._position
-        if count > left:
-            raise ValueError(f"expected {count} more bytes of the record, found {left}")
-        self._position += count
-        return self._data[self._position - count : self._position]
-
-    def take(self, layout: struct.Struct) -> tuple[int, ...]:
-        return layout.unpack(self.raw(layout.size))
-
-    def counted_bytes(self) -> bytes:
-        return self.raw(self.take(_COUNT)[0])
-
-    def files(self) -> tuple[int, ...]:
-        return tuple(self.take(_NUMBER)[0] for _ in range(self.take(_COUNT)[0]))
-
-    def end(self) -> None:
-        left = len(self._data) - self._position
-        if left:
-            raise ValueError(f"expected the end of the record, found {left} more bytes")
+def _take_files(cursor: Cursor) -> tuple[int, ...]:
+    return tuple(cursor.take(_NUMBER)[0] for _ in range(cursor.take(_COUNT)[0]))
 
 
-def _take_state(cursor: _Cursor, found: int) -> State:
+def _take_state(cursor: Cursor, found: int) -> State:
     offered, features, protocol_features, owned, status = cursor.take(_STATE)
-    config = cursor.counted_bytes()
+    config = cursor.counted(_COUNT)
     regions = [_take_region(cursor) for _ in range(cursor.take(_COUNT)[0])]
     vrings = [_take_vring(cursor) for _ in range(cursor.take(_COUNT)[0])]
     inflight = Inflight(*cursor.take(_INFLIGHT))
@@ -247,12 +223,12 @@ def _take_state(cursor: _Cursor, found: int) -> State:
     )
 
 
-def _take_region(cursor: _Cursor) -> SavedRegion:
+def _take_region(cursor: Cursor) -> SavedRegion:
     *place, file = cursor.take(_REGION)
     return SavedRegion(MemoryRegion(*place), file)
 
 
-def _take_vring(cursor: _Cursor) -> SavedVring:
+def _take_vring(cursor: Cursor) -> SavedVring:
     size, table, available, ring, base, ahead, used, flags, *files = cursor.take(_VRING)
     kick, call, error = files
     return SavedVring(
@@ -271,16 +247,16 @@ def _take_vring(cursor: _Cursor) -> SavedVring:
     )
 
 
-def _take_log_address(cursor: _Cursor, vring: SavedVring) -> SavedVring:
+def _take_log_address(cursor: Cursor, vring: SavedVring) -> SavedVring:
     (address,) = cursor.take(_NUMBER)
     return vring._replace(log_address=None if vring.log_address is None else address)
 
 
-def _take_intake(cursor: _Cursor) -> Intake:
-    data, files = cursor.counted_bytes(), cursor.files()
+def _take_intake(cursor: Cursor) -> Intake:
+    data, files = cursor.counted(_COUNT), _take_files(cursor)
     (complete,) = cursor.take(_COMPLETE)
-    return Intake(data, files, bool(complete), cursor.counted_bytes(), cursor.files())
+    return Intake(data, files, bool(complete), cursor.counted(_COUNT), _take_files(cursor))
 
 
-def _take_owed(cursor: _Cursor) -> Owed:
-    return Owed(cursor.counted_bytes(), cursor.files())
+def _take_owed(cursor: Cursor) -> Owed:
+    return Owed(cursor.counted(_COUNT), _take_files(cursor))
