@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from vhost_rpmb.daemon.handover import Handover
 from vhost_rpmb.errors import Fenced, UsageError
 from vhost_rpmb.log import Logger
-from vhost_rpmb.migration.copying import Copying, MovableDevice, superseded
+from vhost_rpmb.migration.copying import Copying
 from vhost_rpmb.migration.fence import Fence
 from vhost_rpmb.migration.handing import Handing
+from vhost_rpmb.migration.mode import MovableDevice, superseded
 from vhost_rpmb.migration.note import Note
 from vhost_rpmb.migration.seal import MigrationKey
 from vhost_rpmb.storage.interface import ACTIVE, SUPERSEDED, VACANT, Access, Store

@@ -7,8 +7,9 @@ import os
 from collections.abc import Callable, Mapping
 
 from vhost_rpmb.log import Logger
-from vhost_rpmb.migration.blob import COPY, State, largest, pack, unpack
+from vhost_rpmb.migration.blob import COPY, State, pack, unpack
 from vhost_rpmb.migration.fence import Fence
+from vhost_rpmb.migration.mode import TOKEN_SIZE, Mode, MovableDevice, pass_on, superseded
 from vhost_rpmb.migration.note import Note
 from vhost_rpmb.migration.rules import Present, check_arrival, is_own
 from vhost_rpmb.migration.seal import MigrationKey
@@ -25,30 +26,14 @@ from vhost_rpmb.storage.interface import (
 )
 from vhost_rpmb.storage.local.keyfile import fingerprint
 from vhost_rpmb.storage.local.store import Store
-from vhost_rpmb.typed import Protocol
 
-__all__ = ["Copying", "MovableDevice", "pass_on", "superseded"]
+__all__ = ["Copying"]
 
-_TOKEN_SIZE = 16  # bytes
-RELEASE = "see vhost-rpmb-client release"
 
 logger = Logger(__name__)
 
 
-class MovableDevice(Protocol):
-    """The device, as far as it travels."""
-
-    register: bytes  # the result register
-
-    @property
-    def config(self) -> bytes:
-        """Its configuration space."""
-
-    def reload(self) -> None:
-        """Take the durable state again."""
-
-
-class Copying:
+class Copying(Mode):
     """Hands a device in files to another host, or receives one, as a copy.
 
     Implements `vhost_rpmb.vhost_user.interfaces.DeviceState`. ``key_file``: a key that a
@@ -68,20 +53,14 @@ class Copying:
         incoming: bool,
         renamed: Callable[[str], None] = lambda name: None,
     ) -> None:
+        super().__init__(store, device, note)
         self._renamed = renamed
         self._store = store
-        self._device = device
-        self._note = note
         self._fence = fence
         self._sealer = sealer
         self._key_file = key_file
         self._expected = incoming and not store.possession.generation
         self._before: Possession | None = None  # of a hand-over whose state was not sent completely
-
-    @property
-    def limit(self) -> int:
-        """The largest number of bytes of a state."""
-        return largest(len(self._store.image))
 
     @property
     def folders(self) -> Mapping[str, Access]:
@@ -90,11 +69,8 @@ class Copying:
 
     def connected(self) -> None:
         """Forget the hand-over of an earlier connection."""
-        self._note.clear()
+        super().connected()
         self._before = None
-
-    def disconnected(self) -> None:
-        """Nothing is held for a connection."""
 
     def start(self) -> str:
         """Be active, since a ring is to run; return why it must not, or an empty string."""
@@ -156,7 +132,7 @@ class Copying:
             if reason := self.start():
                 raise ValueError(reason)
             before = self._store.possession
-            token, claim = os.urandom(_TOKEN_SIZE), os.urandom(_TOKEN_SIZE)
+            token, claim = os.urandom(TOKEN_SIZE), os.urandom(TOKEN_SIZE)
             possession = Possession(EXPORTED, before.generation + 1, token, claim)
             self._note.give(possession)
             self._store.possess(possession)
@@ -171,22 +147,11 @@ class Copying:
 
     def _state(self, possession: Possession) -> State:
         store = self._store
-        key = store.key
-        state = State(
-            kind=COPY,
-            name=store.name,
-            generation=possession.generation,
-            token=possession.token,
-            counter=store.counter,
-            size=len(store.image),
-            config=self._device.config,
-            fingerprint=fingerprint(key) if key is not None else b"",
-            sealed_key=b"",
-            register=self._device.register,
-            replay=store.owed,
+        state = self._describe(COPY, store, possession, store.owed)._replace(
             damaged=[address for address, mark in enumerate(store.damaged) if mark],
             blocks=_blocks(store),
         )
+        key = store.key
         if key is not None and self._sealer is not None:
             state = state._replace(sealed_key=self._sealer.seal(key, state.context))
         return state
@@ -201,7 +166,7 @@ class Copying:
         )
         check_arrival(present, state)
         key = self._key_of(state)
-        claim = os.urandom(_TOKEN_SIZE)
+        claim = os.urandom(TOKEN_SIZE)
         possession = Possession(IMPORTED, state.generation, state.token, claim)
         if is_own(present, state):
             if self._fence is None and store.possession.state == EXPORTED:
@@ -237,18 +202,6 @@ class Copying:
                 " --migration-key on both hosts"
             )
         return key
-
-
-def pass_on(name: str, possession: Possession) -> str:
-    """Why a device that left is not served."""
-    return (
-        f"device {name} was handed to another host ({_of(possession)}): use it there, or {RELEASE}"
-    )
-
-
-def superseded(name: str, possession: Possession) -> str:
-    """Why a device is not served for good."""
-    return f"device {name} is superseded: another host is active in {_of(possession)}"
 
 
 def _of(possession: Possession) -> str:

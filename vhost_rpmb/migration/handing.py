@@ -6,27 +6,24 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Mapping
 
 from vhost_rpmb.errors import OperatorError
 from vhost_rpmb.log import Logger
-from vhost_rpmb.migration.blob import TICKET, State, largest, pack, unpack
-from vhost_rpmb.migration.copying import MovableDevice, pass_on, superseded
+from vhost_rpmb.migration.blob import TICKET, State, pack, unpack
+from vhost_rpmb.migration.mode import TOKEN_SIZE, Mode, MovableDevice, pass_on, superseded
 from vhost_rpmb.migration.note import Note
 from vhost_rpmb.migration.rules import Present, check_arrival, is_own
-from vhost_rpmb.storage.interface import ACTIVE, EXPORTED, Access, Possession
-from vhost_rpmb.storage.local.keyfile import fingerprint
+from vhost_rpmb.storage.interface import ACTIVE, EXPORTED, Possession
 from vhost_rpmb.storage.local.shared import SharedFiles
 
 __all__ = ["Handing"]
 
-_TOKEN_SIZE = 16  # bytes
 _PATIENCE = 3.0  # seconds for the other host to close the files
 
 logger = Logger(__name__)
 
 
-class Handing:
+class Handing(Mode):
     """Hands over a device in shared files; implements `vhost_user.interfaces.DeviceState`.
 
     The lock on the files decides who may change them, and the state in them who may lock them.
@@ -35,26 +32,11 @@ class Handing:
     def __init__(
         self, files: SharedFiles, device: MovableDevice, note: Note, *, incoming: bool
     ) -> None:
+        super().__init__(files, device, note)
         self._files = files
-        self._device = device
-        self._note = note
         self._expected = incoming and not (note.given or note.arrived)
         self._arrived: Possession | None = None  # the state to become active with
         self._busy_since = 0.0
-
-    @property
-    def limit(self) -> int:
-        """The largest number of bytes of a state."""
-        return largest(len(self._files.image))
-
-    @property
-    def folders(self) -> Mapping[str, Access]:
-        """No folder beside those of the files."""
-        return {}
-
-    def connected(self) -> None:
-        """Forget the hand-over of an earlier connection."""
-        self._note.clear()
 
     def disconnected(self) -> None:
         """Release files that arrived on the connection, and were not used."""
@@ -133,28 +115,12 @@ class Handing:
             raise ValueError("the files are still in use by another process")
         store = self._files.store
         before = store.possession
-        possession = Possession(EXPORTED, before.generation + 1, os.urandom(_TOKEN_SIZE))
-        ticket = State(
-            kind=TICKET,
-            name=store.name,
-            generation=possession.generation,
-            token=possession.token,
-            counter=store.counter,
-            size=len(store.image),
-            config=self._device.config,
-            fingerprint=fingerprint(store.key) if store.key is not None else b"",
-            sealed_key=b"",
-            register=self._device.register,
-            replay=store.owed,
-            digest=_digest(self._files),
-        )
+        possession = Possession(EXPORTED, before.generation + 1, os.urandom(TOKEN_SIZE))
+        ticket = self._describe(TICKET, store, possession, store.owed, _digest(self._files))
         self._note.give(possession)
         self._files.leave(possession)
         logger.info("device %s is handed over, generation %d", ticket.name, possession.generation)
         return pack(ticket)
-
-    def sent(self, complete: bool) -> None:
-        """The files say who has the device, whatever was sent."""
 
     def load(self, blob: bytes) -> None:
         """Lock the files of a device that arrives; ValueError or OSError: nothing has changed."""

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from contextlib import closing
 
 from vhost_rpmb.errors import Fenced, StateError, UsageError
-from vhost_rpmb.migration.copying import superseded
 from vhost_rpmb.migration.fence import Fence
+from vhost_rpmb.migration.mode import superseded
 from vhost_rpmb.storage.interface import ACTIVE, EXPORTED, SUPERSEDED, Possession
 from vhost_rpmb.storage.local.opening import check_possession, open_store
 from vhost_rpmb.storage.local.store import FAILURES

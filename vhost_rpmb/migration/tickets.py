@@ -8,47 +8,30 @@ the owner that follows the one which gave it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 
 from vhost_rpmb.errors import OperatorError
 from vhost_rpmb.log import Logger
-from vhost_rpmb.migration.blob import TICKET, State, largest, pack, unpack
-from vhost_rpmb.migration.copying import MovableDevice
+from vhost_rpmb.migration.blob import TICKET, pack, unpack
+from vhost_rpmb.migration.mode import Mode, MovableDevice
 from vhost_rpmb.migration.note import Note
 from vhost_rpmb.storage.fleet.layout import Owner
 from vhost_rpmb.storage.fleet.tenancy import Tenancy
-from vhost_rpmb.storage.interface import ACTIVE, Access, Possession
-from vhost_rpmb.storage.local.keyfile import fingerprint
+from vhost_rpmb.storage.interface import ACTIVE, Possession
 
 __all__ = ["Tickets"]
 
 logger = Logger(__name__)
 
 
-class Tickets:
+class Tickets(Mode):
     """Hands over a device in a shared store; implements `vhost_user.interfaces.DeviceState`."""
 
     def __init__(
         self, tenancy: Tenancy, device: MovableDevice, note: Note, *, incoming: bool
     ) -> None:
+        super().__init__(tenancy, device, note)
         self._tenancy = tenancy
-        self._device = device
-        self._note = note
         self._expected = incoming and not (note.given or note.arrived)
-
-    @property
-    def limit(self) -> int:
-        """The largest number of bytes of a state."""
-        return largest(len(self._tenancy.image))
-
-    @property
-    def folders(self) -> Mapping[str, Access]:
-        """No folder beside that of the store."""
-        return {}
-
-    def connected(self) -> None:
-        """Forget the hand-over of an earlier connection."""
-        self._note.clear()
 
     def disconnected(self) -> None:
         """Expect a device again that arrived on the connection, and was not used."""
@@ -86,30 +69,13 @@ class Tickets:
         except OperatorError as error:
             raise ValueError(str(error)) from error
         tenancy.end()
-        owner, key = tenancy.owner, tenancy.key
+        owner = tenancy.owner
         assert owner is not None
         possession = _possession(owner)
         self._note.give(possession)
         logger.info("device %s is handed over, epoch %d", tenancy.name, owner.epoch)
-        return pack(
-            State(
-                kind=TICKET,
-                name=tenancy.name,
-                generation=possession.generation,
-                token=possession.token,
-                counter=tenancy.counter,
-                size=len(tenancy.image),
-                config=self._device.config,
-                fingerprint=b"" if key is None else fingerprint(key),
-                sealed_key=b"",
-                register=self._device.register,
-                replay=tenancy.replay,
-                digest=hashlib.sha256(tenancy.head).digest(),
-            )
-        )
-
-    def sent(self, complete: bool) -> None:
-        """The store says who has the device, whatever was sent."""
+        digest = hashlib.sha256(tenancy.head).digest()
+        return pack(self._describe(TICKET, tenancy, possession, tenancy.replay, digest))
 
     def load(self, blob: bytes) -> None:
         """Accept the ticket of the present owner; ValueError: it is spent, or another device's."""

@@ -15,7 +15,7 @@ from vhost_rpmb.rpmb import spec
 from vhost_rpmb.storage.local.files import cannot_lock
 from vhost_rpmb.typed import NamedTuple
 
-__all__ = ["ImageFile", "Stamp", "digest", "is_zeros", "ranges", "runs"]
+__all__ = ["ImageFile", "Stamp", "digest", "is_zeros", "ranges", "runs", "served_size"]
 
 MAX_IMAGE_SIZE = 32 * 1024 * 1024  # bytes; above 16 MiB they have no address
 
@@ -63,11 +63,9 @@ class ImageFile:
         if not stat.S_ISREG(status.st_mode) and not stat.S_ISBLK(status.st_mode):
             raise UsageError(f"the image {path} is neither a regular file nor a block device")
         self.file_size = os.lseek(self._fd, 0, os.SEEK_END)
-        if not 0 < self.file_size <= MAX_IMAGE_SIZE or self.file_size % spec.CAPACITY_UNIT:
-            raise UsageError(
-                f"the image {path} has {self.file_size} bytes, not a multiple of 128 KiB from"
-                f" 128 KiB to 32 MiB: create one with truncate -s 128K {path}.new"
-            )
+        self.size = served_size(
+            path, self.file_size, f"create one with truncate -s 128K {path}.new"
+        )
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -76,7 +74,6 @@ class ImageFile:
             ) from None
         except OSError as error:
             raise StateError(cannot_lock(f"the image {path}", error)) from error
-        self.size = min(self.file_size, spec.MAX_CAPACITY)
         if self.size < self.file_size:
             warn(
                 f"the image {path} has {self.file_size} bytes, but an RPMB address reaches"
@@ -171,6 +168,16 @@ class ImageFile:
     def close(self) -> None:
         """Release the file and its lock."""
         os.close(self._fd)
+
+
+def served_size(path: str, file_size: int, remedy: str) -> int:
+    """Return how many bytes of an image are served; UsageError for a size that no image has."""
+    if not 0 < file_size <= MAX_IMAGE_SIZE or file_size % spec.CAPACITY_UNIT:
+        raise UsageError(
+            f"the image {path} has {file_size} bytes, not a multiple of 128 KiB from 128 KiB to"
+            f" 32 MiB: {remedy}"
+        )
+    return min(file_size, spec.MAX_CAPACITY)
 
 
 def digest(block: bytes) -> bytes:

@@ -17,7 +17,7 @@ from vhost_rpmb.log import Logger
 from vhost_rpmb.rpmb import spec
 from vhost_rpmb.rpmb.replay import NO_REPLAY, Replay
 from vhost_rpmb.storage.interface import ACTIVE, Access, Possession, Resources
-from vhost_rpmb.storage.local.image import MAX_IMAGE_SIZE
+from vhost_rpmb.storage.local.image import served_size
 from vhost_rpmb.storage.local.opening import open_store
 from vhost_rpmb.storage.local.store import FAILURES, Store
 from vhost_rpmb.storage.paths import Paths
@@ -195,12 +195,7 @@ def _size_of(path: str) -> int:
             os.close(fd)
     except OSError as error:
         raise UsageError(f"the image {path} cannot be opened: {error.strerror}") from error
-    if not 0 < size <= MAX_IMAGE_SIZE or size % spec.CAPACITY_UNIT:
-        raise UsageError(
-            f"the image {path} has {size} bytes, not a multiple of 128 KiB from 128 KiB to 32 MiB:"
-            " name the image of the device"
-        )
-    return min(size, spec.MAX_CAPACITY)
+    return served_size(path, size, "name the image of the device")
 
 
 def _is_locked(path: str) -> bool:
