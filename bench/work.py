@@ -61,13 +61,7 @@ class Work:
             self._ring = stack.enter_context(make_ring(guest, 2 * DEPTH, features=features))
             stack.callback(memory.clear)
             for region in guest.regions:
-                memory.add_region(
-                    region.place.guest_address,
-                    region.place.size,
-                    region.place.user_address,
-                    region.place.mmap_offset,
-                    region.fd,
-                )
+                memory.add_region(*region.place, region.fd)
             buffers = []
             for request in islice(reads(blocks), DEPTH):
                 data = guest.allocate(spec.FRAME_SIZE)

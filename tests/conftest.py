@@ -74,12 +74,20 @@ def home(request: pytest.FixtureRequest, flash: Path, tmp_path: Path) -> Home:
 
 
 @pytest.fixture
-def make_rig(engine: engines.Engine, flash: Path) -> Iterator[RigFactory]:
+def rig_options() -> dict[str, object]:
+    """More options of all rigs."""
+    return {}
+
+
+@pytest.fixture
+def make_rig(
+    engine: engines.Engine, flash: Path, rig_options: dict[str, object]
+) -> Iterator[RigFactory]:
     """Make rigs on one engine and, unless told otherwise, one image; closed at the end."""
     rigs: list[Rig] = []
 
     def make(path: Path = flash, **options: object) -> Rig:
-        rigs.append(Rig(engine, path, **options))  # type: ignore[arg-type]
+        rigs.append(Rig(engine, path, **rig_options, **options))  # type: ignore[arg-type]
         return rigs[-1]
 
     yield make
@@ -102,12 +110,22 @@ def keyed(rig: Rig) -> Rig:
 
 
 @pytest.fixture
-def daemon(engine: engines.Engine, tmp_path: Path) -> Iterator[DaemonFactory]:
-    """Start real daemons on one engine and one image, one at a time; killed at the end."""
+def daemon_home() -> list[str]:
+    """The options that name the home of a daemon's device; none: an image in its folder."""
+    return []
+
+
+@pytest.fixture
+def daemon(
+    engine: engines.Engine, tmp_path: Path, daemon_home: list[str]
+) -> Iterator[DaemonFactory]:
+    """Start real daemons on one engine and one device, one at a time; killed at the end."""
     made: list[Daemon] = []
 
     def start(*options: str) -> Daemon:
-        made.append(Daemon(tmp_path, *options, engine=engine.name, sandbox=SANDBOX))
+        made.append(
+            Daemon(tmp_path, *options, engine=engine.name, sandbox=SANDBOX, home=daemon_home)
+        )
         made[-1].start()
         return made[-1]
 

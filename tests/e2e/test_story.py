@@ -7,6 +7,8 @@ import os
 import re
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -118,15 +120,19 @@ def test_guest_reboots_and_the_daemon_goes_on(kit: Kit, daemon: Daemon) -> None:
     daemon.stop()
 
 
+@contextmanager
+def monitored(kit: Kit, daemon: Daemon) -> Iterator[tuple[VirtualMachine, Monitor]]:
+    """A virtual machine, and the monitor of its QEMU."""
+    path = daemon.folder / "monitor.sock"
+    with VirtualMachine(kit, daemon.socket_path, path) as vm, Monitor(path) as monitor:
+        yield vm, monitor
+
+
 @on_each_guest
 def test_monitor_commands(kit: Kit, daemon: Daemon) -> None:
     """The device works after each, and QEMU goes on: it aborts where dirty logging is refused."""
     daemon.start()
-    monitor_path = daemon.folder / "monitor.sock"
-    with (
-        VirtualMachine(kit, daemon.socket_path, monitor_path) as vm,
-        Monitor(monitor_path) as monitor,
-    ):
+    with monitored(kit, daemon) as (vm, monitor):
         program_key(vm)
         write_and_read(vm, 0)
         for _ in range(2):  # the log is started and ended each time
@@ -156,11 +162,7 @@ def test_dirty_log_of_the_monitor(kit: Kit, daemon: Daemon) -> None:
     """With the log that --migration offers; QEMU starts and ends it under requests."""
     daemon.command_line += ["--migration=copy", "--verbose"]
     daemon.start()
-    monitor_path = daemon.folder / "monitor.sock"
-    with (
-        VirtualMachine(kit, daemon.socket_path, monitor_path) as vm,
-        Monitor(monitor_path) as monitor,
-    ):
+    with monitored(kit, daemon) as (vm, monitor):
         program_key(vm)
         for number in range(2):
             assert monitor.dirty_rate()["mode"] == "dirty-bitmap"

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.hosts import Host, copy_options
-from tests.support.oracle import KEY
+from tests.support.hosts import Host, copy_options, give_device
 from tests.support.rig import write_key
 from vhost_rpmb.engine import Engine
 
@@ -46,12 +45,9 @@ def copying(fence: Path, tmp_path: Path) -> list[str]:
 
 @pytest.fixture
 def source(hosts: Hosts, copying: list[str]) -> Host:
-    """A host whose device has a key, a write counter of 2, and two blocks."""
+    """A host with a device, see `give_device`."""
     host = hosts("source", *copying)
-    with host.machine() as machine:
-        machine.program_key(KEY)
-        assert machine.write(3, b"a" * 256) == 1
-        assert machine.write(5, b"b" * 256) == 2
+    give_device(host)
     return host
 
 

@@ -9,18 +9,15 @@ import pytest
 
 from tests.migration.conftest import Hosts
 from tests.migration.test_copy import holds, is_fenced
-from tests.support.hosts import SETUP, Host, StateRefusedError, leave, resume
+from tests.support.hosts import SETUP, Host, StateRefusedError, give_device, leave, resume
 from tests.support.oracle import KEY
 
 
 @pytest.fixture
 def source(hosts: Hosts, tmp_path: Path) -> Host:
-    """A host whose device has a key, a write counter of 2, and two blocks."""
+    """A host with a device, see `give_device`."""
     host = hosts("source", "--migration=shared")
-    with host.machine() as machine:
-        machine.program_key(KEY)
-        assert machine.write(3, b"a" * 256) == 1
-        assert machine.write(5, b"b" * 256) == 2
+    give_device(host)
     return host
 
 

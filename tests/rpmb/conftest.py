@@ -10,7 +10,6 @@ import pytest
 
 from tests.support.homes import Home, Memory
 from tests.support.lives import Guest, GuestFactory, Life, LifeFactory, keyed
-from tests.support.rig import Rig, RigFactory
 from vhost_rpmb.engine import Engine
 
 
@@ -22,21 +21,9 @@ def rig_home(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def make_rig(engine: Engine, flash: Path, tmp_path: Path, rig_home: str) -> Iterator[RigFactory]:
-    """Make rigs as the fixture of this name elsewhere does, on each store."""
-    shared = Memory(tmp_path)
-    rigs: list[Rig] = []
-
-    def make(path: Path = flash, **options: object) -> Rig:
-        if rig_home == "shared":
-            options["opened"] = shared.open
-        rigs.append(Rig(engine, path, **options))  # type: ignore[arg-type]
-        return rigs[-1]
-
-    yield make
-    for rig in rigs:
-        if rig.guest.regions:
-            rig.close()
+def rig_options(tmp_path: Path, rig_home: str) -> dict[str, object]:
+    """Rigs whose device is on each store."""
+    return {"opened": Memory(tmp_path).open} if rig_home == "shared" else {}
 
 
 @pytest.fixture

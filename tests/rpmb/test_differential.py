@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.support.oracle import KEY, OTHER_KEY, Frame, sign
 from tests.support.rig import ALL_FEATURES, Rig, make_image
 from vhost_rpmb import engine as engines
-from vhost_rpmb.driver.ring import Segment
+from vhost_rpmb.driver.ring import Ring, Segment
 from vhost_rpmb.rpmb import spec
 from vhost_rpmb.vhost_user.wire import MemoryRegion
 
@@ -142,6 +142,21 @@ descriptors = st.tuples(
 )
 
 
+def write_raw(
+    ring: Ring,
+    table: list[tuple[int, int, int, int]],
+    indirect: list[tuple[int, int, int, int]],
+    heads: list[int],
+) -> None:
+    """Store descriptors, those of an indirect table, and heads of which any may be invalid."""
+    for index, entry in enumerate(table):
+        ring.write_descriptor(index, *entry)
+    for index, entry in enumerate(indirect):
+        ring.write_descriptor(index, *entry, table=TABLE)
+    for position, head in enumerate(heads):
+        ring.write_available(position % 8, head)
+
+
 @settings(max_examples=400, deadline=None)
 @given(
     st.lists(descriptors, min_size=8, max_size=8),
@@ -168,12 +183,7 @@ def test_raw_rings_leave_the_same_bytes(
         for engine in ENGINES:
             flash = make_image(Path(folder) / engine.name)
             with Rig(engine, flash, size=8, features=features, regions=REGIONS) as rig:
-                for index, entry in enumerate(table):
-                    rig.ring.write_descriptor(index, *entry)
-                for index, entry in enumerate(indirect):
-                    rig.ring.write_descriptor(index, *entry, table=TABLE)
-                for position, head in enumerate(heads):
-                    rig.ring.write_available(position % 8, head)
+                write_raw(rig.ring, table, indirect, heads)
                 rig.ring.set_available_flags(flags)
                 rig.ring.set_used_event(used_event)
                 rig.ring.set_available_index(ahead)

@@ -13,7 +13,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.rpmb.test_differential import ENGINES, MEMORY, REGIONS, TABLE, descriptors
+from tests.rpmb.test_differential import ENGINES, MEMORY, REGIONS, descriptors, write_raw
 from tests.support.dirty import DirtyMap, changed_pages, log_size, pages_of, snapshot
 from tests.support.oracle import program_key, read_counter, read_data, read_result, write_data
 from tests.support.rig import ALL_FEATURES, Rig, make_image
@@ -221,12 +221,7 @@ def test_raw_ring_marks_what_it_changes(
         for engine in ENGINES:
             flash = make_image(Path(folder) / engine.name)
             with logged(engine, flash, size=8, features=features, regions=REGIONS) as (rig, log):
-                for index, entry in enumerate(table):
-                    rig.ring.write_descriptor(index, *entry)
-                for index, entry in enumerate(indirect):
-                    rig.ring.write_descriptor(index, *entry, table=TABLE)
-                for position, head in enumerate(heads):
-                    rig.ring.write_available(position % 8, head)
+                write_raw(rig.ring, table, indirect, heads)
                 rig.ring.set_available_index(ahead)
                 rig.queue.mark_ring(rig.ring.used_ring)
                 before = snapshot(rig.guest)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tests.support.daemon import PATIENCE, SANDBOX, Daemon
+from tests.support.oracle import KEY
 from vhost_rpmb.driver.frontend import PROTOCOL_FEATURES, Frontend
 from vhost_rpmb.driver.rpmb import RpmbClient, Setup
 from vhost_rpmb.vhost_user import wire
@@ -132,6 +133,14 @@ class Host(Daemon):
         frontend = self.connect()
         frontend.blob, frontend.through_socket = blob, through_socket
         return RpmbClient(frontend, key, timeout=PATIENCE, setup=setup)
+
+
+def give_device(host: Host) -> None:
+    """Give the device of a host a key, a write counter of 2, and two blocks."""
+    with host.machine() as machine:
+        machine.program_key(KEY)
+        assert machine.write(3, b"a" * 256) == 1
+        assert machine.write(5, b"b" * 256) == 2
 
 
 def leave(machine: RpmbClient) -> bytes:

@@ -121,10 +121,7 @@ class Life:
         self.device = guest.engine.RpmbDevice(self.store, **guest.options)  # type: ignore[arg-type]
         memory = self._memory = guest.engine.GuestMemory()
         for region in guest.memory.regions:
-            place = region.place
-            memory.add_region(
-                place.guest_address, place.size, place.user_address, place.mmap_offset, region.fd
-            )
+            memory.add_region(*region.place, region.fd)
         self.queue = guest.engine.Virtqueue(memory)
         ring = guest.ring
         self.queue.set_size(ring.size)

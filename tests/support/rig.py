@@ -77,10 +77,7 @@ class Rig(Closing):
         self.ring = make_ring(self.guest, size, features=features)
         self.memory = engine.GuestMemory()
         for region in self.guest.regions:
-            place = region.place
-            self.memory.add_region(
-                place.guest_address, place.size, place.user_address, place.mmap_offset, region.fd
-            )
+            self.memory.add_region(*region.place, region.fd)
         self.queue = engine.Virtqueue(self.memory)
         self.start(features)
         self.flags = 0

@@ -49,6 +49,15 @@ def keeper(request: pytest.FixtureRequest, _no_descriptor_leaks: None) -> Iterat
 
 
 @pytest.fixture
+def region(_no_descriptor_leaks: None) -> Iterator[int]:
+    """The file of an in-flight region."""
+    fd = os.memfd_create("region")
+    os.ftruncate(fd, PAGE)
+    yield fd
+    os.close(fd)
+
+
+@pytest.fixture
 def fresh(engine: Engine, device: EchoDevice, keeper: Keeper | None) -> Iterator[Peer]:
     """A connection on which nothing was said yet."""
     peer = Peer(engine, device, keeper)

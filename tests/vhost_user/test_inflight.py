@@ -41,15 +41,6 @@ def packed(
 
 
 @pytest.fixture
-def region(_no_descriptor_leaks: None) -> Iterator[int]:
-    """The file of a region."""
-    fd = os.memfd_create("region")
-    os.ftruncate(fd, PAGE)
-    yield fd
-    os.close(fd)
-
-
-@pytest.fixture
 def record(engine: Engine, region: int) -> Iterator[inflight.Record]:
     mapped = inflight.Region(engine.GuestMemory(1), GOOD, region)
     record = mapped.record(0)

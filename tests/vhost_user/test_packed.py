@@ -51,14 +51,6 @@ def device() -> Device:
 
 
 @pytest.fixture
-def region(_no_descriptor_leaks: None) -> Iterator[int]:
-    fd = os.memfd_create("region")
-    os.ftruncate(fd, PAGE)
-    yield fd
-    os.close(fd)
-
-
-@pytest.fixture
 def ring(memory: GuestMemory) -> Iterator[PackedRing]:
     with PackedRing(memory, SIZE) as ring:
         yield ring

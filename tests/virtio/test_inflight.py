@@ -12,15 +12,15 @@ import pytest
 from tests.support.oracle import read_counter
 from tests.support.rig import Rig, RigFactory
 from tests.support.stores import states_of
-from vhost_rpmb.driver.memory import GuestMemory
+from tests.support.tracked import TrackedRing
 from vhost_rpmb.engine import Engine
 from vhost_rpmb.rpmb import spec
 from vhost_rpmb.vhost_user import inflight
 from vhost_rpmb.vhost_user.inflight import Record
-from vhost_rpmb.vhost_user.wire import InflightDescription, MemoryRegion
+from vhost_rpmb.vhost_user.wire import InflightDescription
 from vhost_rpmb.virtio import rules
 from vhost_rpmb.virtio import spec as virtio
-from vhost_rpmb.virtio.flags import BROKEN, MORE
+from vhost_rpmb.virtio.flags import BROKEN
 
 SIZE = 64
 FEATURES = 1 << virtio.VIRTIO_F_INDIRECT_DESC  # one descriptor a request
@@ -28,39 +28,12 @@ START = 65533  # of the indices, which wrap
 RECORD = 16 + 16 * SIZE  # bytes
 
 
-class Tracked:
-    """A rig with an in-flight region, both in shared memory that can be put back."""
+class Tracked(TrackedRing):
+    """A split ring, of which the used ring without the event index is put back."""
 
     def __init__(self, rig: Rig) -> None:
-        self.rig = rig
-        self.file = GuestMemory([MemoryRegion(0, 0x1000, 0, 0)])
-        self.memory = rig.engine.GuestMemory(1)
-        self.region = inflight.Region(
-            self.memory,
-            InflightDescription(inflight.stride(SIZE), 0, 1, SIZE),
-            self.file.regions[0].fd,
-        )
-        self._used = (rig.ring.used_ring, 4 + 8 * SIZE)
+        super().__init__(rig, RECORD, (rig.ring.used_ring, 4 + 8 * SIZE))
         rig.ring.reset(START)
-        self.heads: list[int] = []  # of all requests, in order
-
-    def close(self) -> None:
-        self.region.close()
-        self.file.close()
-
-    @property
-    def record(self) -> Record:
-        record = self.region.record(0)
-        assert record is not None
-        return record
-
-    def look(self) -> bytes:
-        """The record, and the used ring without the event index."""
-        return self.file.read(0, RECORD) + self.rig.guest.read(*self._used)
-
-    def put_back(self, state: bytes) -> None:
-        self.file.write(0, state[:RECORD])
-        self.rig.guest.write(self._used[0], state[RECORD:])
 
     def start(self, base: int) -> tuple[int, ...]:
         """Start the vring of a new process; return the heads that are to be served again."""
@@ -75,18 +48,6 @@ class Tracked:
         rig.queue.resume(used, self.memory, 0, found.last, found.heads)
         assert rig.queue.base == used
         return found.heads
-
-    def submit(self, count: int) -> None:
-        for _ in range(count):
-            self.heads.append(self.rig.ring.add(self.rig.put(read_counter()), self.rig.room(512)))
-        self.rig.ring.publish()
-
-    def serve(self) -> int:
-        """Serve until nothing is left; return the number of chains."""
-        before = self.rig.device.served
-        while self.rig.device.process(self.rig.queue) & MORE:
-            pass
-        return self.rig.device.served - before
 
     def used(self) -> int:
         """The number of requests that are answered."""

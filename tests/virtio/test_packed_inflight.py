@@ -13,13 +13,13 @@ import pytest
 from tests.support.oracle import read_counter
 from tests.support.rig import ALL_FEATURES, Rig, RigFactory
 from tests.support.stores import states_of
-from vhost_rpmb.driver.memory import GuestMemory
+from tests.support.tracked import TrackedRing
 from vhost_rpmb.driver.packed import PackedRing
 from vhost_rpmb.engine import Engine
 from vhost_rpmb.rpmb import spec
 from vhost_rpmb.vhost_user import inflight, inflight_packed
-from vhost_rpmb.vhost_user.inflight import InvalidRecordError, Record
-from vhost_rpmb.vhost_user.wire import InflightDescription, MemoryRegion
+from vhost_rpmb.vhost_user.inflight import InvalidRecordError
+from vhost_rpmb.vhost_user.wire import InflightDescription
 from vhost_rpmb.virtio import rules
 from vhost_rpmb.virtio import spec as virtio
 from vhost_rpmb.virtio.flags import BROKEN, MORE, Unanswered
@@ -30,61 +30,21 @@ MANY = 1 << 16
 STALE = 0x8000_8000  # what a front-end sends as the base after a crash: an old value
 
 
-class Tracked:
-    """A packed ring with an in-flight region, both in shared memory that can be put back."""
+class Tracked(TrackedRing):
+    """A packed ring, of which the descriptors are put back, not the event areas."""
 
     def __init__(self, rig: Rig) -> None:
-        self.rig = rig
         assert isinstance(rig.ring, PackedRing)
         self.ring = rig.ring
         self.size = rig.ring.size
-        self.length = 32 + 32 * self.size
-        self.file = GuestMemory([MemoryRegion(0, 0x4000, 0, 0)])
-        self.memory = rig.engine.GuestMemory(1)
-        self.region = inflight.Region(
-            self.memory,
-            InflightDescription(inflight.stride(self.size), 0, 1, self.size),
-            self.file.regions[0].fd,
-        )
-        self.heads: list[int] = []  # of all requests, in order
+        super().__init__(rig, 32 + 32 * self.size, (self.ring.descriptor_table, 16 * self.size))
         self.answered: list[int] = []
-
-    def close(self) -> None:
-        self.region.close()
-        self.file.close()
-
-    @property
-    def record(self) -> Record:
-        record = self.region.record(0)
-        assert record is not None
-        return record
-
-    def look(self) -> bytes:
-        """The record, and the ring without the event areas."""
-        ring = self.rig.guest.read(self.ring.descriptor_table, 16 * self.size)
-        return self.file.read(0, self.length) + ring
-
-    def put_back(self, state: bytes) -> None:
-        self.file.write(0, state[: self.length])
-        self.rig.guest.write(self.ring.descriptor_table, state[self.length :])
 
     def start(self, base: int = STALE) -> None:
         """Start the vring of a new process."""
         self.rig.queue = self.rig.engine.Virtqueue(self.rig.memory)
         self.rig.start(FEATURES, base)
         inflight_packed.resume(self.rig.queue, self.record, self.size)
-
-    def submit(self, count: int) -> None:
-        for _ in range(count):
-            self.heads.append(self.ring.add(self.rig.put(read_counter()), self.rig.room(512)))
-        self.ring.publish()
-
-    def serve(self) -> int:
-        """Serve until nothing is left; return the number of chains."""
-        before = self.rig.device.served
-        while self.rig.device.process(self.rig.queue) & MORE:
-            pass
-        return self.rig.device.served - before
 
     def collect(self) -> None:
         self.answered += [used.head for used in self.ring.collect()]

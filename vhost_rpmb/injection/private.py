@@ -27,10 +27,7 @@ class PrivateQueue(Closing):
         self._answer = self._guest.allocate(MAX_BYTES)
         self._memory = engine.GuestMemory(len(self._guest.regions))
         for region in self._guest.regions:
-            place = region.place
-            self._memory.add_region(
-                place.guest_address, place.size, place.user_address, place.mmap_offset, region.fd
-            )
+            self._memory.add_region(*region.place, region.fd)
         self._queue = engine.Virtqueue(self._memory)
         self._queue.set_size(self._ring.size)
         self._queue.set_addresses(
