@@ -5,6 +5,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 from typing import Any, NoReturn
 
 from vhost_rpmb.errors import UsageError
@@ -86,10 +87,9 @@ def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser
                 yield from parsers(command)
 
 
+@cache
 def converted(convert: Callable[[str], object]) -> Callable[[str], Any]:
-    """Return the type of an argument, of which the parser prints the errors."""
-    if convert is path:
-        return path_argument
+    """Return the type of an argument, of which the parser prints the errors; one for each."""
 
     def argument(text: str) -> object:
         try:
@@ -100,9 +100,4 @@ def converted(convert: Callable[[str], object]) -> Callable[[str], Any]:
     return argument
 
 
-def path_argument(text: str) -> str:
-    """Return ``text`` if it is usable as a path."""
-    try:
-        return path(text)
-    except WrongValue as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+path_argument = converted(path)
