@@ -207,7 +207,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the daemon with the options in `argv` (default: the process's own).
 
     Returns the exit status: 0 after a clean end, 1 for an error of the device's state or of the
-    machine, 2 for a wrong option or an unsuitable file, 3 if another daemon owns the device now.
+    machine, 2 for a wrong option or an unsuitable file, 3 if another daemon owns the device now or
+    its store was restored from a backup.
     """
     arguments = sys.argv[1:] if argv is None else argv
     if "--print-capabilities" in arguments:

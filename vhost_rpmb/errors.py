@@ -24,7 +24,8 @@ class StateError(OperatorError):
 class Fenced(OperatorError):
     """Another daemon owns the device, or its state is another one: answer nothing and end.
 
-    A service manager must not start the daemon again: it would take the device back.
+    A service manager must not start the daemon again: it would take the device back, or be refused
+    for ever.
     """
 
     exit_status = 3

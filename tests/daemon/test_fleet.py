@@ -227,11 +227,16 @@ def test_served_device_is_listed_and_described(
 def test_quarantined_device_is_served_again_when_accepted(
     hosts: list[Host], serve: Callable[..., Daemon]
 ) -> None:
+    """The refusal's status is 3: no service manager starts the daemon again and again."""
     config = str(hosts[0].config)
     ask("quarantine", config)
     assert ask("info", config, "vm-1")["quarantined"] is True
-    with pytest.raises(RuntimeError, match="vm-1 is quarantined"):
-        serve(hosts[0]).start()
+    refused = serve(hosts[0])
+    end = subprocess.run(
+        refused.command_line, env=refused.environment, capture_output=True, text=True, check=False
+    )
+    assert end.returncode == 3
+    assert "vm-1 is quarantined" in end.stderr
     ask("accept", config, "vm-1")
     with serve(hosts[0]) as daemon, daemon.client() as guest:
         guest.program_key(KEY)

@@ -192,11 +192,11 @@ def test_restored_backup_fences_daemons_and_refuses_starts(folder: Path, tmp_pat
             store.commit(3, [(0, block(3))], None)
         assert quiet.commit(1, [(0, block(1))], None), "its state did not go back"
         quiet.close()
-        with pytest.raises(StateError, match="the store went back"):
+        with pytest.raises(Fenced, match="the store went back"):
             start(cluster, keys, folder)
         requests = Requests(cluster.connect(timeout=10))
         quarantine(requests, keys.prefix)
-        with pytest.raises(StateError, match="vm-1 is quarantined"):
+        with pytest.raises(Fenced, match="vm-1 is quarantined"):
             start(cluster, keys, folder)
         accept(requests, keys, KEK)
         store = start(cluster, keys, folder)

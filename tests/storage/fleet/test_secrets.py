@@ -132,13 +132,13 @@ def test_start_after_a_restored_backup_is_refused_until_accepted(written: Memory
     written.commit(store, [(0, block(8))])
     store.close()
     written.cluster.data = backup
-    with pytest.raises(StateError, match="write counter 3, while this host saw 4"):
+    with pytest.raises(Fenced, match="write counter 3, while this host saw 4"):
         written.open()
     written.cluster.data, written.cluster.revision = copy.copy(backup), revision
-    with pytest.raises(StateError, match=f"went back: .* revision {revision + 1}, while"):
+    with pytest.raises(Fenced, match=f"went back: .* revision {revision + 1}, while"):
         written.open()
     quarantine(written.requests(), KEYS.prefix)
-    with pytest.raises(StateError, match="vm-1 is quarantined"):
+    with pytest.raises(Fenced, match="vm-1 is quarantined"):
         written.open()
     accept(written.requests(), KEYS, KEK)
     written.state = state

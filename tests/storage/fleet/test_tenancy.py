@@ -327,7 +327,7 @@ def test_now_takes_the_device_from_its_owner(moves: Moves) -> None:
 def test_accepted_device_is_read_anew(moves: Moves) -> None:
     moves.daemons["source"].end()
     quarantine(moves.requests(), KEYS.prefix)
-    with pytest.raises(StateError, match="vm-1 is quarantined"):
+    with pytest.raises(Fenced, match="vm-1 is quarantined"):
         moves.daemons["destination"].begin()
     assert KEYS.alive not in moves.cluster.data
     accept(moves.requests(), KEYS, KEK)

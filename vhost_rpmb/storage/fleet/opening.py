@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import NamedTuple
 
-from vhost_rpmb.errors import StateError
+from vhost_rpmb.errors import Fenced, StateError
 from vhost_rpmb.log import Logger
 from vhost_rpmb.storage.fleet.contents import (
     Contents,
@@ -48,7 +48,7 @@ class Opening(NamedTuple):
         """Check that this host may serve the device, and load it without owning it.
 
         If its owner changed it all the time, the state is blank and belongs to no head that exists.
-        Raises StateError and `Stopped`.
+        Raises StateError, `Fenced` if the store was restored from a backup, and `Stopped`.
         """
         device, found = self._look_once(mode)
         with named_refusals(f"to give out {self.keys.device}"):
@@ -116,7 +116,7 @@ class Opening(NamedTuple):
         device = open_device(keys, found.get(keys.info), found.get(keys.head), self.kek)
         incarnation = found.get(keys.incarnation, b"")
         if device.head.incarnation != incarnation:
-            raise StateError(
+            raise Fenced(
                 f"the device {keys.device} is quarantined, because the store was restored from"
                 " a backup: accept the device"
             )

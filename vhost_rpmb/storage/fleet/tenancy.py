@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from vhost_rpmb.errors import StateError, Stopped
+from vhost_rpmb.errors import Fenced, StateError, Stopped
 from vhost_rpmb.log import Logger
 from vhost_rpmb.rpmb import spec
 from vhost_rpmb.rpmb.replay import NO_REPLAY, Replay
@@ -141,7 +141,7 @@ class Tenancy:
             once = Requests(self._opening.requests.engine, stopping=lambda: True)
             self._state = self._opening._replace(requests=once).refresh(self._state)
             self._seen = self._state.found
-        except (Refused, StateError, Stopped):
+        except (Refused, Fenced, StateError, Stopped):
             self._state = self._state.without_head()
 
     # The store

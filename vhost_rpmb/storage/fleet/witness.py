@@ -15,7 +15,7 @@ import re
 from contextlib import suppress
 from typing import NamedTuple
 
-from vhost_rpmb.errors import StateError
+from vhost_rpmb.errors import Fenced, StateError
 from vhost_rpmb.log import FailureLog, Logger
 from vhost_rpmb.storage.fleet.layout import Head
 from vhost_rpmb.storage.interface import Access, Resources
@@ -45,7 +45,10 @@ class Witness:
         return os.path.join(self._folder, f"{self._incarnation}-{device}.json")
 
     def check(self, device: str, head: Head, revision: int) -> None:
-        """Raise StateError if the store went back behind what this host saw."""
+        """Raise `Fenced` if the store went back behind what this host saw.
+
+        Raises StateError if that cannot be read.
+        """
         try:
             names = os.listdir(self._folder)
         except OSError as error:
@@ -65,8 +68,8 @@ class Witness:
             if head.seq == seen.seq and head.chain.hex() != seen.chain:
                 raise self._went_back(f"other writes of device {device} than this host saw")
 
-    def _went_back(self, found: str) -> StateError:
-        return StateError(
+    def _went_back(self, found: str) -> Fenced:
+        return Fenced(
             f"the store went back: expected no earlier state, found {found}: if a backup was"
             " restored on purpose, accept the device"
         )
