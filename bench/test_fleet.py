@@ -18,12 +18,13 @@ from typing import NamedTuple
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench.daemon import Daemon, chains, counter_of, percentile, run, writes
+from bench.daemon import KEY, Daemon, chains, counter_of, percentile, run, writes
 from bench.measure import Bench
 from bench.recording import CLOCK, Goal, Measured, against, record
 from tests.support.etcd import EtcdCluster
 from tests.support.fleet import Host, create_device
 from tests.support.rig import make_image
+from vhost_rpmb.driver.rpmb import RpmbClient
 from vhost_rpmb.rpmb import spec
 from vhost_rpmb.storage.fleet.administration import create, describe, list_devices
 from vhost_rpmb.storage.fleet.config import load
@@ -38,6 +39,7 @@ pytestmark = [pytest.mark.benchmark(timer=CLOCK), pytest.mark.etcd]
 ROUNDS = 1000
 TURN = 50  # writes, then as many transactions
 STARTS = 7
+HAND_OVERS = 40
 DEVICES = 10_000
 HEAD, ENTRY = 102, 340  # bytes of the records that a commit of one block puts
 STORES = ("shared store", "local files")
@@ -52,7 +54,7 @@ class Fleet:
         self.host = Host(folder / "host", cluster, "/bench/")
         create_device(self.host)
         flash = make_image(folder / "flash")
-        self._options = {
+        self.options = {
             "shared store": (self.host.store, "--device=vm-1"),
             "local files": (f"--flash-path={flash}",),
         }
@@ -62,7 +64,7 @@ class Fleet:
 
     @contextmanager
     def served(self, store: str) -> Iterator[Daemon]:
-        with run(self.folder / "socket", *self._options[store]) as running:
+        with run(self.folder / "socket", *self.options[store]) as running:
             yield running
 
     def write(self, bench: Bench, store: str, depth: int = 1) -> list[float]:
@@ -151,6 +153,43 @@ def test_start(benchmark: BenchmarkFixture, fleet: Fleet, store: str) -> None:
             memory = running.memory()
     what = f"{store}: exec to first answer"
     record(benchmark, times, what=what, memory_mib=memory / 2**20)
+
+
+@pytest.mark.gate
+@pytest.mark.quiet
+def test_hand_over(benchmark: BenchmarkFixture, goal: Goal, fleet: Fleet) -> None:
+    """From the stop of the ring at one daemon to the first answer of another one."""
+    benchmark.group = "fleet: hand-over"
+
+    def measure() -> Measured:
+        times: list[float] = []
+        plain: list[float] = []
+        with (
+            fleet.served("shared store") as one,
+            RpmbClient.connect(str(one.socket), KEY) as first,
+            run(fleet.folder / "other", *fleet.options["shared store"], cpu=1) as other,
+        ):
+            engine = fleet.cluster.connect()
+            counter = first.read_counter()
+            first.frontend.stop_ring()
+            with RpmbClient.connect(str(other.socket), KEY) as second:
+                second.read_counter()
+                leaving, coming = second, first
+                for _ in range(HAND_OVERS):
+                    plain += transactions(engine, 1)
+                    leaving.write(0, bytes(spec.BLOCK_SIZE))
+                    counter += 1
+                    begin = time.perf_counter()
+                    leaving.frontend.stop_ring()
+                    coming.frontend.start_ring(coming.ring)
+                    assert coming.read_counter() == counter
+                    times.append((time.perf_counter() - begin) * 1e6)
+                    leaving, coming = coming, leaving
+        what = "shared store: hand-over between two running daemons"
+        found = against(times, percentile(plain, 50), what)
+        return found._replace(value=percentile(times, 50) / 1000)
+
+    goal("hand-over in a shared store, ms", measure, 10)
 
 
 class Devices(NamedTuple):

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import re
 import signal
-import statistics
 import subprocess
 import time
 from collections import Counter
@@ -28,7 +27,6 @@ from tests.support.oracle import KEY, read_data
 from vhost_rpmb.driver.errors import BackendError, QueueError
 from vhost_rpmb.driver.rpmb import RpmbClient
 from vhost_rpmb.engine import Engine
-from vhost_rpmb.storage.fleet.engine import Compare, Get, Put
 
 pytestmark = pytest.mark.etcd
 READS = 400
@@ -199,41 +197,6 @@ def test_read_makes_no_system_call_for_its_guard(
 
 def status_of(pid: int) -> str:
     return Path(f"/proc/{pid}/status").read_text()
-
-
-def test_hand_over_costs_few_transactions(
-    cluster: EtcdCluster,
-    hosts: list[Host],
-    serve: Callable[..., Daemon],
-) -> None:
-    """From the stop of the ring to the first answer elsewhere, against plain transactions."""
-    source, destination = serve(hosts[0]), serve(hosts[1])
-    engine = cluster.connect()
-    took, plain = [], []
-    with client(source) as first:
-        first.program_key(KEY)
-        for number in range(64):
-            first.write(number, A)
-        first.frontend.stop_ring()
-        with client(destination, KEY) as second:
-            second.read_counter()
-            sides = [second, first]
-            for number in range(20):
-                leaving, coming = sides[number % 2], sides[1 - number % 2]
-                leaving.write(number, B)
-                start = time.monotonic()
-                leaving.frontend.stop_ring()
-                coming.frontend.start_ring(coming.ring)
-                counter = coming.read_counter()
-                took.append(time.monotonic() - start)
-                assert counter == 65 + number
-                start = time.monotonic()
-                engine.txn([Compare(b"/plain", None)], [Put(b"/other", A)], [Get(b"/plain")])
-                plain.append(time.monotonic() - start)
-    cluster.disconnect()
-    median, unit = statistics.median(took), statistics.median(plain)
-    print(f"hand-over {1000 * median:.1f} ms, plain transaction {1000 * unit:.1f} ms")
-    assert median < 40 * unit + 0.05
 
 
 def test_ticket_hands_the_device_over(hosts: list[Host], serve: Callable[..., Daemon]) -> None:
