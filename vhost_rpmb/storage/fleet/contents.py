@@ -13,6 +13,7 @@ import mmap
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
+from vhost_rpmb import sparse
 from vhost_rpmb.errors import StateError
 from vhost_rpmb.rpmb import spec
 from vhost_rpmb.rpmb.replay import NO_REPLAY, Replay
@@ -114,7 +115,7 @@ def context(keys: Keys, info: Info) -> bytes:
 
 def blank(size: int) -> Contents:
     """Return contents for a device of which nothing was loaded."""
-    memory = mmap.mmap(-1, size)
+    memory = sparse.new(size)
     return Contents(memory, [0] * (size // CHUNK), set(), 0, NO_REPLAY, None, NO_CHAIN)
 
 
@@ -129,8 +130,9 @@ def load(
     try:
         table, key = _table_and_key(requests, keys, device)
         if memory is None:
-            memory = mmap.mmap(-1, info.size)
-        memory[:] = bytes(info.size)
+            memory = sparse.new(info.size)
+        else:
+            sparse.clear(memory)
         _load_chunks(requests, keys, device, table, memory)
         pending: set[int] = set()
         log_bytes, replay = 0, NO_REPLAY

@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Set as AbstractSet
 
+from vhost_rpmb import sparse
 from vhost_rpmb.rpmb import spec
 from vhost_rpmb.storage.local.database import NO_DIGESTS, StateReader
 from vhost_rpmb.storage.local.image import ImageFile, digest, is_zeros
@@ -21,7 +21,7 @@ class Contents(NamedTuple):
     damaged: bytearray  # one byte a block, non-zero where it differs from what was stored
     pending: set[int]  # addresses of blocks that may not be in the image yet
     pending_total: int  # the number of those in the database, with repetition
-    written: AbstractSet[int]  # addresses of blocks that have a digest
+    written: bytearray  # one byte a block, non-zero where it has a digest
     earlier: list[int]  # addresses of damaged blocks that are earlier versions of themselves
     blank: bool  # the image is all zeros
 
@@ -34,33 +34,44 @@ class Contents(NamedTuple):
 def load(image: ImageFile, database: StateReader, memory: mmap.mmap | None = None) -> Contents:
     """Read the image, compare it with its digests, and put pending blocks in place of its own.
 
-    ``memory`` (default: new) gets the blocks; what it has is replaced.
+    ``memory`` (default: new) gets the blocks; what it has is replaced. Blocks, digests and pending
+    blocks are read one by one, because memory of many freed objects stays with the process.
     """
     if memory is None:
-        memory = mmap.mmap(-1, image.size)
+        memory = sparse.new(image.size)
     else:
-        memory[:] = bytes(image.size)
+        sparse.clear(memory)
     blocks = image.size // spec.BLOCK_SIZE
-    damaged = bytearray(blocks)
+    damaged, written = bytearray(blocks), bytearray(blocks)
+    pending, pending_total = set(), 0
+    for address, _ in database.pending(blocks):
+        pending.add(address)
+        pending_total += 1
     digests = database.digests(blocks)
-    rows = list(database.pending(blocks))
-    pending = dict(rows)
+    row = next(digests, None)
     blank = True
     earlier = []
     for first, count, data in image.chunks():
-        if data is not None and not is_zeros(data):
-            start = first * spec.BLOCK_SIZE
-            memory[start : start + len(data)] = data
+        stored = {}
+        while row is not None and row[0] < first + count:
+            stored[row[0]] = row[1]
+            written[row[0]] = 1
+            row = next(digests, None)
+        zeros = data is not None and is_zeros(data)
+        if zeros and not stored:
+            continue
+        if data is not None and not zeros:
+            sparse.put(memory, first * spec.BLOCK_SIZE, data)
             blank = False
         for number, address in enumerate(range(first, first + count)):
             start = number * spec.BLOCK_SIZE
             found = None if data is None else digest(data[start : start + spec.BLOCK_SIZE])
-            stored = digests.get(address, NO_DIGESTS)
-            if found != stored.sha256 and address not in pending:
+            expected = stored.get(address, NO_DIGESTS)
+            if found != expected.sha256 and address not in pending:
                 damaged[address] = 1
-                if found and stored.had(found):
+                if found and expected.had(found):
                     earlier.append(address)
-    for address, block in pending.items():
+    for address, block in database.pending(blocks):
         start = address * spec.BLOCK_SIZE
         memory[start : start + spec.BLOCK_SIZE] = block
-    return Contents(memory, damaged, set(pending), len(rows), digests.keys(), earlier, blank)
+    return Contents(memory, damaged, pending, pending_total, written, earlier, blank)

@@ -56,6 +56,8 @@ _PAGE_SIZE = 4096  # bytes
 _ADDRESS_SIZE = 2  # bytes
 _DIGEST_SIZE = 32  # bytes
 _LOG_SIZE = 1 << 20  # bytes of the write-ahead log before SQLite moves them into the database file
+_LOG_PART = 1 << 16  # bytes
+_CACHE_SIZE = 256  # KiB of pages; a commit uses a few, a start each of them once
 STOPPED, _RUNNING, _STARTING = 0, 1, 2
 _MARK_SIZE = 8  # bytes of a digest that recognise an earlier version of a block
 _MARKS = 8  # earlier versions of a block that are recognised
@@ -73,6 +75,7 @@ SCHEMA = f"""
 PRAGMA page_size = {_PAGE_SIZE};
 PRAGMA journal_mode = OFF;
 PRAGMA synchronous = OFF;
+PRAGMA cache_size = -{_CACHE_SIZE};
 BEGIN;
 PRAGMA application_id = {APPLICATION_ID};
 PRAGMA user_version = {FORMAT};
@@ -269,14 +272,13 @@ class StateReader:
                     raise self._damaged(f"pending block {address}")
                 yield address, packed[data : start + size]
 
-    def digests(self, blocks: int) -> dict[int, Digests]:
-        """Digests by address, of an image that has ``blocks``."""
-        rows = self._execute("SELECT address, sha256, earlier FROM digest")
-        digests = {address: Digests(sha256, earlier) for address, sha256, earlier in rows}
-        for address in digests:
+    def digests(self, blocks: int) -> Iterator[tuple[int, Digests]]:
+        """Digests with their addresses, ascending, of an image that has ``blocks``."""
+        rows = self._execute("SELECT address, sha256, earlier FROM digest ORDER BY address")
+        for address, sha256, earlier in rows:
             if not 0 <= address < blocks:
                 raise self._damaged(f"digest of block {address}")
-        return digests
+            yield address, Digests(sha256, earlier)
 
 
 class Snapshot(StateReader):
@@ -330,6 +332,7 @@ class Database(StateReader):
         self._durable = False  # the transactions that follow are synced
         self._be_durable()
         self._execute(f"PRAGMA wal_autocheckpoint = {_LOG_SIZE // _PAGE_SIZE}")
+        self._execute(f"PRAGMA cache_size = -{_CACHE_SIZE}")
         self._execute("BEGIN EXCLUSIVE")
         self._execute("COMMIT")
 
@@ -433,7 +436,12 @@ class Database(StateReader):
         fd = os.open(self._log, os.O_WRONLY | os.O_CLOEXEC)
         try:
             size = _LOG_SIZE + _LOG_SIZE // 32  # with the headers of the frames
-            write_all(fd, bytes(max(size - os.lseek(fd, 0, os.SEEK_END), 0)))
+            missing = max(size - os.lseek(fd, 0, os.SEEK_END), 0)
+            # In parts: once a large block was freed, the C library keeps as much of later ones.
+            while missing:
+                part = bytes(min(missing, _LOG_PART))
+                write_all(fd, part)
+                missing -= len(part)
         finally:
             os.close(fd)
 

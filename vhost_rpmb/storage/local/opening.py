@@ -249,7 +249,8 @@ def mismatch(image: ImageFile, row: DeviceRow, state_path: str, contents: Conten
         return ""
     image_name, stamp = f"the image {image.path}", image.stamp()
     state_name = f"the state file {state_path}"
-    written = (contents.written - contents.pending) | set(lost)
+    written = {address for address, mark in enumerate(contents.written) if mark}
+    written = (written - contents.pending) | set(lost)
     lost_pages = {address // _PAGE_BLOCKS for address in lost}
     if stamp is not None and stamp.device != row.name:
         why = f"{image_name} belongs to another device than {state_name}"

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import mmap
 import os
 from collections.abc import Callable
 
+from vhost_rpmb import sparse
 from vhost_rpmb.errors import StateError, UsageError
 from vhost_rpmb.log import Logger
 from vhost_rpmb.rpmb import spec
@@ -54,7 +54,7 @@ class SharedFiles:
         # Of a kept connection: the name of the device is not known before the files are open.
         self.name = hashlib.sha256(os.fsencode(paths.state)).hexdigest()[:16]
         size = _size_of(paths.flash)
-        self._memory = mmap.mmap(-1, size)
+        self._memory = sparse.new(size)
         self.image = memoryview(self._memory)
         self.damaged = bytearray(size // spec.BLOCK_SIZE)
         if not incoming:
