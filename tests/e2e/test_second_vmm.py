@@ -12,8 +12,10 @@ import pytest
 from tests.e2e.cache import Say
 from tests.e2e.second_vmm import make_second_vmm
 from tests.support.daemon import Daemon
+from tests.support.hosts import Host, copy_options
 from tests.support.oracle import (
     BLOCK_SIZE,
+    KEY,
     Frame,
     mac_of,
     program_key,
@@ -23,6 +25,9 @@ from tests.support.oracle import (
     split,
 )
 from tests.support.oracle import write_data as signed_write
+from tests.support.rig import write_key
+from vhost_rpmb.driver.errors import QueueError
+from vhost_rpmb.engine import Engine
 from vhost_rpmb.rpmb import spec
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(900)]
@@ -38,8 +43,8 @@ def second_vmm(say: Say) -> Path:
 class Machine:
     """Runs the second VMM, once for each row of requests."""
 
-    def __init__(self, program: Path, daemon: Daemon, memory: str, folder: Path) -> None:
-        self._command = [str(program), str(daemon.socket_path), memory]
+    def __init__(self, program: Path, daemon: Daemon, mode: str, folder: Path) -> None:
+        self._command = [str(program), str(daemon.socket_path), mode]
         self._folder = folder
 
     def run(self, *requests: tuple[bytes, int]) -> list[list[Frame]]:
@@ -70,6 +75,43 @@ def test_dirty_log_on_another_vmm(second_vmm: Path, daemon: Daemon, tmp_path: Pa
     assert programmed.result == written.result == 0
     assert [frame.data for frame in read] == blocks
     daemon.stop()
+
+
+def test_device_moves_on_another_vmm(second_vmm: Path, engine: Engine, tmp_path: Path) -> None:
+    """The messages around the state are the crate's, the two of the state those of the program."""
+    write_key(tmp_path / "migration.key", bytes(range(32)))
+    options = [
+        *copy_options(tmp_path / "fence"),
+        f"--migration-key={tmp_path / 'migration.key'}",
+    ]
+    source = Host(tmp_path / "source", *options, engine=engine.name)
+    destination = Host(tmp_path / "there", *options, engine=engine.name, incoming=True)
+    state = tmp_path / "state"
+    blocks = [os.urandom(BLOCK_SIZE) for _ in range(32)]
+    try:
+        source.start()
+        Machine(second_vmm, source, f"save={state}", tmp_path).run(
+            (program_key() + read_result(), 1),
+            (signed_write(0, 5, *blocks) + read_result(), 1),
+        )
+        assert blocks[0] in state.read_bytes()
+        destination.start()
+        (counted,), read, (written,) = Machine(
+            second_vmm, destination, f"load={state}", tmp_path
+        ).run(
+            (read_counter(bytes(16)), 1),
+            (read_data(5, 32, bytes(16)), 32),
+            (signed_write(1, 0, blocks[0]) + read_result(), 1),
+        )
+        assert (counted.result, counted.write_counter) == (0, 1)
+        assert counted.key_mac == mac_of(counted)
+        assert [frame.data for frame in read] == blocks
+        assert (written.result, written.write_counter) == (0, 2)
+        with source.machine(KEY) as machine, pytest.raises(QueueError):
+            machine.read_counter()
+    finally:
+        source.kill()
+        destination.kill()
 
 
 @pytest.mark.parametrize("memory", ["table", "slots"])

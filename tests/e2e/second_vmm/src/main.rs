@@ -1,31 +1,39 @@
 // SPDX-License-Identifier: Apache-2.0
 //! A VMM and its guest driver, as small as they get, on rust-vmm's vhost-user front-end.
 //!
-//!     second-vmm SOCKET table|slots|log FRAMES ROOM [FRAMES ROOM]...
+//!     second-vmm SOCKET table|slots|log|save=FILE|load=FILE FRAMES ROOM [FRAMES ROOM]...
 //!
 //! Attaches the RPMB device behind SOCKET, with its memory in one memory table or in a memory slot.
 //! Each file FRAMES becomes one descriptor chain with ROOM bytes for the answer, which goes to
 //! FRAMES.answer. Prints the configuration space's three bytes, then the available ring's index at
 //! which the device has stopped. With `log`, there is a memory table and, from the start of the queue
-//! on, a dirty log, in which the used ring and the answers have to be marked and nothing else.
+//! on, a dirty log, in which the used ring and the answers have to be marked and nothing else. With
+//! `save`, the device's state goes to FILE at the end; with `load`, it comes from there before the
+//! features are acknowledged. The crate's front-end lacks the two messages of the device state: they
+//! are sent here, on the same connection, with the crate's payloads.
 
 use std::error::Error;
 use std::fs::File;
 use std::collections::BTreeSet;
+use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
 use std::sync::atomic::Ordering;
 use std::{env, fs, process};
 
 use vhost::vhost_user::message::{
-    VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
+    FrontendReq, VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags,
+    VhostUserHeaderFlag, VhostUserProtocolFeatures, VhostUserTransferDeviceState,
+    VhostUserVirtioFeatures,
 };
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{
     VhostBackend, VhostUserDirtyLogRegion, VhostUserMemoryRegionInfo, VringConfigData,
 };
-use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemory, GuestMemoryMmap};
+use vm_memory::{ByteValued, Bytes, FileOffset, GuestAddress, GuestMemory, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 type Outcome<T> = Result<T, Box<dyn Error>>;
 
@@ -51,6 +59,7 @@ const VHOST_VRING_F_LOG: u32 = 1;
 /// A device with its queue running, and the guest's side of the queue.
 struct Device {
     frontend: Frontend,
+    connection: UnixStream,
     memory: GuestMemoryMmap,
     kick: EventFd,
     call: EventFd,
@@ -59,8 +68,9 @@ struct Device {
 }
 
 impl Device {
-    fn attach(socket: &str, slots: bool, logged: bool) -> Outcome<(Device, Vec<u8>)> {
-        let mut frontend = Frontend::connect(socket, 1)?;
+    fn attach(socket: &str, mode: &str, state: Option<&str>) -> Outcome<(Device, Vec<u8>)> {
+        let connection = UnixStream::connect(socket)?;
+        let mut frontend = Frontend::from_stream(connection.try_clone()?, 1);
         frontend.set_owner()?;
         let offered = frontend.get_features()?;
         let wanted = VIRTIO_F_VERSION_1 | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
@@ -72,8 +82,15 @@ impl Device {
                 | VhostUserProtocolFeatures::REPLY_ACK
                 | VhostUserProtocolFeatures::CONFIG
                 | VhostUserProtocolFeatures::LOG_SHMFD
+                | VhostUserProtocolFeatures::DEVICE_STATE
                 | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS);
         frontend.set_protocol_features(protocol)?;
+        if state.is_some() && !protocol.contains(VhostUserProtocolFeatures::DEVICE_STATE) {
+            return Err("no device state is offered".into());
+        }
+        if let ("load", Some(file)) = (mode, state) {
+            load(&connection, &fs::read(file)?)?;
+        }
         frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
         frontend.set_features(wanted)?;
         if frontend.get_queue_num()? != 1 {
@@ -87,7 +104,7 @@ impl Device {
             .iter()
             .map(VhostUserMemoryRegionInfo::from_guest_region)
             .collect::<Result<Vec<_>, _>>()?;
-        if slots {
+        if mode == "slots" {
             if frontend.get_max_mem_slots()? == 0 {
                 return Err("no memory slots".into());
             }
@@ -116,7 +133,7 @@ impl Device {
         frontend.set_vring_kick(0, &kick)?;
         frontend.set_vring_enable(0, true)?;
         let mut log = None;
-        if logged {
+        if mode == "log" {
             if !protocol.contains(VhostUserProtocolFeatures::LOG_SHMFD) {
                 return Err("no dirty log is offered".into());
             }
@@ -126,7 +143,7 @@ impl Device {
             ring.log_addr = Some(USED_RING);
             frontend.set_vring_addr(0, &ring)?;
         }
-        let device = Device { frontend, memory, kick, call, sent: 0, log };
+        let device = Device { frontend, connection, memory, kick, call, sent: 0, log };
         Ok((device, config))
     }
 
@@ -170,6 +187,75 @@ impl Device {
         self.memory.write_obj(flags, GuestAddress(at + 12))?;
         self.memory.write_obj(next, GuestAddress(at + 14))?;
         Ok(())
+    }
+}
+
+/// Take the state of the device, whose queue is stopped.
+fn save(connection: &UnixStream) -> Outcome<Vec<u8>> {
+    let (mut reading, writing) = pipe()?;
+    transfer(connection, VhostTransferStateDirection::SAVE, writing)?;
+    let mut state = Vec::new();
+    reading.read_to_end(&mut state)?;
+    check(connection)?;
+    Ok(state)
+}
+
+/// Give the device the state with which it arrives.
+fn load(connection: &UnixStream, state: &[u8]) -> Outcome<()> {
+    let (reading, mut writing) = pipe()?;
+    transfer(connection, VhostTransferStateDirection::LOAD, reading)?;
+    writing.write_all(state)?;
+    drop(writing);
+    check(connection)
+}
+
+/// Send SET_DEVICE_STATE_FD with one end of a pipe, which the device has to use.
+fn transfer(connection: &UnixStream, to: VhostTransferStateDirection, end: File) -> Outcome<()> {
+    let payload = VhostUserTransferDeviceState::new(to, VhostTransferStatePhase::STOPPED);
+    let request = FrontendReq::SET_DEVICE_STATE_FD;
+    match ask(connection, request, payload.as_slice(), &[end.as_raw_fd()])? {
+        0x100 => Ok(()),
+        reply => Err(format!("reply 0x{reply:x} to SET_DEVICE_STATE_FD").into()),
+    }
+}
+
+/// Send CHECK_DEVICE_STATE; the reply comes when the transfer has ended.
+fn check(connection: &UnixStream) -> Outcome<()> {
+    match ask(connection, FrontendReq::CHECK_DEVICE_STATE, &[], &[])? {
+        0 => Ok(()),
+        reply => Err(format!("reply {reply} to CHECK_DEVICE_STATE").into()),
+    }
+}
+
+/// Send a message between two of the crate's front-end, and return the number in the reply.
+fn ask(mut connection: &UnixStream, request: FrontendReq, payload: &[u8], fds: &[i32]) -> Outcome<u64> {
+    let code = u32::from(request);
+    let mut message = Vec::new();
+    for word in [code, 1, payload.len() as u32] {
+        message.extend(word.to_ne_bytes());
+    }
+    message.extend(payload);
+    if connection.send_with_fds(&[message.as_slice()], fds)? != message.len() {
+        return Err("a message was cut".into());
+    }
+    let mut reply = [0; 12 + 8];
+    connection.read_exact(&mut reply)?;
+    let word = |at: usize| u32::from_ne_bytes(reply[at..at + 4].try_into().unwrap());
+    if (word(0), word(4), word(8)) != (code, 1 | VhostUserHeaderFlag::REPLY.bits(), 8) {
+        return Err(format!("reply to message {code}: {reply:?}").into());
+    }
+    Ok(u64::from_ne_bytes(reply[12..].try_into().unwrap()))
+}
+
+/// The reading and the writing end of a pipe.
+fn pipe() -> Outcome<(File, File)> {
+    let mut ends = [0; 2];
+    // SAFETY: there is room for two descriptors, which are new and nobody else's.
+    unsafe {
+        if libc::pipe2(ends.as_mut_ptr(), libc::O_CLOEXEC) < 0 {
+            return Err(std::io::Error::last_os_error().into());
+        }
+        Ok((File::from_raw_fd(ends[0]), File::from_raw_fd(ends[1])))
     }
 }
 
@@ -234,10 +320,14 @@ fn guest_memory() -> Outcome<GuestMemoryMmap> {
 }
 
 fn run(arguments: &[String]) -> Outcome<()> {
-    let [socket, memory, requests @ ..] = arguments else {
-        return Err("usage: second-vmm SOCKET table|slots|log FRAMES ROOM [FRAMES ROOM]...".into());
+    let [socket, mode, requests @ ..] = arguments else {
+        return Err("usage: second-vmm SOCKET MODE FRAMES ROOM [FRAMES ROOM]...".into());
     };
-    let (mut device, config) = Device::attach(socket, memory == "slots", memory == "log")?;
+    let (mode, state) = match mode.split_once('=') {
+        Some((mode, file)) => (mode, Some(file)),
+        None => (mode.as_str(), None),
+    };
+    let (mut device, config) = Device::attach(socket, mode, state)?;
     println!("config {config:?}");
     for pair in requests.chunks(2) {
         let [frames, room] = pair else {
@@ -247,6 +337,9 @@ fn run(arguments: &[String]) -> Outcome<()> {
         fs::write(format!("{frames}.answer"), answer)?;
     }
     println!("stopped at {}", device.frontend.get_vring_base(0)?);
+    if let ("save", Some(file)) = (mode, state) {
+        fs::write(file, save(&device.connection)?)?;
+    }
     Ok(())
 }
 
