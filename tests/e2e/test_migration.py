@@ -21,6 +21,7 @@ from tests.support.hosts import Host, copy_options
 from tests.support.oracle import KEY
 from tests.support.rig import write_key
 from vhost_rpmb.driver.errors import QueueError
+from vhost_rpmb.engine import Engine
 
 # The test may have to make the kit.
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(900)]
@@ -73,15 +74,15 @@ def two_queues(host: Host) -> None:
     host.command_line = before
 
 
-def test_state_moves_in_a_file(kit: Kit, tmp_path: Path) -> None:
+def test_state_moves_in_a_file(kit: Kit, engine: Engine, tmp_path: Path) -> None:
     write_key(tmp_path / "migration.key", bytes(32))
     options = [
         *copy_options(tmp_path / "fence"),
         f"--migration-key={tmp_path / 'migration.key'}",
         "-vv",
     ]
-    source = Host(tmp_path / "source", *options, engine="pure")
-    destination = Host(tmp_path / "destination", *options, engine="pure", incoming=True)
+    source = Host(tmp_path / "source", *options, engine=engine.name)
+    destination = Host(tmp_path / "destination", *options, engine=engine.name, incoming=True)
     stream = tmp_path / "stream"
     try:
         source.start()
