@@ -737,6 +737,8 @@ class TestJson:
             "key_programmed": False,
             "key_in_file": False,
             "write_counter": 1,
+            "possession": "active",
+            "generation": 0,
             "pending_blocks": [],
             "damaged_blocks": [],
             "problem": None,
@@ -767,6 +769,7 @@ class TestVerify:
         assert lines[2:] == [
             "write counter: 0x0000002a",
             "key: programmed, in the state file",
+            "possession: the device is here, generation 0",
             "blocks pending in the state file: none",
             "damaged blocks: none",
         ]

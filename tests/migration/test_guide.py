@@ -66,6 +66,8 @@ def test_device_moves_as_in_the_guide(tmp_path: Path, mode: str) -> None:
         with machine(tmp_path, "arriving.sock", blob) as there:
             assert there.read(0, 1) == b"a" * 256
     if mode == "copy":
+        (verify,) = [line for line in COMMANDS if line.startswith("vhost-rpmb-client verify")]
+        assert "possession: handed to" in client(tmp_path, *shlex.split(verify)[1:]).stdout
         release = [line for line in COMMANDS if line.startswith("vhost-rpmb-client release")]
         assert client(tmp_path, *shlex.split(release[0])[1:]).returncode == 3
 

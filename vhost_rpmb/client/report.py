@@ -7,8 +7,24 @@ from vhost_rpmb.client.files import warn
 from vhost_rpmb.client.result import Result
 from vhost_rpmb.errors import StateError
 from vhost_rpmb.rpmb import spec
+from vhost_rpmb.storage.interface import (
+    ACTIVE,
+    EXPORTED,
+    IMPORTED,
+    SUPERSEDED,
+    VACANT,
+)
 
 __all__ = ["report_files"]
+
+_POSSESSION = {
+    ACTIVE: "the device is here, generation {}",
+    EXPORTED: "handed to another host, generation {}: use it there, or see"
+    " vhost-rpmb-client release",
+    IMPORTED: "arrived from another host, not used yet, generation {}",
+    SUPERSEDED: "fenced, another host is active in generation {}",
+    VACANT: "incoming, the device is expected from another host",
+}
 
 
 def report_files(arguments: argparse.Namespace) -> Result:
@@ -36,6 +52,8 @@ def report_files(arguments: argparse.Namespace) -> Result:
             "key_programmed": report.programmed,
             "key_in_file": report.key_in_file,
             "write_counter": report.counter,
+            "possession": report.possession.state,
+            "generation": report.possession.generation,
             "pending_blocks": report.pending,
             "damaged_blocks": report.damaged,
             "problem": None if error is None else str(error),
@@ -45,6 +63,8 @@ def report_files(arguments: argparse.Namespace) -> Result:
             f"state: {report.state_path}, {'closed' if report.clean else 'not closed'}",
             f"write counter: 0x{report.counter:08x}",
             f"key: {f'programmed, {where}' if report.programmed else 'not programmed'}",
+            "possession: "
+            + _POSSESSION[report.possession.state].format(report.possession.generation),
             f"blocks pending in the state file: {_addresses(report.pending)}",
             f"damaged blocks: {_addresses(report.damaged)}",
         ],

@@ -141,6 +141,7 @@ class Report(NamedTuple):
     clean: bool  # the state was closed by the last stop
     pending: list[int]
     damaged: list[int]
+    possession: Possession
     disagreement: str  # the files that do not belong together, and what to do; or empty
 
 
@@ -174,6 +175,7 @@ def verify(paths: Paths, *, warn: Callable[[str], None] = logger.warning) -> Rep
         clean=not row.running,
         pending=sorted(contents.pending),
         damaged=contents.lost,
+        possession=row.possession,
         disagreement=disagreement,
     )
 
