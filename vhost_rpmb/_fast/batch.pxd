@@ -2,15 +2,15 @@
 from libc.stddef cimport size_t
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 
+from vhost_rpmb._fast.constants cimport BLOCK_SIZE
 from vhost_rpmb._fast.mac cimport Authenticator
 from vhost_rpmb._fast.memory cimport GuestMemory
-from vhost_rpmb._fast.ring cimport Buffers
+from vhost_rpmb._fast.ring cimport Answered, Buffers
 from vhost_rpmb._fast.virtqueue cimport Virtqueue
 
 
 cdef struct Work:
     # One chain of a batch: where its frames and answer are in the arenas.
-    uint64_t token
     bint broken
     uint64_t length  # of its request, bytes
     bint whole  # its device-readable bytes are whole frames, and were copied
@@ -43,6 +43,7 @@ cdef class Batch:
     # The arenas, kept from batch to batch.
     cdef unsigned char *requests
     cdef unsigned char *responses
+    cdef Answered *_answered  # by index of the chain
     cdef size_t _capacity
     cdef size_t _requests_size
     cdef size_t _requests_capacity
@@ -54,15 +55,18 @@ cdef class Batch:
     cdef void answer(self, Virtqueue queue) noexcept
     cdef void wipe(self) noexcept
     cdef bint _take(self, Virtqueue queue) except -1
-    cdef Work *_add_work(self) except NULL
+    cdef int _grow_work(self) except -1
     cdef int _gather(self, GuestMemory memory, uint64_t length) except -1
     cdef void _scatter(self, GuestMemory memory, const Work *work) noexcept
 
 
 cdef class View:
     cdef object _store
-    cdef const unsigned char[::1] _image
-    cdef const unsigned char[::1] _damaged
+    cdef const unsigned char[::1] _image_view
+    cdef const unsigned char[::1] _damaged_view
+    cdef const unsigned char *_image  # both views keep their buffers
+    cdef const unsigned char *_damaged
+    cdef size_t _blocks
     cdef const unsigned char *_new_key
     cdef Staged *_staged
     cdef size_t _staged_count
@@ -83,7 +87,15 @@ cdef class View:
     ) noexcept
     cdef int program(self, const unsigned char *key) except -1
     cdef int write(self, uint16_t address, const unsigned char *frames, uint32_t count) except -1
-    cdef const unsigned char *read(self, uint32_t address) noexcept
+    cdef inline const unsigned char *read(self, uint32_t address) noexcept:
+        """Return the content of a block; NULL where it is not what was stored."""
+        if address >= self._blocks:
+            return NULL
+        if self._staged_at[address]:
+            return self._staged[self._staged_at[address] - 1].data
+        if self._damaged[address]:
+            return NULL
+        return self._image + <size_t>address * BLOCK_SIZE
     cdef int accept(self, const unsigned char *first, uint32_t count) except -1
     cdef bytes accepted(self)
     cdef bint commit(self, object replay) except -1

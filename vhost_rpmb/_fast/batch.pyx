@@ -16,7 +16,7 @@ from cpython.bytes cimport PyBytes_FromStringAndSize
 from vhost_rpmb._fast.constants cimport *
 from vhost_rpmb._fast.mac cimport Authenticator, new_authenticator
 from vhost_rpmb._fast.memory cimport GuestMemory
-from vhost_rpmb._fast.ring cimport CHAIN_GOOD, Chain, Segment
+from vhost_rpmb._fast.ring cimport CHAIN_GOOD, Answered, Buffers, Chain, Segment
 from vhost_rpmb._fast.virtqueue cimport Virtqueue
 
 __all__ = ["Batch", "View"]
@@ -33,6 +33,7 @@ cdef class Batch:
 
     def __dealloc__(self):
         free(self.work)
+        free(self._answered)
         free(self.requests)
         free(self.responses)
         free(self._buffers.readable.items)
@@ -52,6 +53,8 @@ cdef class Batch:
 
     cdef bint _take(self, Virtqueue queue) except -1:
         cdef uint32_t available = queue.open()
+        cdef GuestMemory memory = queue.memory
+        cdef Buffers *buffers = &self._buffers
         cdef uint32_t _
         cdef uint64_t frames = 0
         cdef Chain chain
@@ -59,18 +62,20 @@ cdef class Batch:
         for _ in range(available):
             if frames >= MAX_BATCH_FRAMES or queue.walked() >= MAX_BATCH_DESCRIPTORS:
                 return False
-            self._buffers.readable.count = 0
-            work = self._add_work()
-            work.segment = self._buffers.writable.count
-            if not queue.take(&chain, &self._buffers):
+            if self.count == self._capacity:
+                self._grow_work()
+            buffers.readable.count = 0
+            work = &self.work[self.count]
+            work.segment = buffers.writable.count
+            if not queue.take(&chain, buffers):
                 break
-            work.token = chain.token
+            self._answered[self.count].token = chain.token
             work.broken = chain.fault != CHAIN_GOOD
             work.room = <uint32_t>min(
                 chain.writable // FRAME_SIZE, <uint64_t>MAX_RESPONSE_FRAMES
             )
             if not work.room:
-                self._buffers.writable.count = work.segment
+                buffers.writable.count = work.segment
             work.response = self._responses_size
             self._responses_size += <size_t>work.room * FRAME_SIZE
             work.request = self._requests_size
@@ -81,42 +86,47 @@ cdef class Batch:
             )
             work.frames = 0
             if work.whole:
-                self._gather(queue.memory, chain.readable)
+                self._gather(memory, chain.readable)
                 work.frames = <uint32_t>(chain.readable // FRAME_SIZE)
             frames += work.room + work.frames
             self.count += 1
         return True
 
     cdef void answer(self, Virtqueue queue) noexcept:
+        cdef GuestMemory memory = queue.memory
         cdef size_t index
         for index in range(self.count):
-            self._scatter(queue.memory, &self.work[index])
-            queue.put(self.work[index].token, self.work[index].answered * FRAME_SIZE)
+            self._scatter(memory, &self.work[index])
+            self._answered[index].length = self.work[index].answered * FRAME_SIZE
+        if self.count:
+            queue.put(self._answered, self.count)
 
     cdef void wipe(self) noexcept:
         """Erase the requests: one of them had a key."""
         OPENSSL_cleanse(self.requests, self._requests_capacity)
 
-    cdef Work *_add_work(self) except NULL:
-        """Return a place behind the chains taken so far."""
-        cdef size_t capacity
-        cdef Work *items
-        if self.count == self._capacity:
-            capacity = 2 * self._capacity + 64
-            items = <Work *>realloc(self.work, capacity * sizeof(Work))
-            if items == NULL:
-                raise MemoryError()
-            self.work = items
-            self._capacity = capacity
-        return &self.work[self.count]
+    cdef int _grow_work(self) except -1:
+        cdef size_t capacity = 2 * self._capacity + 64
+        cdef Work *work = <Work *>realloc(self.work, capacity * sizeof(Work))
+        cdef Answered *answered
+        if work == NULL:
+            raise MemoryError()
+        self.work = work
+        answered = <Answered *>realloc(self._answered, capacity * sizeof(Answered))
+        if answered == NULL:
+            raise MemoryError()
+        self._answered = answered
+        self._capacity = capacity
+        return 0
 
-    cdef int _gather(self, GuestMemory memory, uint64_t length) except -1:
+    cdef inline int _gather(self, GuestMemory memory, uint64_t length) except -1:
         """Copy the readable segments, ``length`` bytes in all, behind the requests."""
         cdef size_t index
         cdef Segment *segment
-        self.requests = _grow(
-            self.requests, &self._requests_capacity, self._requests_size + length
-        )
+        if self._requests_size + length > self._requests_capacity:
+            self.requests = _grow(
+                self.requests, &self._requests_capacity, self._requests_size + length
+            )
         for index in range(self._buffers.readable.count):
             segment = &self._buffers.readable.items[index]
             memory.touch(segment.host, segment.length)
@@ -124,7 +134,7 @@ cdef class Batch:
             self._requests_size += segment.length
         return 0
 
-    cdef void _scatter(self, GuestMemory memory, const Work *work) noexcept:
+    cdef inline void _scatter(self, GuestMemory memory, const Work *work) noexcept:
         """Write the answer of a chain into its device-writable buffers."""
         cdef const unsigned char *answer = self.responses + work.response
         cdef uint64_t length = <uint64_t>work.answered * FRAME_SIZE
@@ -142,10 +152,13 @@ cdef class Batch:
 cdef class View:
     def __cinit__(self, store):
         self._store = store
-        self._image = store.image
-        self._damaged = store.damaged
-        cdef size_t blocks = <size_t>len(store.image) // BLOCK_SIZE
-        self._staged_at = <uint32_t *>calloc(blocks, sizeof(uint32_t))
+        self._image_view = store.image
+        self._damaged_view = store.damaged
+        self._blocks = <size_t>self._image_view.shape[0] // BLOCK_SIZE
+        assert self._blocks and <size_t>self._damaged_view.shape[0] >= self._blocks
+        self._image = &self._image_view[0]
+        self._damaged = &self._damaged_view[0]
+        self._staged_at = <uint32_t *>calloc(self._blocks, sizeof(uint32_t))
         if self._staged_at == NULL:
             raise MemoryError()
 
@@ -184,13 +197,6 @@ cdef class View:
         self.counter += 1
         self.wrote = True
         return 0
-
-    cdef const unsigned char *read(self, uint32_t address) noexcept:
-        if self._staged_at[address]:
-            return self._staged[self._staged_at[address] - 1].data
-        if self._damaged[address]:
-            return NULL
-        return &self._image[<size_t>address * BLOCK_SIZE]
 
     cdef int accept(self, const unsigned char *first, uint32_t count) except -1:
         """Note a write request that is answered OK."""

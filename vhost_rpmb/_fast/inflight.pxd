@@ -9,7 +9,7 @@ cdef extern from "packed.h" nogil:
         uint32_t length
         uint16_t id
         uint16_t flags
-    void load_packed(packed_descriptor *, const unsigned char *)
+    packed_descriptor load_packed(const unsigned char *)
 
 cdef extern from "inflight.h" nogil:
     void record_taken(unsigned char *, uint16_t, uint64_t)

@@ -7,20 +7,15 @@ from libc.stddef cimport size_t
 
 from cpython.bytes cimport PyBytes_AS_STRING
 
-from vhost_rpmb._fast.constants cimport FRAME_DATA, FRAME_SIZE, KEY_SIZE, MAC_SIZE
+from vhost_rpmb._fast.constants cimport FRAME_SIZE, KEY_SIZE, MAC_SIZE
 
 __all__ = ["Authenticator"]
 
 cdef extern from "<openssl/evp.h>" nogil:
-    ctypedef struct OSSL_PARAM:
-        pass
     EVP_MAC *EVP_MAC_fetch(void *, const char *, const char *)
     void EVP_MAC_free(EVP_MAC *)
     EVP_MAC_CTX *EVP_MAC_CTX_new(EVP_MAC *)
     void EVP_MAC_CTX_free(EVP_MAC_CTX *)
-    int EVP_MAC_init(EVP_MAC_CTX *, const unsigned char *, size_t, const OSSL_PARAM *)
-    int EVP_MAC_update(EVP_MAC_CTX *, const unsigned char *, size_t)
-    int EVP_MAC_final(EVP_MAC_CTX *, unsigned char *, size_t *, size_t)
 
 cdef extern from "<openssl/params.h>" nogil:
     OSSL_PARAM OSSL_PARAM_construct_utf8_string(const char *, char *, size_t)
@@ -77,25 +72,6 @@ cdef class Authenticator:
             raise RuntimeError("libcrypto cannot compute HMAC-SHA256")
         return 0
 
-    cdef int begin(self) except -1 nogil:
-        """Begin a message, under the key as it was set."""
-        if not EVP_MAC_init(self._context, NULL, 0, NULL):
-            _fail()
-        return 0
-
-    cdef int add(self, const unsigned char *frame) except -1 nogil:
-        """Add the MAC'd part of one whole frame."""
-        if not EVP_MAC_update(self._context, frame + FRAME_DATA, FRAME_SIZE - FRAME_DATA):
-            _fail()
-        return 0
-
-    cdef int finish(self, unsigned char *mac) except -1 nogil:
-        """Write the 32 bytes of the message's MAC."""
-        cdef size_t length = 0
-        if not EVP_MAC_final(self._context, mac, &length, MAC_SIZE) or length != MAC_SIZE:
-            _fail()
-        return 0
-
     cdef bint check(self, const unsigned char *mac) except -1 nogil:
         """Finish the message and compare its MAC with 32 bytes, in constant time."""
         cdef unsigned char expected[MAC_SIZE]
@@ -103,7 +79,7 @@ cdef class Authenticator:
         return CRYPTO_memcmp(expected, mac, MAC_SIZE) == 0
 
 
-cdef int _fail() except -1 nogil:
+cdef int fail() except -1 nogil:
     with gil:
         raise RuntimeError("libcrypto cannot compute HMAC-SHA256")
 

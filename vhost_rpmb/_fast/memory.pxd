@@ -27,6 +27,7 @@ cdef class GuestMemory:
     cdef size_t _touched  # areas since the mappings were made, some of them more than once
     cdef size_t _max_touched
     cdef uint32_t[KNOWN_AREAS] _areas  # by number: the latest one touched with these last bits
+    cdef Region _recent  # a copy of the region found last, until the table changes; empty: none
     cdef GuestMemory _log
     cdef uint64_t _log_pages  # that have a bit
     cdef bint _marks_writes
@@ -40,13 +41,11 @@ cdef class GuestMemory:
         cdef uint64_t last = (<uint64_t>host + length - 1) >> TOUCHED_AREA_BITS
         while area <= last:
             if self._areas[area % KNOWN_AREAS] != <uint32_t>area:
-                self._areas[area % KNOWN_AREAS] = <uint32_t>area
-                self._touched += 1
+                self.count_area(area)
             area += 1
-        if self._touched >= self._max_touched:
-            self.renew()
+    cdef void count_area(self, uint64_t area) noexcept nogil
     cdef void renew(self) noexcept nogil
-    cdef void _limit_touched(self) noexcept nogil
+    cdef void _changed(self) noexcept nogil
 
     # Buffers are written by put() only, rings by store() and by their indices. ``host`` is where
     # the address is mapped.
@@ -69,7 +68,14 @@ cdef class GuestMemory:
     cdef void mark_pages(self, uint64_t guest_address, uint64_t length) noexcept nogil
 
     cdef size_t _position(self, uint64_t guest_address) noexcept nogil
-    cdef unsigned char *find(self, uint64_t guest_address, uint64_t *left) noexcept nogil
+    cdef inline unsigned char *find(self, uint64_t guest_address, uint64_t *left) noexcept nogil:
+        """Return where an address is mapped, and the bytes left in its region; NULL outside."""
+        cdef uint64_t offset = guest_address - self._recent.guest_address
+        if offset >= self._recent.size:
+            return self.search(guest_address, left)
+        left[0] = self._recent.size - offset
+        return self._recent.host + offset
+    cdef unsigned char *search(self, uint64_t guest_address, uint64_t *left) noexcept nogil
     cdef bint copy_out(
         self, unsigned char *target, uint64_t guest_address, uint64_t length
     ) noexcept nogil

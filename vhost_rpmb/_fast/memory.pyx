@@ -8,7 +8,7 @@ import stat
 
 cimport cython
 from libc.errno cimport errno as c_errno
-from libc.stdint cimport uint64_t
+from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memmove, memset
 
@@ -137,8 +137,7 @@ cdef class GuestMemory:
         )
         self._table[index] = region
         self._count += 1
-        self.generation += 1
-        self._limit_touched()
+        self._changed()
 
     def remove_region(self, guest_address, size, user_address):
         cdef size_t index
@@ -236,8 +235,8 @@ cdef class GuestMemory:
                 high = middle
         return low
 
-    cdef unsigned char *find(self, uint64_t guest_address, uint64_t *left) noexcept nogil:
-        """Return where an address is mapped, and the bytes left in its region; NULL outside."""
+    cdef unsigned char *search(self, uint64_t guest_address, uint64_t *left) noexcept nogil:
+        """Do what find() does for an address outside the region that was found last."""
         cdef size_t position = self._position(guest_address)
         cdef uint64_t offset
         if position == 0:
@@ -245,8 +244,9 @@ cdef class GuestMemory:
         offset = guest_address - self._table[position - 1].guest_address
         if offset >= self._table[position - 1].size:
             return NULL
-        left[0] = self._table[position - 1].size - offset
-        return self._table[position - 1].host + offset
+        self._recent = self._table[position - 1]
+        left[0] = self._recent.size - offset
+        return self._recent.host + offset
 
     cdef bint copy_out(
         self, unsigned char *target, uint64_t guest_address, uint64_t length
@@ -299,6 +299,12 @@ cdef class GuestMemory:
                 return host
         return NULL
 
+    cdef void count_area(self, uint64_t area) noexcept nogil:
+        self._areas[area % KNOWN_AREAS] = <uint32_t>area
+        self._touched += 1
+        if self._touched >= self._max_touched:
+            self.renew()
+
     cdef void renew(self) noexcept nogil:
         """Free the page tables of all regions: enough areas were touched since the last time.
 
@@ -318,10 +324,12 @@ cdef class GuestMemory:
                 &self._lost,
             )
 
-    cdef void _limit_touched(self) noexcept nogil:
-        """Set how many areas may be touched before the next renewal."""
+    cdef void _changed(self) noexcept nogil:
+        """Forget what was found in the table; set how many areas may be touched until a renewal."""
         cdef uint64_t mapped = 0
         cdef size_t index
+        self.generation += 1
+        self._recent.size = 0
         for index in range(self._count):
             mapped += self._table[index].size
         self._max_touched = MAX_TOUCHED_AREAS + (mapped >> MAPPED_PER_AREA_BITS)
@@ -336,5 +344,4 @@ cdef class GuestMemory:
             (self._count - index - 1) * sizeof(Region),
         )
         self._count -= 1
-        self.generation += 1
-        self._limit_touched()
+        self._changed()

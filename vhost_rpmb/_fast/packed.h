@@ -8,6 +8,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "ring.h"
+
 struct packed_descriptor {
     uint64_t address;
     uint32_t length;
@@ -15,14 +17,10 @@ struct packed_descriptor {
     uint16_t flags;
 };
 
-/* Copy a descriptor out of guest memory; the compiler must not go back there for it. */
-static inline void load_packed(struct packed_descriptor *target, const unsigned char *source) {
-    memcpy(target, source, sizeof *target);
-    __asm__ __volatile__("" : "+m"(*target) : : "memory");
-    target->address = le64toh(target->address);
-    target->length = le32toh(target->length);
-    target->id = le16toh(target->id);
-    target->flags = le16toh(target->flags);
+static inline struct packed_descriptor load_packed(const unsigned char *source) {
+    const uint64_t address = load_word(source), rest = load_word(source + 8);
+    return (struct packed_descriptor){ address, (uint32_t)rest, (uint16_t)(rest >> 32),
+                                       (uint16_t)(rest >> 48) };
 }
 
 /* The second half of a used descriptor: length, id and flags. */
@@ -30,7 +28,7 @@ static inline uint64_t make_packed_used(uint32_t length, uint16_t id, uint16_t f
     return htole64(length | (uint64_t)id << 32 | (uint64_t)flags << 48);
 }
 
-static inline void store_used(unsigned char *place, uint64_t used) {
+static inline void store_packed_used(unsigned char *place, uint64_t used) {
     memcpy(place, &used, sizeof used);
 }
 

@@ -6,7 +6,7 @@ from vhost_rpmb._fast.ring cimport Buffers, Chain, Ring
 
 cdef extern from "packed.h" nogil:
     uint64_t make_packed_used(uint32_t length, uint16_t id, uint16_t flags)
-    void store_used(unsigned char *, uint64_t)
+    void store_packed_used(unsigned char *, uint64_t)
     void store_used_without_flags(unsigned char *, uint64_t)
     uint32_t load_area(const unsigned char *)
     uint32_t make_area(uint16_t position, uint16_t flags)

@@ -10,7 +10,7 @@ from libc.stdlib cimport free, malloc
 from vhost_rpmb._fast.constants cimport *
 from vhost_rpmb._fast.inflight cimport PackedInflight, load_packed, packed_descriptor
 from vhost_rpmb._fast.memory cimport GuestMemory
-from vhost_rpmb._fast.ring cimport CHAIN_GOOD, NO_CHAIN, Buffers, Chain, Ring
+from vhost_rpmb._fast.ring cimport CHAIN_GOOD, NO_CHAIN, Answered, Buffers, Chain, Ring
 
 __all__ = ["PackedRing"]
 
@@ -164,7 +164,7 @@ cdef class PackedRing(Ring):
         if self.tracked:
             head = self.inflight.begin()
         while True:
-            load_packed(&entry, self._descriptors + slot * <size_t>VIRTQ_DESC_SIZE)
+            entry = load_packed(self._descriptors + slot * <size_t>VIRTQ_DESC_SIZE)
             if not slots:
                 entry.flags = flags  # the driver may have changed them since
             if self.tracked:
@@ -228,7 +228,7 @@ cdef class PackedRing(Ring):
             self.walked += 1
             if not self.memory.copy_out(raw, table + index * VIRTQ_DESC_SIZE, VIRTQ_DESC_SIZE):
                 return CHAIN_INDIRECT_TABLE
-            load_packed(&entry, raw)
+            entry = load_packed(raw)
             rule = self.add(
                 chain, buffers, entry.address, entry.length, entry.flags & VIRTQ_DESC_F_WRITE
             )
@@ -263,14 +263,21 @@ cdef class PackedRing(Ring):
         self._available.slot -= slots
         self._outstanding -= slots
 
-    cdef void put(self, uint64_t token, uint32_t length) noexcept nogil:
+    cdef void put(self, const Answered *chains, size_t count) noexcept nogil:
         cdef Put *put = &self._waiting[self._waiting_count]
-        put.slots = token >> 16 & 0xFFFF
-        put.entry = <uint16_t>(token >> 32)
-        put.flags = VIRTQ_DESC_F_WRITE if length else 0
-        put.used = make_packed_used(length, <uint16_t>token, put.flags)
-        self._waiting_count += 1
-        self._waiting_slots += put.slots
+        cdef uint32_t slots = 0
+        cdef uint64_t token
+        cdef size_t index
+        for index in range(count):
+            token = chains[index].token
+            put.slots = token >> 16 & 0xFFFF
+            put.entry = <uint16_t>(token >> 32)
+            put.flags = VIRTQ_DESC_F_WRITE if chains[index].length else 0
+            put.used = make_packed_used(chains[index].length, <uint16_t>token, put.flags)
+            slots += put.slots
+            put += 1
+        self._waiting_count += <uint32_t>count
+        self._waiting_slots += slots
 
     cdef uint32_t position(self) noexcept nogil:
         return _pack(self._advanced(self._used, self._waiting_slots))
@@ -300,7 +307,7 @@ cdef class PackedRing(Ring):
                 used |= lap
             place = self.slot(position.slot) + USED_AT
             if index:
-                store_used(place, used)
+                store_packed_used(place, used)
             else:
                 store_used_without_flags(place, used)
             last = position.slot

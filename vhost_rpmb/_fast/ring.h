@@ -28,6 +28,15 @@ static inline void set_bit(unsigned char *byte, unsigned int bit) {
     __atomic_fetch_or(byte, (unsigned char)(1u << bit), __ATOMIC_SEQ_CST);
 }
 
+/* Copy a little-endian word out of guest memory, into a register: the compiler must not go back
+   there for it. */
+static inline uint64_t load_word(const unsigned char *source) {
+    uint64_t word;
+    memcpy(&word, source, sizeof word);
+    __asm__ __volatile__("" : "+r"(word) : : "memory");
+    return le64toh(word);
+}
+
 struct descriptor {
     uint64_t address;
     uint32_t length;
@@ -35,24 +44,15 @@ struct descriptor {
     uint16_t next;
 };
 
-/* Copy a descriptor out of guest memory; the compiler must not go back there for it. */
-static inline void load_descriptor(struct descriptor *target, const unsigned char *source) {
-    memcpy(target, source, sizeof *target);
-    __asm__ __volatile__("" : "+m"(*target) : : "memory");
-    target->address = le64toh(target->address);
-    target->length = le32toh(target->length);
-    target->flags = le16toh(target->flags);
-    target->next = le16toh(target->next);
+static inline struct descriptor load_descriptor(const unsigned char *source) {
+    const uint64_t address = load_word(source), rest = load_word(source + 8);
+    return (struct descriptor){ address, (uint32_t)rest, (uint16_t)(rest >> 32),
+                                (uint16_t)(rest >> 48) };
 }
 
-struct used_element {
-    uint32_t id;
-    uint32_t length;
-};
-
-static inline struct used_element make_used(uint32_t id, uint32_t length) {
-    struct used_element element = { htole32(id), htole32(length) };
-    return element;
+static inline void store_used(unsigned char *element, uint32_t id, uint32_t length) {
+    const uint64_t used = htole64(id | (uint64_t)length << 32);
+    memcpy(element, &used, sizeof used);
 }
 
 #endif

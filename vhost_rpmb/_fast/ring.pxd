@@ -2,12 +2,20 @@
 from libc.stddef cimport size_t
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 
+from vhost_rpmb._fast.constants cimport (
+    CHAIN_BUFFER,
+    CHAIN_BYTES,
+    CHAIN_EMPTY_DESCRIPTOR,
+    CHAIN_ORDER,
+    CHAIN_TOO_LONG,
+)
 from vhost_rpmb._fast.memory cimport GuestMemory
 
 
 cdef enum:
     CHAIN_GOOD = -1  # it breaks none of the rules
     NO_CHAIN = -2  # none is available
+    MAX_CHAIN_BYTES = 0x100000000
 
 
 cdef struct Segment:
@@ -38,6 +46,12 @@ cdef struct Chain:
     uint64_t writable  # bytes
 
 
+cdef struct Answered:
+    # A chain that is given back.
+    uint64_t token
+    uint32_t length  # bytes written into it
+
+
 cdef class Ring:
     cdef GuestMemory memory
     cdef uint32_t size
@@ -61,7 +75,7 @@ cdef class Ring:
     cdef int take(self, Chain *chain, Buffers *buffers) except -1 nogil
     cdef void mark(self) noexcept nogil
     cdef void take_back(self, uint64_t token) noexcept nogil
-    cdef void put(self, uint64_t token, uint32_t length) noexcept nogil
+    cdef void put(self, const Answered *chains, size_t count) noexcept nogil
     cdef uint32_t position(self) noexcept nogil
     cdef void publish(self) noexcept nogil
     cdef void ask_for_kick(self) noexcept nogil
@@ -72,9 +86,50 @@ cdef class Ring:
     cdef int check_table(
         self, uint64_t address, uint32_t length, uint16_t flags, bint nested
     ) except -2 nogil
-    cdef int add(
+    cdef inline int add(
         self, Chain *chain, Buffers *buffers, uint64_t address, uint32_t length, bint writable
-    ) except -2 nogil
-    cdef int _add_buffer(
+    ) except -2 nogil:
+        """Check a descriptor that is not indirect, and append its buffer."""
+        cdef uint64_t before
+        if chain.count >= self.size:
+            return CHAIN_TOO_LONG
+        chain.count += 1
+        if not length:
+            return CHAIN_EMPTY_DESCRIPTOR
+        if chain.readable + chain.writable + length > MAX_CHAIN_BYTES:
+            return CHAIN_BYTES
+        if writable:
+            before = chain.writable
+            chain.writable += length
+            return self.add_buffer(&buffers.writable, address, length, before)
+        if chain.writable:
+            return CHAIN_ORDER
+        before = chain.readable
+        chain.readable += length
+        return self.add_buffer(&buffers.readable, address, length, before)
+    cdef inline int add_buffer(
+        self, Segments *segments, uint64_t address, uint64_t length, uint64_t before
+    ) except -2 nogil:
+        """Check a buffer and append its pieces; ``before``: bytes of the buffers before it."""
+        cdef uint64_t left = 0
+        cdef unsigned char *host = self.memory.find(address, &left)
+        cdef Segment *segment
+        if host == NULL:
+            return CHAIN_BUFFER
+        if (
+            length > left
+            or before + length > segments.wanted
+            or segments.count == segments.capacity
+        ):
+            return self.add_pieces(
+                segments, address, length, segments.wanted - min(before, segments.wanted)
+            )
+        segment = &segments.items[segments.count]
+        segment.guest_address = address
+        segment.host = host
+        segment.length = length
+        segments.count += 1
+        return CHAIN_GOOD
+    cdef int add_pieces(
         self, Segments *segments, uint64_t address, uint64_t length, uint64_t wanted
     ) except -2 nogil

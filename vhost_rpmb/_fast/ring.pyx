@@ -12,8 +12,6 @@ from vhost_rpmb._fast.memory cimport GuestMemory
 
 __all__ = ["Ring"]
 
-cdef uint64_t _MAX_CHAIN_BYTES = <uint64_t>1 << 32
-
 
 cdef class Ring:
     def __cinit__(self, GuestMemory memory not None):
@@ -51,7 +49,7 @@ cdef class Ring:
     cdef void take_back(self, uint64_t token) noexcept nogil:
         pass
 
-    cdef void put(self, uint64_t token, uint32_t length) noexcept nogil:
+    cdef void put(self, const Answered *chains, size_t count) noexcept nogil:
         pass
 
     cdef uint32_t position(self) noexcept nogil:
@@ -87,37 +85,11 @@ cdef class Ring:
             return CHAIN_INDIRECT_LENGTH
         if length // VIRTQ_DESC_SIZE > self.size:
             return CHAIN_INDIRECT_SIZE
-        rule = self._add_buffer(NULL, address, length, 0)
+        rule = self.add_pieces(NULL, address, length, 0)
         return CHAIN_INDIRECT_TABLE if rule == CHAIN_BUFFER else rule
 
     @cython.final
-    cdef int add(
-        self, Chain *chain, Buffers *buffers, uint64_t address, uint32_t length, bint writable
-    ) except -2 nogil:
-        cdef uint64_t before
-        if chain.count >= self.size:
-            return CHAIN_TOO_LONG
-        chain.count += 1
-        if not length:
-            return CHAIN_EMPTY_DESCRIPTOR
-        if chain.readable + chain.writable + length > _MAX_CHAIN_BYTES:
-            return CHAIN_BYTES
-        if writable:
-            before = min(chain.writable, buffers.writable.wanted)
-            chain.writable += length
-            return self._add_buffer(
-                &buffers.writable, address, length, buffers.writable.wanted - before
-            )
-        if chain.writable:
-            return CHAIN_ORDER
-        before = min(chain.readable, buffers.readable.wanted)
-        chain.readable += length
-        return self._add_buffer(
-            &buffers.readable, address, length, buffers.readable.wanted - before
-        )
-
-    @cython.final
-    cdef int _add_buffer(
+    cdef int add_pieces(
         self, Segments *segments, uint64_t address, uint64_t length, uint64_t wanted
     ) except -2 nogil:
         """Check a buffer and append the pieces of its first ``wanted`` bytes."""

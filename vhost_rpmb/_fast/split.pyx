@@ -7,7 +7,7 @@ from libc.stddef cimport size_t
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 
 from vhost_rpmb._fast.constants cimport *
-from vhost_rpmb._fast.ring cimport CHAIN_GOOD, Buffers, Chain, Ring
+from vhost_rpmb._fast.ring cimport CHAIN_GOOD, Answered, Buffers, Chain, Ring
 
 __all__ = ["SplitRing"]
 
@@ -19,10 +19,8 @@ cdef extern from "ring.h" nogil:
         uint32_t length
         uint16_t flags
         uint16_t next
-    void load_descriptor(descriptor *, const unsigned char *)
-    cdef struct used_element:
-        pass
-    used_element make_used(uint32_t id, uint32_t length)
+    descriptor load_descriptor(const unsigned char *)
+    void store_used(unsigned char *, uint32_t id, uint32_t length)
 
 
 @cython.final
@@ -132,9 +130,9 @@ cdef class SplitRing(Ring):
             if indirect:
                 if not self.memory.copy_out(raw, table + index * VIRTQ_DESC_SIZE, VIRTQ_DESC_SIZE):
                     return CHAIN_INDIRECT_TABLE
-                load_descriptor(&entry, raw)
+                entry = load_descriptor(raw)
             else:
-                load_descriptor(&entry, self._descriptors + index * VIRTQ_DESC_SIZE)
+                entry = load_descriptor(self._descriptors + index * VIRTQ_DESC_SIZE)
             if entry.flags & VIRTQ_DESC_F_INDIRECT:
                 rule = self.check_table(entry.address, entry.length, entry.flags, indirect)
                 if rule != CHAIN_GOOD:
@@ -176,13 +174,21 @@ cdef class SplitRing(Ring):
         else:
             self._next_available -= 1
 
-    cdef void put(self, uint64_t token, uint32_t length) noexcept nogil:
-        cdef size_t slot = (self._next_used + self._unpublished) & (self.size - 1)
-        cdef used_element element = make_used(<uint32_t>token, length)
-        self.memory.store(self._used + 4 + 8 * slot, &element, sizeof(element))
-        self._unpublished += 1
-        if self.tracked:
-            self.inflight.put(<uint16_t>token)
+    cdef void put(self, const Answered *chains, size_t count) noexcept nogil:
+        cdef uint32_t slot = self._next_used + self._unpublished
+        cdef uint32_t last = self.size - 1
+        cdef size_t index
+        self.memory.touch(self._used, 6 + 8 * <uint64_t>self.size)
+        for index in range(count):
+            store_used(
+                self._used + 4 + 8 * <size_t>(slot & last),
+                <uint32_t>chains[index].token,
+                chains[index].length,
+            )
+            slot += 1
+            if self.tracked:
+                self.inflight.put(<uint16_t>chains[index].token)
+        self._unpublished += <uint32_t>count
 
     cdef uint32_t position(self) noexcept nogil:
         return <uint16_t>(self._next_used + self._unpublished)

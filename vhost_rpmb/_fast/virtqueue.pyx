@@ -13,7 +13,16 @@ from vhost_rpmb._fast.constants cimport *
 from vhost_rpmb._fast.inflight cimport Inflight, PackedInflight
 from vhost_rpmb._fast.memory cimport GuestMemory
 from vhost_rpmb._fast.packed cimport PackedRing
-from vhost_rpmb._fast.ring cimport CHAIN_GOOD, NO_CHAIN, Buffers, Chain, Ring, Segment, Segments
+from vhost_rpmb._fast.ring cimport (
+    CHAIN_GOOD,
+    NO_CHAIN,
+    Answered,
+    Buffers,
+    Chain,
+    Ring,
+    Segment,
+    Segments,
+)
 from vhost_rpmb._fast.split cimport SplitRing
 
 from vhost_rpmb.virtio import rules
@@ -137,6 +146,7 @@ cdef class Virtqueue:
         cdef uint32_t _
         cdef Chain chain
         cdef Buffers buffers
+        cdef Answered answered
         cdef bytes request
         cdef object written
         memset(&buffers, 0, sizeof(buffers))
@@ -159,7 +169,8 @@ cdef class Virtqueue:
                 if isinstance(written, Unanswered):
                     continue
                 self._scatter(&buffers.writable, written)
-                self.put(chain.token, <uint32_t>len(written))
+                answered = Answered(chain.token, <uint32_t>len(written))
+                self.put(&answered, 1)
         finally:
             free(buffers.readable.items)
             free(buffers.writable.items)
@@ -235,15 +246,14 @@ cdef class Virtqueue:
         self._rule = rule
         return 0 if rule else available
 
-    cdef bint take(self, Chain *chain, Buffers *buffers) except -1 nogil:
-        cdef int rule = self._ring.take(chain, buffers)
+    cdef bint note(self, int rule, const Chain *chain) noexcept nogil:
+        """Note what was not as it should be; tell whether a chain was taken."""
         if rule:
             if rule != NO_CHAIN and not self.memory_lost():
                 self._rule = rule
             return False
-        if chain.fault != CHAIN_GOOD:
-            self._faults[chain.fault] += 1
-            self._faulty = True
+        self._faults[chain.fault] += 1
+        self._faulty = True
         return True
 
     cdef int close(self, bint drained) noexcept nogil:
