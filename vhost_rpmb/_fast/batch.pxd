@@ -55,9 +55,8 @@ cdef class Batch:
     cdef void answer(self, Virtqueue queue) noexcept
     cdef void wipe(self) noexcept
     cdef bint _take(self, Virtqueue queue) except -1
+    cdef int _grow_responses(self) except -1
     cdef int _grow_work(self) except -1
-    cdef int _gather(self, GuestMemory memory, uint64_t length) except -1
-    cdef void _scatter(self, GuestMemory memory, const Work *work) noexcept
 
 
 cdef class View:

@@ -46,9 +46,8 @@ cdef class Batch:
         self._responses_size = 0
         self._buffers.writable.count = 0
         drained = self._take(queue)
-        self.responses = _grow(
-            self.responses, &self._responses_capacity, self._responses_size
-        )
+        if self._responses_size > self._responses_capacity:
+            self._grow_responses()
         return drained
 
     cdef bint _take(self, Virtqueue queue) except -1:
@@ -86,7 +85,7 @@ cdef class Batch:
             )
             work.frames = 0
             if work.whole:
-                self._gather(memory, chain.readable)
+                _gather(self, memory, chain.readable)
                 work.frames = <uint32_t>(chain.readable // FRAME_SIZE)
             frames += work.room + work.frames
             self.count += 1
@@ -96,7 +95,7 @@ cdef class Batch:
         cdef GuestMemory memory = queue.memory
         cdef size_t index
         for index in range(self.count):
-            self._scatter(memory, &self.work[index])
+            _scatter(self, memory, &self.work[index])
             self._answered[index].length = self.work[index].answered * FRAME_SIZE
         if self.count:
             queue.put(self._answered, self.count)
@@ -104,6 +103,17 @@ cdef class Batch:
     cdef void wipe(self) noexcept:
         """Erase the requests: one of them had a key."""
         OPENSSL_cleanse(self.requests, self._requests_capacity)
+
+    cdef int _grow_responses(self) except -1:
+        """Make room for the responses: all zeros, of which the device leaves those of the stuff."""
+        cdef size_t size = max(self._responses_size, 2 * self._responses_capacity)
+        free(self.responses)
+        self._responses_capacity = 0
+        self.responses = <unsigned char *>calloc(size, 1)
+        if self.responses == NULL:
+            raise MemoryError()
+        self._responses_capacity = size
+        return 0
 
     cdef int _grow_work(self) except -1:
         cdef size_t capacity = 2 * self._capacity + 64
@@ -118,34 +128,6 @@ cdef class Batch:
         self._answered = answered
         self._capacity = capacity
         return 0
-
-    cdef inline int _gather(self, GuestMemory memory, uint64_t length) except -1:
-        """Copy the readable segments, ``length`` bytes in all, behind the requests."""
-        cdef size_t index
-        cdef Segment *segment
-        if self._requests_size + length > self._requests_capacity:
-            self.requests = _grow(
-                self.requests, &self._requests_capacity, self._requests_size + length
-            )
-        for index in range(self._buffers.readable.count):
-            segment = &self._buffers.readable.items[index]
-            memory.touch(segment.host, segment.length)
-            memcpy(self.requests + self._requests_size, segment.host, segment.length)
-            self._requests_size += segment.length
-        return 0
-
-    cdef inline void _scatter(self, GuestMemory memory, const Work *work) noexcept:
-        """Write the answer of a chain into its device-writable buffers."""
-        cdef const unsigned char *answer = self.responses + work.response
-        cdef uint64_t length = <uint64_t>work.answered * FRAME_SIZE
-        cdef uint64_t part
-        cdef Segment *segment = self._buffers.writable.items + work.segment
-        while length:
-            part = min(length, segment.length)
-            memory.put(segment.guest_address, segment.host, answer, part)
-            answer += part
-            length -= part
-            segment += 1
 
 
 @cython.final
@@ -250,6 +232,45 @@ cdef class View:
         self._staged_count += 1
         self._staged_at[address] = <uint32_t>self._staged_count
         return 0
+
+
+# Functions, because gcc inlines no method at -O2: the table of methods refers to it.
+
+cdef inline int _gather(Batch batch, GuestMemory memory, uint64_t length) except -1:
+    """Copy the readable segments, ``length`` bytes in all, behind the requests."""
+    cdef const Segment *segment = batch._buffers.readable.items
+    cdef size_t index
+    cdef size_t start = batch._requests_size
+    cdef unsigned char *target
+    if start + length > batch._requests_capacity:
+        batch.requests = _grow(batch.requests, &batch._requests_capacity, start + length)
+    target = batch.requests + start
+    batch._requests_size = start + length
+    if length == FRAME_SIZE and segment.length == FRAME_SIZE:  # without its stuff bytes
+        memory.touch(segment.host, FRAME_SIZE)
+        memcpy(target + FRAME_KEY_MAC, segment.host + FRAME_KEY_MAC, FRAME_SIZE - FRAME_KEY_MAC)
+        return 0
+    for index in range(batch._buffers.readable.count):
+        memory.touch(segment[index].host, segment[index].length)
+        memcpy(target, segment[index].host, segment[index].length)
+        target += segment[index].length
+    return 0
+
+
+cdef inline void _scatter(
+    Batch batch, GuestMemory memory, const Work *work
+) noexcept:
+    """Write the answer of a chain into its device-writable buffers."""
+    cdef const unsigned char *answer = batch.responses + work.response
+    cdef uint64_t length = <uint64_t>work.answered * FRAME_SIZE
+    cdef uint64_t part
+    cdef Segment *segment = batch._buffers.writable.items + work.segment
+    while length:
+        part = min(length, segment.length)
+        memory.put(segment.guest_address, segment.host, answer, part)
+        answer += part
+        length -= part
+        segment += 1
 
 
 cdef void replay_write(

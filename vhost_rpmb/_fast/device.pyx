@@ -261,89 +261,50 @@ cdef class RpmbDevice:
         for index in range(self._batch.count):
             self._batch.work[index].answered = 0
             self._in_window = index < self._owed
-            self._run(&self._batch.work[index])
+            _run(self, &self._batch.work[index])
         return 0
 
     # One chain: requests in order, each answer appended while room lasts.
 
-    cdef int _run(self, Work *work) except -1:
-        cdef const unsigned char *frame = self._batch.requests + work.request
-        cdef uint32_t left = work.frames
-        cdef uint32_t taken
-        cdef uint16_t request
-        if work.broken:
-            return 0
-        if not work.whole:
-            if self._view.writable:
-                self._malformed.report(work.length)
-            return self._unknown(work)
-        while left:
-            taken = 1
-            request = load16(frame + FRAME_REQ_RESP)
-            if request == VIRTIO_RPMB_REQ_DATA_READ:
-                self._data_read(work, frame)
-            elif request == VIRTIO_RPMB_REQ_DATA_WRITE:
-                taken = self._data_write(frame, left)
-            elif request == VIRTIO_RPMB_REQ_GET_WRITE_COUNTER:
-                self._get_write_counter(work, frame)
-            elif request == VIRTIO_RPMB_REQ_RESULT_READ:
-                self._result_read(work, frame)
-            elif request == VIRTIO_RPMB_REQ_PROGRAM_KEY:
-                self._program_key(frame)
-            else:
-                self._unknown(work)
-            frame += <size_t>taken * FRAME_SIZE
-            left -= taken
-        return 0
+    cdef inline unsigned char *_place(self, Work *work, uint32_t count) noexcept:
+        """Return where the next ``count`` frames of the response go; NULL if there is no room.
 
-    cdef unsigned char *_begin_answer(self, Work *work, uint32_t count) noexcept:
-        """Return ``count`` frames of the response, all zeros; NULL if there is no room for them."""
-        cdef unsigned char *frames
+        The bytes before FRAME_KEY_MAC are zeros, the others are of an earlier answer.
+        """
         if count > work.room - work.answered:
             return NULL
-        frames = self._batch.responses + work.response + <size_t>work.answered * FRAME_SIZE
-        memset(frames, 0, <size_t>count * FRAME_SIZE)
-        return frames
+        return self._batch.responses + work.response + <size_t>work.answered * FRAME_SIZE
+
+    cdef unsigned char *_begin_answer(self, Work *work) noexcept:
+        """Return one frame of the response, all zeros; NULL if there is no room for it."""
+        cdef unsigned char *frame = self._place(work, 1)
+        if frame != NULL:
+            memset(frame + FRAME_KEY_MAC, 0, FRAME_SIZE - FRAME_KEY_MAC)
+        return frame
 
     cdef int _end_answer(
-        self,
-        Work *work,
-        unsigned char *frames,
-        uint32_t count,
-        uint16_t result,
-        uint16_t req_resp,
+        self, Work *work, unsigned char *frame, uint16_t result, uint16_t req_resp
     ) except -1:
-        """Complete one response about the present write counter."""
-        return self._end_answer_about(
-            self._view.counter, work, frames, count, result, req_resp
-        )
+        """Complete one frame about the present write counter."""
+        return self._end_answer_about(self._view.counter, work, frame, result, req_resp)
 
     cdef int _end_answer_about(
         self,
         uint32_t counter,
         Work *work,
-        unsigned char *frames,
-        uint32_t count,
+        unsigned char *frame,
         uint16_t result,
         uint16_t req_resp,
     ) except -1:
-        """Complete one response: results, types, and its MAC if a key is programmed."""
-        cdef uint32_t index
-        cdef unsigned char *frame = frames
+        """Complete one frame: result, type, and its MAC if a key is programmed."""
         cdef Authenticator authenticator = self._view.authenticator
-        if counter == MAX_WRITE_COUNTER:
-            result |= VIRTIO_RPMB_RES_WRITE_COUNTER_EXPIRED
+        store16(frame + FRAME_RESULT, _with_expiry(result, counter))
+        store16(frame + FRAME_REQ_RESP, req_resp)
         if authenticator is not None:
             authenticator.begin()
-        for index in range(count):
-            frame = frames + <size_t>index * FRAME_SIZE
-            store16(frame + FRAME_RESULT, result)
-            store16(frame + FRAME_REQ_RESP, req_resp)
-            if authenticator is not None:
-                authenticator.add(frame)
-        if authenticator is not None:
+            authenticator.add(frame)
             authenticator.finish(frame + FRAME_KEY_MAC)
-        work.answered += count
+        work.answered += 1
         return 0
 
     cdef bint _bad_single_count(self, const unsigned char *frame) noexcept:
@@ -351,9 +312,9 @@ cdef class RpmbDevice:
         return block_count != 1 if self._strict else block_count > 1
 
     cdef int _unknown(self, Work *work) except -1:
-        cdef unsigned char *answer = self._begin_answer(work, 1)
+        cdef unsigned char *answer = self._begin_answer(work)
         if answer != NULL:
-            self._end_answer(work, answer, 1, VIRTIO_RPMB_RES_GENERAL_FAILURE, 0)
+            self._end_answer(work, answer, VIRTIO_RPMB_RES_GENERAL_FAILURE, 0)
         return 0
 
     cdef int _program_key(self, const unsigned char *frame) except -1:
@@ -378,7 +339,7 @@ cdef class RpmbDevice:
 
     cdef int _get_write_counter(self, Work *work, const unsigned char *frame) except -1:
         cdef uint16_t result = VIRTIO_RPMB_RES_OK
-        cdef unsigned char *answer = self._begin_answer(work, 1)
+        cdef unsigned char *answer = self._begin_answer(work)
         if answer == NULL:
             return 0
         memcpy(answer + FRAME_NONCE, frame + FRAME_NONCE, NONCE_SIZE)
@@ -388,7 +349,7 @@ cdef class RpmbDevice:
             result = VIRTIO_RPMB_RES_GENERAL_FAILURE
         else:
             store32(answer + FRAME_WRITE_COUNTER, self._view.counter)
-        return self._end_answer(work, answer, 1, result, VIRTIO_RPMB_RESP_GET_COUNTER)
+        return self._end_answer(work, answer, result, VIRTIO_RPMB_RESP_GET_COUNTER)
 
     cdef uint32_t _data_write(self, const unsigned char *first, uint32_t left) except 0:
         """Execute a write request; return how many of the ``left`` frames it consumed."""
@@ -479,12 +440,12 @@ cdef class RpmbDevice:
         cdef uint32_t frames = 1
         cdef uint32_t index
         cdef uint16_t result = VIRTIO_RPMB_RES_OK
-        cdef unsigned char *answers
+        cdef uint16_t answered
         cdef unsigned char *answer
-        cdef const unsigned char *block
+        cdef Authenticator authenticator = self._view.authenticator
         if not count and not self._strict:
             count = min(room, self._max_read_blocks)
-        if self._view.authenticator is None:
+        if authenticator is None:
             result = VIRTIO_RPMB_RES_NO_AUTH_KEY
         elif not 0 < count <= self._max_read_blocks:
             result = VIRTIO_RPMB_RES_GENERAL_FAILURE
@@ -499,18 +460,32 @@ cdef class RpmbDevice:
                     break
             else:
                 asked = frames = count
-        answers = self._begin_answer(work, frames)
-        if answers == NULL:
+        answer = self._place(work, frames)
+        if answer == NULL:
             return 0
+        answered = _with_expiry(result, self._view.counter)
+        if authenticator is not None:
+            authenticator.begin()
         for index in range(frames):
-            answer = answers + <size_t>index * FRAME_SIZE
+            if index:
+                answer += FRAME_SIZE
+            memset(answer + FRAME_KEY_MAC, 0, MAC_SIZE)
             if result == VIRTIO_RPMB_RES_OK:
-                block = self._view.read(address + index)
-                memcpy(answer + FRAME_DATA, block, BLOCK_SIZE)
+                memcpy(answer + FRAME_DATA, self._view.read(address + index), BLOCK_SIZE)
+            else:
+                memset(answer + FRAME_DATA, 0, BLOCK_SIZE)
             memcpy(answer + FRAME_NONCE, frame + FRAME_NONCE, NONCE_SIZE)
+            store32(answer + FRAME_WRITE_COUNTER, 0)
             store16(answer + FRAME_ADDRESS, <uint16_t>address)
             store16(answer + FRAME_BLOCK_COUNT, <uint16_t>asked)
-        return self._end_answer(work, answers, frames, result, VIRTIO_RPMB_RESP_DATA_READ)
+            store16(answer + FRAME_RESULT, answered)
+            store16(answer + FRAME_REQ_RESP, VIRTIO_RPMB_RESP_DATA_READ)
+            if authenticator is not None:
+                authenticator.add(answer)
+        if authenticator is not None:
+            authenticator.finish(answer + FRAME_KEY_MAC)
+        work.answered += frames
+        return 0
 
     cdef int _result_read(self, Work *work, const unsigned char *frame) except -1:
         cdef Register *register = &self._view.register
@@ -518,7 +493,7 @@ cdef class RpmbDevice:
         cdef uint32_t counter = self._view.counter
         if not register.valid or self._bad_single_count(frame):
             return self._unknown(work)
-        answer = self._begin_answer(work, 1)
+        answer = self._begin_answer(work)
         if answer == NULL:
             return 0
         store32(answer + FRAME_WRITE_COUNTER, register.write_counter)
@@ -529,8 +504,47 @@ cdef class RpmbDevice:
         ):
             counter = register.write_counter
         return self._end_answer_about(
-            counter, work, answer, 1, register.result, register.req_resp
+            counter, work, answer, register.result, register.req_resp
         )
+
+
+# A function, because gcc inlines no method at -O2: the table of methods refers to it.
+cdef inline int _run(RpmbDevice device, Work *work) except -1:
+    cdef const unsigned char *frame = device._batch.requests + work.request
+    cdef uint32_t left = work.frames
+    cdef uint32_t taken
+    cdef uint16_t request
+    if work.broken:
+        return 0
+    if not work.whole:
+        if device._view.writable:
+            device._malformed.report(work.length)
+        return device._unknown(work)
+    while left:
+        taken = 1
+        request = load16(frame + FRAME_REQ_RESP)
+        if request == VIRTIO_RPMB_REQ_DATA_READ:
+            device._data_read(work, frame)
+        elif request == VIRTIO_RPMB_REQ_DATA_WRITE:
+            taken = device._data_write(frame, left)
+        elif request == VIRTIO_RPMB_REQ_GET_WRITE_COUNTER:
+            device._get_write_counter(work, frame)
+        elif request == VIRTIO_RPMB_REQ_RESULT_READ:
+            device._result_read(work, frame)
+        elif request == VIRTIO_RPMB_REQ_PROGRAM_KEY:
+            device._program_key(frame)
+        else:
+            device._unknown(work)
+        frame += <size_t>taken * FRAME_SIZE
+        left -= taken
+    return 0
+
+
+cdef inline uint16_t _with_expiry(uint16_t result, uint32_t counter) noexcept:
+    """Return a result with the bit that says that the write counter is at its end."""
+    if counter == MAX_WRITE_COUNTER:
+        return result | VIRTIO_RPMB_RES_WRITE_COUNTER_EXPIRED
+    return result
 
 
 cdef bint _continues(const unsigned char *first, const unsigned char *frame) noexcept:

@@ -39,11 +39,9 @@ cdef class GuestMemory:
         """Count what an access costs in page tables, and free those of all regions in time."""
         cdef uint64_t area = <uint64_t>host >> TOUCHED_AREA_BITS
         cdef uint64_t last = (<uint64_t>host + length - 1) >> TOUCHED_AREA_BITS
-        while area <= last:
-            if self._areas[area % KNOWN_AREAS] != <uint32_t>area:
-                self.count_area(area)
-            area += 1
-    cdef void count_area(self, uint64_t area) noexcept nogil
+        if area != last or self._areas[area % KNOWN_AREAS] != <uint32_t>area:
+            self.touch_areas(area, last)
+    cdef void touch_areas(self, uint64_t area, uint64_t last) noexcept nogil
     cdef void renew(self) noexcept nogil
     cdef void _changed(self) noexcept nogil
 
@@ -74,6 +72,14 @@ cdef class GuestMemory:
         if offset >= self._recent.size:
             return self.search(guest_address, left)
         left[0] = self._recent.size - offset
+        return self._recent.host + offset
+    cdef inline unsigned char *find_whole(
+        self, uint64_t guest_address, uint64_t length
+    ) noexcept nogil:
+        """Return where a range is mapped; NULL if it is not known to be whole in one region."""
+        cdef uint64_t offset = guest_address - self._recent.guest_address
+        if offset >= self._recent.size or length > self._recent.size - offset:
+            return NULL
         return self._recent.host + offset
     cdef unsigned char *search(self, uint64_t guest_address, uint64_t *left) noexcept nogil
     cdef bint copy_out(

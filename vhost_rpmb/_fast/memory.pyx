@@ -299,9 +299,12 @@ cdef class GuestMemory:
                 return host
         return NULL
 
-    cdef void count_area(self, uint64_t area) noexcept nogil:
-        self._areas[area % KNOWN_AREAS] = <uint32_t>area
-        self._touched += 1
+    cdef void touch_areas(self, uint64_t area, uint64_t last) noexcept nogil:
+        while area <= last:
+            if self._areas[area % KNOWN_AREAS] != <uint32_t>area:
+                self._areas[area % KNOWN_AREAS] = <uint32_t>area
+                self._touched += 1
+            area += 1
         if self._touched >= self._max_touched:
             self.renew()
 

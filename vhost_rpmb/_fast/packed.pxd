@@ -53,8 +53,6 @@ cdef class PackedRing(Ring):
             position.slot -= self.size
             position.wrap ^= 1
         return position
-    cdef bint _is_available(self, uint16_t *flags) noexcept nogil
-    cdef int _take_new(self, Chain *chain, Buffers *buffers, uint16_t flags) except -1 nogil
     cdef int _take_again(self, Chain *chain, Buffers *buffers) except -1 nogil
     cdef int _judge(
         self, Chain *chain, Buffers *buffers, const packed_descriptor *entry, bint first

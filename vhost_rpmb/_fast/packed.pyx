@@ -115,7 +115,7 @@ cdef class PackedRing(Ring):
         self.walked = 0
         self._waiting_count = self._waiting_slots = 0
         available[0] = self.inflight.waiting if self.tracked else 0
-        if self._is_available(&flags):
+        if _is_available(self, &flags):
             available[0] += self.size - self._outstanding
         return RING_OK
 
@@ -131,8 +131,8 @@ cdef class PackedRing(Ring):
         chain.fault = CHAIN_GOOD
         if self.tracked and self.inflight.waiting:
             rule = self._take_again(chain, buffers)
-        elif self._is_available(&flags):
-            rule = self._take_new(chain, buffers, flags)
+        elif _is_available(self, &flags):
+            rule = _take_new(self, chain, buffers, flags)
         else:
             return NO_CHAIN
         if rule or chain.fault != CHAIN_GOOD:
@@ -141,51 +141,6 @@ cdef class PackedRing(Ring):
             buffers.readable.count = readable
             buffers.writable.count = writable
         return rule
-
-    cdef bint _is_available(self, uint16_t *flags) noexcept nogil:
-        """Tell whether the driver made the next slot available, and all slots are not taken."""
-        cdef uint32_t wanted = VIRTQ_DESC_F_USED
-        if self._available.wrap:
-            wanted = VIRTQ_DESC_F_AVAIL
-        if self._outstanding >= self.size:
-            return False
-        flags[0] = load_index(
-            self._descriptors + self._available.slot * <size_t>VIRTQ_DESC_SIZE + FLAGS_AT
-        )
-        return flags[0] & AVAILABLE_OR_USED == wanted
-
-    cdef int _take_new(self, Chain *chain, Buffers *buffers, uint16_t flags) except -1 nogil:
-        """Take the chain at the available position; ``flags`` are those of its head."""
-        cdef packed_descriptor entry
-        cdef uint32_t left = self.size - self._outstanding
-        cdef uint32_t slot = self._available.slot
-        cdef uint32_t slots = 0
-        cdef uint64_t head = 0
-        if self.tracked:
-            head = self.inflight.begin()
-        while True:
-            entry = load_packed(self._descriptors + slot * <size_t>VIRTQ_DESC_SIZE)
-            if not slots:
-                entry.flags = flags  # the driver may have changed them since
-            if self.tracked:
-                self.inflight.add(&entry)
-            if chain.fault == CHAIN_GOOD:
-                chain.fault = self._judge(chain, buffers, &entry, not slots)
-            slots += 1
-            if not entry.flags & VIRTQ_DESC_F_NEXT:
-                break
-            if slots == left:
-                return RING_ENDLESS_CHAIN
-            slot += 1
-            if slot == self.size:
-                slot = 0
-        if self.tracked:
-            self.inflight.end()
-        self.walked += slots
-        self._available = self._advanced(self._available, slots)
-        self._outstanding += slots
-        chain.token = entry.id | <uint64_t>slots << 16 | head << 32
-        return RING_OK
 
     cdef int _take_again(self, Chain *chain, Buffers *buffers) except -1 nogil:
         """Take the next chain of the in-flight record, as it was when it was taken first."""
@@ -203,13 +158,13 @@ cdef class PackedRing(Ring):
         chain.token = entry.id | <uint64_t>slots << 16 | <uint64_t>head << 32
         return RING_OK
 
-    cdef inline int _judge(
+    cdef int _judge(
         self, Chain *chain, Buffers *buffers, const packed_descriptor *entry, bint first
     ) except -2 nogil:
         """Check the next descriptor of a chain; return CHAIN_GOOD, or the rule that it breaks."""
         cdef int rule
         if not entry.flags & VIRTQ_DESC_F_INDIRECT:
-            return self.add(
+            return self.add_rarely(
                 chain, buffers, entry.address, entry.length, entry.flags & VIRTQ_DESC_F_WRITE
             )
         rule = self.check_table(entry.address, entry.length, entry.flags, not first)
@@ -229,7 +184,7 @@ cdef class PackedRing(Ring):
             if not self.memory.copy_out(raw, table + index * VIRTQ_DESC_SIZE, VIRTQ_DESC_SIZE):
                 return CHAIN_INDIRECT_TABLE
             entry = load_packed(raw)
-            rule = self.add(
+            rule = self.add_rarely(
                 chain, buffers, entry.address, entry.length, entry.flags & VIRTQ_DESC_F_WRITE
             )
             if rule != CHAIN_GOOD:
@@ -359,9 +314,71 @@ cdef class PackedRing(Ring):
         cdef uint16_t flags
         if self.tracked and self.inflight.waiting:
             return True
-        return self._is_available(&flags)
+        return _is_available(self, &flags)
 
 
 cdef inline uint16_t _pack(Position position) noexcept nogil:
     """Return a position as a vring base and an event area have it."""
     return <uint16_t>(position.slot | position.wrap << 15)
+
+
+# Functions, because gcc inlines no method at -O2: the table of methods refers to it.
+
+cdef inline bint _is_available(PackedRing ring, uint16_t *flags) noexcept nogil:
+    """Tell whether the driver made the next slot available, and all slots are not taken."""
+    cdef uint32_t wanted = VIRTQ_DESC_F_USED
+    if ring._available.wrap:
+        wanted = VIRTQ_DESC_F_AVAIL
+    if ring._outstanding >= ring.size:
+        return False
+    flags[0] = load_index(
+        ring._descriptors + ring._available.slot * <size_t>VIRTQ_DESC_SIZE + FLAGS_AT
+    )
+    return flags[0] & AVAILABLE_OR_USED == wanted
+
+
+cdef inline int _take_new(
+    PackedRing ring, Chain *chain, Buffers *buffers, uint16_t flags
+) except -1 nogil:
+    """Take the chain at the available position; ``flags`` are those of its head."""
+    cdef packed_descriptor entry
+    cdef packed_descriptor copy
+    cdef int fault = CHAIN_GOOD
+    cdef uint32_t left = ring.size - ring._outstanding
+    cdef uint32_t slot = ring._available.slot
+    cdef uint32_t slots = 0
+    cdef uint64_t head = 0
+    if ring.tracked:
+        head = ring.inflight.begin()
+    while True:
+        entry = load_packed(ring._descriptors + slot * <size_t>VIRTQ_DESC_SIZE)
+        if not slots:
+            entry.flags = flags  # the driver may have changed them since
+        if ring.tracked or entry.flags & VIRTQ_DESC_F_INDIRECT:
+            copy = entry  # one with an address: the other one stays in registers
+        if ring.tracked:
+            ring.inflight.add(&copy)
+        if fault != CHAIN_GOOD:
+            pass  # the other slots of the chain are counted only
+        elif entry.flags & VIRTQ_DESC_F_INDIRECT:
+            fault = ring._judge(chain, buffers, &copy, not slots)
+        else:
+            fault = ring.add(
+                chain, buffers, entry.address, entry.length, entry.flags & VIRTQ_DESC_F_WRITE
+            )
+        slots += 1
+        if not entry.flags & VIRTQ_DESC_F_NEXT:
+            break
+        if slots == left:
+            return RING_ENDLESS_CHAIN
+        slot += 1
+        if slot == ring.size:
+            slot = 0
+    chain.fault = fault
+    if ring.tracked:
+        ring.inflight.end()
+    ring.walked += slots
+    ring._available = ring._advanced(ring._available, slots)
+    ring._outstanding += slots
+    chain.token = entry.id | <uint64_t>slots << 16 | head << 32
+    return RING_OK

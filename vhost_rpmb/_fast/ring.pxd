@@ -3,7 +3,6 @@ from libc.stddef cimport size_t
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 
 from vhost_rpmb._fast.constants cimport (
-    CHAIN_BUFFER,
     CHAIN_BYTES,
     CHAIN_EMPTY_DESCRIPTOR,
     CHAIN_ORDER,
@@ -86,6 +85,9 @@ cdef class Ring:
     cdef int check_table(
         self, uint64_t address, uint32_t length, uint16_t flags, bint nested
     ) except -2 nogil
+    cdef int add_rarely(
+        self, Chain *chain, Buffers *buffers, uint64_t address, uint32_t length, bint writable
+    ) except -2 nogil
     cdef inline int add(
         self, Chain *chain, Buffers *buffers, uint64_t address, uint32_t length, bint writable
     ) except -2 nogil:
@@ -111,13 +113,10 @@ cdef class Ring:
         self, Segments *segments, uint64_t address, uint64_t length, uint64_t before
     ) except -2 nogil:
         """Check a buffer and append its pieces; ``before``: bytes of the buffers before it."""
-        cdef uint64_t left = 0
-        cdef unsigned char *host = self.memory.find(address, &left)
+        cdef unsigned char *host = self.memory.find_whole(address, length)
         cdef Segment *segment
-        if host == NULL:
-            return CHAIN_BUFFER
         if (
-            length > left
+            host == NULL
             or before + length > segments.wanted
             or segments.count == segments.capacity
         ):

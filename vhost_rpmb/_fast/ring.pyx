@@ -89,6 +89,13 @@ cdef class Ring:
         return CHAIN_INDIRECT_TABLE if rule == CHAIN_BUFFER else rule
 
     @cython.final
+    cdef int add_rarely(
+        self, Chain *chain, Buffers *buffers, uint64_t address, uint32_t length, bint writable
+    ) except -2 nogil:
+        """Do what add() does; not inlined, for places where that is not worth it."""
+        return self.add(chain, buffers, address, length, writable)
+
+    @cython.final
     cdef int add_pieces(
         self, Segments *segments, uint64_t address, uint64_t length, uint64_t wanted
     ) except -2 nogil:

@@ -17,7 +17,6 @@ cdef class SplitRing(Ring):
     cdef unsigned char *_used
 
     cdef void resume(self, uint16_t used, Inflight inflight) noexcept
-    cdef int _walk(self, Chain *chain, Buffers *buffers, uint32_t index) except -2 nogil
     cdef void _mark_published(self) noexcept nogil
     cdef void _mark(self, uint64_t offset, uint64_t length) noexcept nogil
     cdef void _store_used(self, size_t offset, uint16_t value) noexcept nogil

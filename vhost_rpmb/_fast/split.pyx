@@ -108,50 +108,13 @@ cdef class SplitRing(Ring):
         chain.count = 0
         chain.readable = 0
         chain.writable = 0
-        chain.fault = self._walk(chain, buffers, head)
+        chain.fault = _walk(self, chain, buffers, head)
         if chain.fault != CHAIN_GOOD:
             chain.readable = 0
             chain.writable = 0
             buffers.readable.count = readable
             buffers.writable.count = writable
         return RING_OK
-
-    cdef int _walk(self, Chain *chain, Buffers *buffers, uint32_t index) except -2 nogil:
-        """Follow the chain from a head on; return CHAIN_GOOD, or the rule that it breaks."""
-        cdef descriptor entry
-        cdef unsigned char raw[VIRTQ_DESC_SIZE]
-        cdef bint indirect = False
-        cdef uint64_t table = 0
-        cdef uint32_t entries = self.size
-        cdef int rule
-        self.crossings = 0
-        while True:
-            self.walked += 1
-            if indirect:
-                if not self.memory.copy_out(raw, table + index * VIRTQ_DESC_SIZE, VIRTQ_DESC_SIZE):
-                    return CHAIN_INDIRECT_TABLE
-                entry = load_descriptor(raw)
-            else:
-                entry = load_descriptor(self._descriptors + index * VIRTQ_DESC_SIZE)
-            if entry.flags & VIRTQ_DESC_F_INDIRECT:
-                rule = self.check_table(entry.address, entry.length, entry.flags, indirect)
-                if rule != CHAIN_GOOD:
-                    return rule
-                indirect = True
-                table = entry.address
-                index = 0
-                entries = entry.length // VIRTQ_DESC_SIZE
-                continue
-            rule = self.add(
-                chain, buffers, entry.address, entry.length, entry.flags & VIRTQ_DESC_F_WRITE
-            )
-            if rule != CHAIN_GOOD:
-                return rule
-            if not entry.flags & VIRTQ_DESC_F_NEXT:
-                return CHAIN_GOOD
-            if entry.next >= entries:
-                return CHAIN_NEXT
-            index = entry.next
 
     cdef void mark(self) noexcept nogil:
         if self.marked:
@@ -235,3 +198,44 @@ cdef class SplitRing(Ring):
         if self.tracked and self.inflight.waiting:
             return True
         return load_index(self._available + 2) != self._next_available
+
+
+# A function, because gcc inlines no method at -O2: the table of methods refers to it.
+cdef inline int _walk(
+    SplitRing ring, Chain *chain, Buffers *buffers, uint32_t index
+) except -2 nogil:
+    """Follow the chain from a head on; return CHAIN_GOOD, or the rule that it breaks."""
+    cdef descriptor entry
+    cdef unsigned char raw[VIRTQ_DESC_SIZE]
+    cdef bint indirect = False
+    cdef uint64_t table = 0
+    cdef uint32_t entries = ring.size
+    cdef int rule
+    ring.crossings = 0
+    while True:
+        ring.walked += 1
+        if indirect:
+            if not ring.memory.copy_out(raw, table + index * VIRTQ_DESC_SIZE, VIRTQ_DESC_SIZE):
+                return CHAIN_INDIRECT_TABLE
+            entry = load_descriptor(raw)
+        else:
+            entry = load_descriptor(ring._descriptors + index * VIRTQ_DESC_SIZE)
+        if entry.flags & VIRTQ_DESC_F_INDIRECT:
+            rule = ring.check_table(entry.address, entry.length, entry.flags, indirect)
+            if rule != CHAIN_GOOD:
+                return rule
+            indirect = True
+            table = entry.address
+            index = 0
+            entries = entry.length // VIRTQ_DESC_SIZE
+            continue
+        rule = ring.add(
+            chain, buffers, entry.address, entry.length, entry.flags & VIRTQ_DESC_F_WRITE
+        )
+        if rule != CHAIN_GOOD:
+            return rule
+        if not entry.flags & VIRTQ_DESC_F_NEXT:
+            return CHAIN_GOOD
+        if entry.next >= entries:
+            return CHAIN_NEXT
+        index = entry.next
