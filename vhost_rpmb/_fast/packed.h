@@ -17,10 +17,19 @@ struct packed_descriptor {
     uint16_t flags;
 };
 
-static inline struct packed_descriptor load_packed(const unsigned char *source) {
-    const uint64_t address = load_word(source), rest = load_word(source + 8);
+static inline struct packed_descriptor make_packed(uint64_t address, uint64_t rest) {
     return (struct packed_descriptor){ address, (uint32_t)rest, (uint16_t)(rest >> 32),
                                        (uint16_t)(rest >> 48) };
+}
+
+static inline struct packed_descriptor load_packed(const unsigned char *source) {
+    return make_packed(load_word(source), load_word(source + 8));
+}
+
+/* The second half of a descriptor in the ring, before the first one: its flags say whether the
+   driver made both. In one access, because slots are aligned. */
+static inline uint64_t load_packed_rest(const unsigned char *slot) {
+    return le64toh(__atomic_load_n((const uint64_t *)(slot + 8), __ATOMIC_ACQUIRE));
 }
 
 /* The second half of a used descriptor: length, id and flags. */

@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
+from libc.stddef cimport size_t
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 
+from vhost_rpmb._fast.constants cimport VIRTQ_DESC_SIZE
 from vhost_rpmb._fast.inflight cimport PackedInflight, packed_descriptor
-from vhost_rpmb._fast.ring cimport Buffers, Chain, Ring
+from vhost_rpmb._fast.ring cimport Answered, Buffers, Chain, Ring
 
 cdef extern from "packed.h" nogil:
     uint64_t make_packed_used(uint32_t length, uint16_t id, uint16_t flags)
+    packed_descriptor make_packed(uint64_t address, uint64_t rest)
+    uint64_t load_packed_rest(const unsigned char *slot)
     void store_packed_used(unsigned char *, uint64_t)
     void store_used_without_flags(unsigned char *, uint64_t)
     uint32_t load_area(const unsigned char *)
@@ -17,20 +21,12 @@ cdef struct Position:
     uint32_t wrap  # 0 or 1
 
 
-cdef struct Put:
-    # A chain that is to be published: its used descriptor, but for the bits of the lap.
-    uint64_t used
-    uint32_t slots
-    uint16_t entry  # in the in-flight record
-    uint16_t flags
-
-
 cdef class PackedRing(Ring):
     cdef PackedInflight inflight
     cdef Position _available
     cdef Position _used
     cdef uint32_t _outstanding  # slots of chains that were taken and not published
-    cdef Put *_waiting  # room for the largest ring
+    cdef Answered *_waiting  # to be published; room for the largest ring
     cdef uint32_t _waiting_count
     cdef uint32_t _waiting_slots
     cdef Position _first  # the used position before the batch published last
@@ -42,7 +38,9 @@ cdef class PackedRing(Ring):
     cdef uint64_t _device_area_address
 
     cdef void resume(self, PackedInflight inflight) noexcept
-    cdef unsigned char *slot(self, uint32_t slot) noexcept nogil
+    cdef inline unsigned char *slot(self, uint32_t slot) noexcept nogil:
+        """Return where a slot of a mapped ring is mapped."""
+        return self._descriptors + slot * <size_t>VIRTQ_DESC_SIZE
     cdef void write_slot(self, uint32_t slot, const char *descriptor) noexcept nogil
     cdef void _mark_slots(self, uint64_t first, uint64_t last) noexcept nogil
     cdef void _mark(self, uint64_t address, uint64_t length) noexcept nogil

@@ -15,7 +15,7 @@ from vhost_rpmb._fast.ring cimport CHAIN_GOOD, NO_CHAIN, Answered, Buffers, Chai
 __all__ = ["PackedRing"]
 
 cdef extern from "ring.h" nogil:
-    uint16_t load_index(const unsigned char *)
+    uint64_t load_word(const unsigned char *)
     void store_index(unsigned char *, uint16_t)
     void store_word(unsigned char *, uint32_t)
 
@@ -30,7 +30,7 @@ cdef enum:
 cdef class PackedRing(Ring):
     def __cinit__(self, GuestMemory memory not None):
         # Its pages are touched as far as batches reach only.
-        self._waiting = <Put *>malloc(VIRTQ_MAX_SIZE * sizeof(Put))
+        self._waiting = <Answered *>malloc(VIRTQ_MAX_SIZE * sizeof(Answered))
         if self._waiting == NULL:
             raise MemoryError()
         self.set_base(START | <uint32_t>START << 16)
@@ -102,27 +102,23 @@ cdef class PackedRing(Ring):
         self._first = self._used
         self.mapped = False
 
-    cdef unsigned char *slot(self, uint32_t slot) noexcept nogil:
-        """Return where a slot of a mapped ring is mapped."""
-        return self._descriptors + slot * <size_t>VIRTQ_DESC_SIZE
-
     cdef void write_slot(self, uint32_t slot, const char *descriptor) noexcept nogil:
         self.memory.store(self.slot(slot), descriptor, VIRTQ_DESC_SIZE)
         self._mark_slots(slot, slot)
 
     cdef int look(self, uint32_t *available) noexcept nogil:
-        cdef uint16_t flags
+        cdef uint64_t rest
         self.walked = 0
         self._waiting_count = self._waiting_slots = 0
         available[0] = self.inflight.waiting if self.tracked else 0
-        if _is_available(self, &flags):
+        if _is_available(self, &rest):
             available[0] += self.size - self._outstanding
         return RING_OK
 
     cdef int take(self, Chain *chain, Buffers *buffers) except -1 nogil:
         cdef size_t readable = buffers.readable.count
         cdef size_t writable = buffers.writable.count
-        cdef uint16_t flags
+        cdef uint64_t rest
         cdef int rule
         self.crossings = 0
         chain.count = 0
@@ -131,8 +127,8 @@ cdef class PackedRing(Ring):
         chain.fault = CHAIN_GOOD
         if self.tracked and self.inflight.waiting:
             rule = self._take_again(chain, buffers)
-        elif _is_available(self, &flags):
-            rule = _take_new(self, chain, buffers, flags)
+        elif _is_available(self, &rest):
+            rule = _take_new(self, chain, buffers, rest)
         else:
             return NO_CHAIN
         if rule or chain.fault != CHAIN_GOOD:
@@ -219,20 +215,12 @@ cdef class PackedRing(Ring):
         self._outstanding -= slots
 
     cdef void put(self, const Answered *chains, size_t count) noexcept nogil:
-        cdef Put *put = &self._waiting[self._waiting_count]
-        cdef uint32_t slots = 0
-        cdef uint64_t token
+        cdef Answered *waiting = &self._waiting[self._waiting_count]
         cdef size_t index
         for index in range(count):
-            token = chains[index].token
-            put.slots = token >> 16 & 0xFFFF
-            put.entry = <uint16_t>(token >> 32)
-            put.flags = VIRTQ_DESC_F_WRITE if chains[index].length else 0
-            put.used = make_packed_used(chains[index].length, <uint16_t>token, put.flags)
-            slots += put.slots
-            put += 1
+            waiting[index] = chains[index]
+            self._waiting_slots += _slots(chains[index].token)
         self._waiting_count += <uint32_t>count
-        self._waiting_slots += slots
 
     cdef uint32_t position(self) noexcept nogil:
         return _pack(self._advanced(self._used, self._waiting_slots))
@@ -240,37 +228,36 @@ cdef class PackedRing(Ring):
     cdef void publish(self) noexcept nogil:
         cdef Position position = self._used
         cdef uint64_t lap = make_packed_used(0, 0, AVAILABLE_OR_USED)
+        cdef uint64_t bits = lap if self._used.wrap else 0
         cdef uint64_t used
         cdef uint32_t last = 0
         cdef uint16_t flags
         cdef uint32_t index
-        cdef unsigned char *place
-        cdef const Put *put = self._waiting
+        cdef const Answered *put = self._waiting
         self._first = self._used
         self._published = self._waiting_slots
         if not self._waiting_count:
             return
         if self.tracked:
             for index in range(self._waiting_count):
-                position = self._advanced(position, put[index].slots)
-                self.inflight.put(put[index].entry, _pack(position))
+                position = self._advanced(position, _slots(put[index].token))
+                self.inflight.put(<uint16_t>(put[index].token >> 32), _pack(position))
             position = self._used
         self.memory.touch(self._descriptors, self.size * <uint64_t>VIRTQ_DESC_SIZE)
         for index in range(self._waiting_count):
-            used = put[index].used
-            if position.wrap:
-                used |= lap
-            place = self.slot(position.slot) + USED_AT
+            flags = VIRTQ_DESC_F_WRITE if put[index].length else 0
+            used = bits | make_packed_used(put[index].length, <uint16_t>put[index].token, flags)
             if index:
-                store_packed_used(place, used)
+                store_packed_used(self.slot(position.slot) + USED_AT, used)
             else:
-                store_used_without_flags(place, used)
+                store_used_without_flags(self.slot(position.slot) + USED_AT, used)
             last = position.slot
-            position.slot += put[index].slots
+            position.slot += _slots(put[index].token)
             if position.slot >= self.size:
                 position.slot -= self.size
                 position.wrap ^= 1
-        flags = put[0].flags
+                bits ^= lap
+        flags = VIRTQ_DESC_F_WRITE if put[0].length else 0
         if self._used.wrap:
             flags |= AVAILABLE_OR_USED
         store_index(self.slot(self._used.slot) + FLAGS_AT, flags)
@@ -311,10 +298,15 @@ cdef class PackedRing(Ring):
         return self._first.slot <= place < self._first.slot + self._published
 
     cdef bint changed(self) noexcept nogil:
-        cdef uint16_t flags
+        cdef uint64_t rest
         if self.tracked and self.inflight.waiting:
             return True
-        return _is_available(self, &flags)
+        return _is_available(self, &rest)
+
+
+cdef inline uint32_t _slots(uint64_t token) noexcept nogil:
+    """Return how many slots a chain takes."""
+    return token >> 16 & 0xFFFF
 
 
 cdef inline uint16_t _pack(Position position) noexcept nogil:
@@ -324,25 +316,24 @@ cdef inline uint16_t _pack(Position position) noexcept nogil:
 
 # Functions, because gcc inlines no method at -O2: the table of methods refers to it.
 
-cdef inline bint _is_available(PackedRing ring, uint16_t *flags) noexcept nogil:
+cdef inline bint _is_available(PackedRing ring, uint64_t *rest) noexcept nogil:
     """Tell whether the driver made the next slot available, and all slots are not taken."""
-    cdef uint32_t wanted = VIRTQ_DESC_F_USED
+    cdef uint64_t wanted = make_packed_used(0, 0, VIRTQ_DESC_F_USED)
     if ring._available.wrap:
-        wanted = VIRTQ_DESC_F_AVAIL
+        wanted = make_packed_used(0, 0, VIRTQ_DESC_F_AVAIL)
     if ring._outstanding >= ring.size:
         return False
-    flags[0] = load_index(
-        ring._descriptors + ring._available.slot * <size_t>VIRTQ_DESC_SIZE + FLAGS_AT
-    )
-    return flags[0] & AVAILABLE_OR_USED == wanted
+    rest[0] = load_packed_rest(ring.slot(ring._available.slot))
+    return rest[0] & make_packed_used(0, 0, AVAILABLE_OR_USED) == wanted
 
 
 cdef inline int _take_new(
-    PackedRing ring, Chain *chain, Buffers *buffers, uint16_t flags
+    PackedRing ring, Chain *chain, Buffers *buffers, uint64_t rest
 ) except -1 nogil:
-    """Take the chain at the available position; ``flags`` are those of its head."""
-    cdef packed_descriptor entry
-    cdef packed_descriptor copy
+    """Take the chain at the available position; ``rest``: the second half of its head."""
+    cdef packed_descriptor entry  # where one with an address is needed; else the two words do
+    cdef uint64_t address
+    cdef uint32_t flags
     cdef int fault = CHAIN_GOOD
     cdef uint32_t left = ring.size - ring._outstanding
     cdef uint32_t slot = ring._available.slot
@@ -351,34 +342,32 @@ cdef inline int _take_new(
     if ring.tracked:
         head = ring.inflight.begin()
     while True:
-        entry = load_packed(ring._descriptors + slot * <size_t>VIRTQ_DESC_SIZE)
-        if not slots:
-            entry.flags = flags  # the driver may have changed them since
-        if ring.tracked or entry.flags & VIRTQ_DESC_F_INDIRECT:
-            copy = entry  # one with an address: the other one stays in registers
-        if ring.tracked:
-            ring.inflight.add(&copy)
+        address = load_word(ring.slot(slot))
+        flags = <uint32_t>(rest >> 48)
+        if ring.tracked or flags & VIRTQ_DESC_F_INDIRECT:
+            entry = make_packed(address, rest)
+            if ring.tracked:
+                ring.inflight.add(&entry)
         if fault != CHAIN_GOOD:
             pass  # the other slots of the chain are counted only
-        elif entry.flags & VIRTQ_DESC_F_INDIRECT:
-            fault = ring._judge(chain, buffers, &copy, not slots)
+        elif flags & VIRTQ_DESC_F_INDIRECT:
+            fault = ring._judge(chain, buffers, &entry, not slots)
         else:
-            fault = ring.add(
-                chain, buffers, entry.address, entry.length, entry.flags & VIRTQ_DESC_F_WRITE
-            )
+            fault = ring.add(chain, buffers, address, <uint32_t>rest, flags & VIRTQ_DESC_F_WRITE)
         slots += 1
-        if not entry.flags & VIRTQ_DESC_F_NEXT:
+        if not flags & VIRTQ_DESC_F_NEXT:
             break
         if slots == left:
             return RING_ENDLESS_CHAIN
         slot += 1
         if slot == ring.size:
             slot = 0
+        rest = load_packed_rest(ring.slot(slot))
     chain.fault = fault
     if ring.tracked:
         ring.inflight.end()
     ring.walked += slots
     ring._available = ring._advanced(ring._available, slots)
     ring._outstanding += slots
-    chain.token = entry.id | <uint64_t>slots << 16 | head << 32
+    chain.token = (rest >> 32 & 0xFFFF) | <uint64_t>slots << 16 | head << 32
     return RING_OK
