@@ -9,12 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.daemon import SANDBOX
+from tests.support.daemon import PATIENCE, SANDBOX
 from tests.support.etcd import EtcdCluster
 from tests.support.faulty import Faults
 from tests.support.fleet import Host, create_device, describe
+from tests.support.hosts import SETUP, MovingFrontend, leave, resume
 from tests.support.oracle import FRAME_SIZE, KEY, OK, split
 from tests.support.supervised import Supervised
+from vhost_rpmb.driver.errors import QueueError
+from vhost_rpmb.driver.rpmb import RpmbClient
 from vhost_rpmb.engine import Engine
 
 pytestmark = pytest.mark.etcd
@@ -75,3 +78,44 @@ def test_every_write_happens_exactly_once(host: Host, tmp_path: Path, engine: En
         assert last["counter"] == counter
         assert "front-end disconnected" not in supervised.manager.log
     assert "Traceback" not in supervised.manager.log
+
+
+def machine(path: Path, key: bytes | None = None, blob: bytes | None = None) -> RpmbClient:
+    frontend = MovingFrontend.connect(path, timeout=PATIENCE)
+    frontend.blob = blob
+    return RpmbClient(frontend, key, timeout=PATIENCE, setup=SETUP)
+
+
+def test_device_that_moved_survives_a_kill_after_its_take_over(
+    host: Host, tmp_path: Path, engine: Engine
+) -> None:
+    """The daemon is the owner in the store, and has not noted it yet: at the destination, and at
+    a source that takes the device back."""
+    made = []
+    for name, incoming in (("source", []), ("destination", ["--incoming"])):
+        (tmp_path / name).mkdir()
+        faults = Faults(tmp_path / name)
+        options = (host.store, "--device=vm-1", "--migration=shared", *incoming, "-v", *SANDBOX)
+        command = faults.command("--fd=3", *options)
+        made.append((faults, Supervised(tmp_path / name, engine=engine.name, command=command)))
+    (_, source), (faults, destination) = made
+    with source, destination, machine(source.path) as here:
+        here.program_key(KEY)
+        assert here.write(0, block(0)) == 1
+        ticket = leave(here)
+        faults.arm("taken")
+        with machine(destination.path, KEY, ticket) as there:
+            assert there.read(0, 1) == block(0)
+            assert not faults.armed
+            assert there.write(0, block(1)) == 2
+            leave(there)
+            faults.arm("taken")
+            resume(there)
+            assert there.read(0, 1) == block(1)
+            assert not faults.armed
+            assert destination.manager.starts == 3
+            resume(here)
+            with pytest.raises(QueueError):
+                here.read_counter()
+            assert "is superseded: it was taken over by" in source.manager.log
+        assert "superseded" not in destination.manager.log

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from tests.storage.fleet.story import block
 from tests.storage.fleet.test_tenancy import Moves
-from tests.support.fake_engine import Cluster
+from tests.support.fake_engine import Cluster, Crash, Fault, Kind
 from vhost_rpmb.engine import Engine
 from vhost_rpmb.errors import Fenced
 from vhost_rpmb.migration.note import Note
@@ -21,9 +22,18 @@ from vhost_rpmb.storage.fleet.tenancy import Tenancy
 class Host:
     """A daemon and the connection of its machine."""
 
-    def __init__(self, moves: Moves, engine: Engine, name: str, *, incoming: bool = False) -> None:
+    def __init__(
+        self,
+        moves: Moves,
+        engine: Engine,
+        name: str,
+        *,
+        incoming: bool = False,
+        note: Note | None = None,
+    ) -> None:
+        self.name = name
         self.store: Tenancy = moves.start(name)
-        self.note = Note()
+        self.note = note or Note()
         self.device = engine.RpmbDevice(self.store)
         self.tickets = Tickets(self.store, self.device, self.note, incoming=incoming)
 
@@ -128,3 +138,75 @@ def test_machine_that_never_ran_can_leave(source: Host, destination: Host) -> No
     source.tickets.connected()
     source.tickets.load(onward)
     assert source.runs()
+
+
+# Kills
+
+
+def crash(host: Host, moves: Moves, engine: Engine, kind: Kind, step: int) -> Host:
+    """Kill a daemon at a request of its take-over; return the one that continues its connection.
+
+    Beyond the last request: before the next turn of its loop.
+    """
+    moves.cluster.plan[moves.cluster.count + step] = Fault(kind)
+    with suppress(Crash):
+        assert host.tickets.start() == ""
+        assert host.store.begin()
+    moves.cluster.plan.clear()
+    return Host(moves, engine, host.name, note=host.note)
+
+
+@pytest.mark.parametrize("step", range(6))
+@pytest.mark.parametrize("kind", [Kind.CRASH_BEFORE, Kind.CRASH_AFTER])
+class TestKill:
+    """At each request of a take-over; whoever is first has the device."""
+
+    def test_arrived_device_continues(
+        self,
+        source: Host,
+        destination: Host,
+        moves: Moves,
+        engine: Engine,
+        kind: Kind,
+        step: int,
+    ) -> None:
+        destination.tickets.load(source.leave())
+        destination = crash(destination, moves, engine, kind, step)
+        destination = crash(destination, moves, engine, kind, step)
+        assert destination.runs()
+        destination.write()
+        assert destination.store.counter == 2
+        assert not source.runs()
+
+    def test_returned_device_continues(
+        self,
+        source: Host,
+        destination: Host,
+        moves: Moves,
+        engine: Engine,
+        kind: Kind,
+        step: int,
+    ) -> None:
+        destination.tickets.load(source.leave())
+        source = crash(source, moves, engine, kind, step)
+        source = crash(source, moves, engine, kind, step)
+        assert source.runs()
+        source.write()
+        assert source.store.counter == 2
+        assert not destination.runs()
+
+    def test_one_of_two_has_it(
+        self,
+        source: Host,
+        destination: Host,
+        moves: Moves,
+        engine: Engine,
+        kind: Kind,
+        step: int,
+    ) -> None:
+        """The other one is asked before the daemon is started again."""
+        destination.tickets.load(source.leave())
+        destination = crash(destination, moves, engine, kind, step)
+        first = source.runs()
+        assert destination.runs() is not first
+        (source if first else destination).write()

@@ -20,6 +20,7 @@ from typing import Any
 from vhost_rpmb import cli
 from vhost_rpmb.daemon import handover
 from vhost_rpmb.storage.fleet.store import FleetStore
+from vhost_rpmb.storage.fleet.tenancy import Tenancy
 from vhost_rpmb.storage.local import store
 from vhost_rpmb.vhost_user import intake, session
 
@@ -96,6 +97,7 @@ def main() -> int:
     around(handover.Handover, "retain", after=at("removed"))
     around(store.Store, "commit", after=at("committed"))
     around(FleetStore, "commit", after=at("committed"))
+    around(Tenancy, "begin", after=at("taken"))
     around(handover.Handover, "open", before=at("opening"))
     around(session.Session, "restore", before=at("restoring"), after=at("restored"))
     reach("starting")

@@ -39,7 +39,7 @@ _TRIES = struct.Struct("=I")
 _NUMBER = struct.Struct("=Q")  # of the descriptor stored last: none is used twice
 _CONSUMED_AT, _REPLIED_AT, _CONTROL_AT = (64, 1088), (128, 1152), (1280, 2560)  # by slot
 _JOURNAL = slice(512, 512 + 64)
-_NOTE = slice(576, 576 + 32)
+_NOTE = slice(576, 576 + 64)
 _SLOT_SIZE = 61440
 _SLOTS_AT = (4096, 4096 + _SLOT_SIZE)
 _SLOT = struct.Struct("=QII")  # sequence number (0: void), length, checksum

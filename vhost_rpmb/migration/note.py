@@ -11,7 +11,9 @@ __all__ = ["NOTE_SIZE", "Note"]
 
 _LAYOUT = struct.Struct("=Q16sQ")  # generation, token, kind
 _NONE, _GIVEN, _ARRIVED = 0, 1, 2
-NOTE_SIZE = _LAYOUT.size
+_INTENT = struct.Struct("=Q16s")  # generation, token
+_INTENT_AT = _LAYOUT.size
+NOTE_SIZE = _LAYOUT.size + _INTENT.size
 
 
 class Note:
@@ -31,6 +33,10 @@ class Note:
     def arrive(self, possession: Possession) -> None:
         """Note that the device has arrived."""
         _LAYOUT.pack_into(self._buffer, 0, possession.generation, possession.token, _ARRIVED)
+
+    def intend(self, possession: Possession) -> None:
+        """Note what the device is about to be taken over with; before that is durable."""
+        _INTENT.pack_into(self._buffer, _INTENT_AT, possession.generation, possession.token)
 
     def clear(self) -> None:
         """Forget it: a new connection begins."""
@@ -54,6 +60,11 @@ class Note:
         """Whether the noted hand-over is this one."""
         generation, token, kind = _LAYOUT.unpack_from(self._buffer)
         return kind != _NONE and (generation, token) == (possession.generation, possession.token)
+
+    def intended(self, possession: Possession) -> bool:
+        """Whether the device was taken over on the present connection as it is now."""
+        found = _INTENT.unpack_from(self._buffer, _INTENT_AT)
+        return self._kind != _NONE and found == (possession.generation, possession.token)
 
     def took_back(self, possession: Possession) -> bool:
         """Whether this is the state after the device that left was taken back."""

@@ -228,10 +228,12 @@ def try_take_over(
     clock: Callable[[], float] = boot_time,
     seen: Mapping[bytes, bytes] | None = None,
     after: str | None = None,
+    intending: Callable[[Owner], None] = lambda owner: None,
 ) -> Ownership | Owner:
     """Become the owner of a device, or return the present one, whose lease has not ended.
 
     ``after``: the token of the only owner that may be replaced; raises `Fenced` for another.
+    ``intending`` is called with the owner to be, before each attempt.
 
     ``mode``: "expired" leaves a device to an owner that is alive, "never" refuses it with an error,
     "now" looks at no lease: writes of the previous owner fail from then on, but it may answer reads
@@ -257,6 +259,7 @@ def try_take_over(
                     return before
                 if attempt is None:
                     attempt = _Attempt(requests, presence, lease_seconds, clock)
+                intending(attempt.owner(before))
                 # Of a dead or replaced owner only the token counts: its lease may go on.
                 any_lease = mode == "now" or (keys.alive in found and not alive)
                 try:
@@ -302,6 +305,10 @@ class _Attempt:
         self._token = secrets.token_hex(16)
         self.claim = presence.claim(self._token)  # before another daemon can see the token
 
+    def owner(self, before: Owner) -> Owner:
+        """The owner that replaces another one."""
+        return Owner(before.epoch + 1, self._token, _HOST, os.getpid(), ACTIVE)
+
     def make(
         self,
         requests: Requests,
@@ -312,7 +319,7 @@ class _Attempt:
         any_lease: bool,
     ) -> tuple[Owner, Answer]:
         """Replace the owner that was found; return the new one, and the records of the device."""
-        owner = Owner(before.epoch + 1, self._token, _HOST, os.getpid(), ACTIVE)
+        owner = self.owner(before)
         compare = [Compare(keys.owner, found[keys.owner])]
         if not any_lease:
             compare.append(Compare(keys.alive, None))

@@ -58,6 +58,8 @@ class Tenancy:
         self._witness: Witness | None = None  # of the last time that the device was owned
         self._seen: Mapping[bytes, bytes] | None = self._state.found  # and not tried
         self.after: str | None = None  # the token of the only owner that `begin` may replace
+        # Called with the owner that this daemon is about to be, before the store is asked.
+        self.intending: Callable[[Owner], None] = lambda owner: None
         self.owner: Owner | None = None  # as which it was owned last
         self._told = False  # that another daemon owns the device
         self._closed = False
@@ -90,6 +92,7 @@ class Tenancy:
             clock=self._clock,
             seen=self._seen if self.after is None else None,
             after=self.after,
+            intending=self.intending,
         )
         self._seen = None
         if not isinstance(outcome, Ownership):
