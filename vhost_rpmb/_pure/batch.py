@@ -76,9 +76,10 @@ class Batch:
         return True
 
     def answer(self, queue: Virtqueue, answers: list[bytes]) -> None:
-        """Write the answer of each chain into guest memory and return the chain."""
+        """Write the answers of all chains into guest memory, then return the chains."""
         for work, answer in zip(self.work, answers, strict=True):
             _scatter(queue._memory, work.writable, answer)
+        for work, answer in zip(self.work, answers, strict=True):
             queue._put(work.token, len(answer))
 
 
