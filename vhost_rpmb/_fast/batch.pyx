@@ -21,6 +21,9 @@ from vhost_rpmb._fast.virtqueue cimport Virtqueue
 
 __all__ = ["Batch", "View"]
 
+cdef extern from "byteorder.h" nogil:
+    void copy_frame(unsigned char *, const unsigned char *)
+
 cdef extern from "<openssl/crypto.h>" nogil:
     void OPENSSL_cleanse(void *, size_t)
 
@@ -248,7 +251,7 @@ cdef inline int _gather(Batch batch, GuestMemory memory, uint64_t length) except
     batch._requests_size = start + length
     if length == FRAME_SIZE and segment.length == FRAME_SIZE:  # without its stuff bytes
         memory.touch(segment.host, FRAME_SIZE)
-        memcpy(target + FRAME_KEY_MAC, segment.host + FRAME_KEY_MAC, FRAME_SIZE - FRAME_KEY_MAC)
+        copy_frame(target, segment.host)
         return 0
     for index in range(batch._buffers.readable.count):
         memory.touch(segment[index].host, segment[index].length)
@@ -265,6 +268,9 @@ cdef inline void _scatter(
     cdef uint64_t length = <uint64_t>work.answered * FRAME_SIZE
     cdef uint64_t part
     cdef Segment *segment = batch._buffers.writable.items + work.segment
+    if length and length <= segment.length:
+        memory.put(segment.guest_address, segment.host, answer, length)
+        return
     while length:
         part = min(length, segment.length)
         memory.put(segment.guest_address, segment.host, answer, part)

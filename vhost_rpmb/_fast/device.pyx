@@ -25,6 +25,7 @@ cdef extern from "byteorder.h":
     uint32_t load32(const unsigned char *) noexcept nogil
     void store16(unsigned char *, uint16_t) noexcept nogil
     void store32(unsigned char *, uint32_t) noexcept nogil
+    void clear_frame(unsigned char *) noexcept nogil
 
 
 cdef extern from "journal.h" nogil:
@@ -279,7 +280,7 @@ cdef class RpmbDevice:
         """Return one frame of the response, all zeros; NULL if there is no room for it."""
         cdef unsigned char *frame = self._place(work, 1)
         if frame != NULL:
-            memset(frame + FRAME_KEY_MAC, 0, FRAME_SIZE - FRAME_KEY_MAC)
+            clear_frame(frame)
         return frame
 
     cdef int _end_answer(
@@ -441,6 +442,7 @@ cdef class RpmbDevice:
         cdef uint32_t index
         cdef uint16_t result = VIRTIO_RPMB_RES_OK
         cdef uint16_t answered
+        cdef const unsigned char *block = NULL
         cdef unsigned char *answer
         cdef Authenticator authenticator = self._view.authenticator
         if not count and not self._strict:
@@ -455,7 +457,8 @@ cdef class RpmbDevice:
             result = VIRTIO_RPMB_RES_GENERAL_FAILURE
         else:
             for index in range(count):
-                if self._view.read(address + index) == NULL:
+                block = self._view.read(address + index)
+                if block == NULL:
                     result = VIRTIO_RPMB_RES_READ_FAILURE
                     break
             else:
@@ -471,7 +474,9 @@ cdef class RpmbDevice:
                 answer += FRAME_SIZE
             memset(answer + FRAME_KEY_MAC, 0, MAC_SIZE)
             if result == VIRTIO_RPMB_RES_OK:
-                memcpy(answer + FRAME_DATA, self._view.read(address + index), BLOCK_SIZE)
+                if frames > 1:  # of a single one, the block was found above
+                    block = self._view.read(address + index)
+                memcpy(answer + FRAME_DATA, block, BLOCK_SIZE)
             else:
                 memset(answer + FRAME_DATA, 0, BLOCK_SIZE)
             memcpy(answer + FRAME_NONCE, frame + FRAME_NONCE, NONCE_SIZE)
