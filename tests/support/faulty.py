@@ -13,19 +13,25 @@ import functools
 import os
 import signal
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from vhost_rpmb import cli
 from vhost_rpmb.daemon import handover
+from vhost_rpmb.migration.copying import Copying
+from vhost_rpmb.migration.handing import Handing
 from vhost_rpmb.storage.fleet.store import FleetStore
 from vhost_rpmb.storage.fleet.tenancy import Tenancy
 from vhost_rpmb.storage.local import store
-from vhost_rpmb.vhost_user import intake, session
+from vhost_rpmb.vhost_user import foreign, intake, session, transfer
 
 # In the order of the steps of a message.
 POINTS = ("peeked", "stored", "saving", "saved", "consumed", "handled", "replied", "removed")
+# In the order of the steps of a transfer of device state; "part" is of the bytes.
+SAVING = ("giving", "given", "moving", "part", "moved", "checking")
+LOADING = ("moving", "part", "moved", "checking", "loading", "loaded")
 _SIZE = 32
 
 
@@ -98,6 +104,17 @@ def main() -> int:
     around(store.Store, "commit", after=at("committed"))
     around(FleetStore, "commit", after=at("committed"))
     around(Tenancy, "begin", after=at("taken"))
+    for mode in (Copying, Handing):
+        around(mode, "save", before=at("giving"), after=at("given"))
+        around(mode, "load", before=at("loading"), after=at("loaded"))
+    around(transfer._Job, "_run", before=at("moving"))
+    # The end of the bytes, before the end of the transfer is reported; other uses stay as they are.
+    own = types.SimpleNamespace(**vars(foreign))
+    around(own, "close_here", after=at("moved"))
+    vars(transfer)["foreign"] = own
+    for name in ("_read", "_write"):
+        around(transfer._Job, name, after=at("part"))
+    around(transfer.StateTransfer, "check", before=at("checking"))
     around(handover.Handover, "open", before=at("opening"))
     around(session.Session, "restore", before=at("restoring"), after=at("restored"))
     reach("starting")

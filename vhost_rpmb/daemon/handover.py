@@ -40,6 +40,8 @@ _NUMBER = struct.Struct("=Q")  # of the descriptor stored last: none is used twi
 _CONSUMED_AT, _REPLIED_AT, _CONTROL_AT = (64, 1088), (128, 1152), (1280, 2560)  # by slot
 _JOURNAL = slice(512, 512 + 64)
 _NOTE = slice(576, 576 + 64)
+_OWNER_SIZE = 16
+_ARRIVING = slice(640, 640 + _OWNER_SIZE)
 _SLOT_SIZE = 61440
 _SLOTS_AT = (4096, 4096 + _SLOT_SIZE)
 _SLOT = struct.Struct("=QII")  # sequence number (0: void), length, checksum
@@ -117,8 +119,9 @@ class Handover:
         return memoryview(self._map)[_NOTE] if self._map is not None else None
 
     def rename(self, owner: str) -> None:
-        """Keep the connection for a device of another name: it arrived."""
-        self._owner = owner.encode()
+        """Keep the connection for a device of another name too; before that one has arrived."""
+        if self._map is not None:
+            self._map[_ARRIVING] = owner.encode().ljust(_OWNER_SIZE, b"\0")
 
     def connection(self) -> socket.socket:
         """The connection that the record describes; ValueError if it is another kind of file."""
@@ -193,7 +196,7 @@ class Handover:
         if self._map is None or not self.active:
             return
         self.record = record
-        data = self._owner.ljust(16, b"\0") + record if record else b""
+        data = self._owner.ljust(_OWNER_SIZE, b"\0") + record if record else b""
         self._sequence += 1
         slot = self._sequence & 1
         place = _SLOTS_AT[slot]
@@ -309,9 +312,10 @@ class Handover:
                 self._sequence, best = sequence, data
         if best is None:
             raise _UnfitError("its record is damaged")
-        if best and best[:16].rstrip(b"\0") != self._owner:
+        owners = [name.rstrip(b"\0") for name in (best[:_OWNER_SIZE], self._map[_ARRIVING])]
+        if best and self._owner not in owners:
             raise _UnfitError("it belongs to another device")
-        self.record = best[16:]
+        self.record = best[_OWNER_SIZE:]
 
     def _control(self) -> ctypes.Array[ctypes.c_char]:
         assert self._map is not None

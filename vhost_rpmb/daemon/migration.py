@@ -122,5 +122,5 @@ def make_migration(
         sealer=sealer,
         key_file=read_key_file(options.key_path, lambda text: None),
         incoming=options.incoming,
-        renamed=handover.rename,
+        renaming=handover.rename,
     )

@@ -37,8 +37,8 @@ class Copying(Mode):
     """Hands a device in files to another host, or receives one, as a copy.
 
     Implements `vhost_rpmb.vhost_user.interfaces.DeviceState`. ``key_file``: a key that a
-    fingerprint may be of. ``incoming``: the device arrives before it is used. ``renamed`` is
-    called with the name of a device that has arrived.
+    fingerprint may be of. ``incoming``: the device arrives before it is used. ``renaming`` is
+    called with the name of a device that is about to arrive.
     """
 
     def __init__(
@@ -51,10 +51,10 @@ class Copying(Mode):
         sealer: MigrationKey | None,
         key_file: bytes | None,
         incoming: bool,
-        renamed: Callable[[str], None] = lambda name: None,
+        renaming: Callable[[str], None] = lambda name: None,
     ) -> None:
         super().__init__(store, device, note)
-        self._renamed = renamed
+        self._renaming = renaming
         self._store = store
         self._fence = fence
         self._sealer = sealer
@@ -180,8 +180,8 @@ class Copying(Mode):
             received = Received(
                 state.name, state.image(), damaged, state.counter, key, state.replay
             )
+            self._renaming(state.name)
             store.adopt(received, possession)
-            self._renamed(store.name)
         self._expected = False
         self._before = None
         self._device.reload()
