@@ -260,9 +260,7 @@ cdef inline int _gather(Batch batch, GuestMemory memory, uint64_t length) except
     return 0
 
 
-cdef inline void _scatter(
-    Batch batch, GuestMemory memory, const Work *work
-) noexcept:
+cdef inline void _scatter(Batch batch, GuestMemory memory, const Work *work) noexcept:
     """Write the answer of a chain into its device-writable buffers."""
     cdef const unsigned char *answer = batch.responses + work.response
     cdef uint64_t length = <uint64_t>work.answered * FRAME_SIZE

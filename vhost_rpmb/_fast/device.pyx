@@ -265,8 +265,6 @@ cdef class RpmbDevice:
             _run(self, &self._batch.work[index])
         return 0
 
-    # One chain: requests in order, each answer appended while room lasts.
-
     cdef inline unsigned char *_place(self, Work *work, uint32_t count) noexcept:
         """Return where the next ``count`` frames of the response go; NULL if there is no room.
 
@@ -515,6 +513,7 @@ cdef class RpmbDevice:
 
 # A function, because gcc inlines no method at -O2: the table of methods refers to it.
 cdef inline int _run(RpmbDevice device, Work *work) except -1:
+    """Execute one chain: requests in order, each answer appended while room lasts."""
     cdef const unsigned char *frame = device._batch.requests + work.request
     cdef uint32_t left = work.frames
     cdef uint32_t taken

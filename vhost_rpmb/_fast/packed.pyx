@@ -160,7 +160,7 @@ cdef class PackedRing(Ring):
         """Check the next descriptor of a chain; return CHAIN_GOOD, or the rule that it breaks."""
         cdef int rule
         if not entry.flags & VIRTQ_DESC_F_INDIRECT:
-            return self.add_rarely(
+            return self.add_out_of_line(
                 chain, buffers, entry.address, entry.length, entry.flags & VIRTQ_DESC_F_WRITE
             )
         rule = self.check_table(entry.address, entry.length, entry.flags, not first)
@@ -180,7 +180,7 @@ cdef class PackedRing(Ring):
             if not self.memory.copy_out(raw, table + index * VIRTQ_DESC_SIZE, VIRTQ_DESC_SIZE):
                 return CHAIN_INDIRECT_TABLE
             entry = load_packed(raw)
-            rule = self.add_rarely(
+            rule = self.add_out_of_line(
                 chain, buffers, entry.address, entry.length, entry.flags & VIRTQ_DESC_F_WRITE
             )
             if rule != CHAIN_GOOD:
@@ -318,13 +318,13 @@ cdef inline uint16_t _pack(Position position) noexcept nogil:
 
 cdef inline bint _is_available(PackedRing ring, uint64_t *rest) noexcept nogil:
     """Tell whether the driver made the next slot available, and all slots are not taken."""
-    cdef uint64_t wanted = make_packed_used(0, 0, VIRTQ_DESC_F_USED)
+    cdef uint64_t wanted = <uint64_t>VIRTQ_DESC_F_USED << 48
     if ring._available.wrap:
-        wanted = make_packed_used(0, 0, VIRTQ_DESC_F_AVAIL)
+        wanted = <uint64_t>VIRTQ_DESC_F_AVAIL << 48
     if ring._outstanding >= ring.size:
         return False
     rest[0] = load_packed_rest(ring.slot(ring._available.slot))
-    return rest[0] & make_packed_used(0, 0, AVAILABLE_OR_USED) == wanted
+    return rest[0] & <uint64_t>AVAILABLE_OR_USED << 48 == wanted
 
 
 cdef inline int _take_new(

@@ -85,7 +85,7 @@ cdef class Ring:
     cdef int check_table(
         self, uint64_t address, uint32_t length, uint16_t flags, bint nested
     ) except -2 nogil
-    cdef int add_rarely(
+    cdef int add_out_of_line(
         self, Chain *chain, Buffers *buffers, uint64_t address, uint32_t length, bint writable
     ) except -2 nogil
     cdef inline int add(

@@ -89,10 +89,10 @@ cdef class Ring:
         return CHAIN_INDIRECT_TABLE if rule == CHAIN_BUFFER else rule
 
     @cython.final
-    cdef int add_rarely(
+    cdef int add_out_of_line(
         self, Chain *chain, Buffers *buffers, uint64_t address, uint32_t length, bint writable
     ) except -2 nogil:
-        """Do what add() does; not inlined, for places where that is not worth it."""
+        """Do what add() does; for callers that are not of the hot path."""
         return self.add(chain, buffers, address, length, writable)
 
     @cython.final
