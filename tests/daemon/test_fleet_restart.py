@@ -4,16 +4,17 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from tests.support.daemon import PATIENCE, SANDBOX
 from tests.support.etcd import EtcdCluster
-from tests.support.faulty import Faults
+from tests.support.faulty import SAVING, Faults
 from tests.support.fleet import Host, create_device, describe
-from tests.support.hosts import SETUP, MovingFrontend, leave, resume
+from tests.support.hosts import SETUP, PatientFrontend, leave, resume
 from tests.support.oracle import FRAME_SIZE, KEY, OK, split
 from tests.support.supervised import Supervised
 from vhost_rpmb.driver.errors import QueueError
@@ -80,10 +81,30 @@ def test_every_write_happens_exactly_once(host: Host, tmp_path: Path, engine: En
     assert "Traceback" not in supervised.manager.log
 
 
-def machine(path: Path, key: bytes | None = None, blob: bytes | None = None) -> RpmbClient:
-    frontend = MovingFrontend.connect(path, timeout=PATIENCE)
-    frontend.blob = blob
+def machine(
+    path: Path,
+    key: bytes | None = None,
+    blob: bytes | None = None,
+    beginning: Callable[[], None] = lambda: None,
+) -> RpmbClient:
+    frontend = PatientFrontend.connect(path, timeout=PATIENCE)
+    frontend.blob, frontend.beginning = blob, beginning
     return RpmbClient(frontend, key, timeout=PATIENCE, setup=SETUP)
+
+
+def two_sides(
+    host: Host, folder: Path, engine: Engine
+) -> tuple[tuple[Faults, Supervised], tuple[Faults, Supervised]]:
+    """A daemon with the device, and one that waits for it; both can die at points."""
+
+    def side(name: str, *incoming: str) -> tuple[Faults, Supervised]:
+        (folder / name).mkdir()
+        faults = Faults(folder / name)
+        options = (host.store, "--device=vm-1", "--migration=shared", *incoming, "-v", *SANDBOX)
+        command = faults.command("--fd=3", *options)
+        return faults, Supervised(folder / name, engine=engine.name, command=command)
+
+    return side("source"), side("destination", "--incoming")
 
 
 def test_device_that_moved_survives_a_kill_after_its_take_over(
@@ -91,14 +112,7 @@ def test_device_that_moved_survives_a_kill_after_its_take_over(
 ) -> None:
     """The daemon is the owner in the store, and has not noted it yet: at the destination, and at
     a source that takes the device back."""
-    made = []
-    for name, incoming in (("source", []), ("destination", ["--incoming"])):
-        (tmp_path / name).mkdir()
-        faults = Faults(tmp_path / name)
-        options = (host.store, "--device=vm-1", "--migration=shared", *incoming, "-v", *SANDBOX)
-        command = faults.command("--fd=3", *options)
-        made.append((faults, Supervised(tmp_path / name, engine=engine.name, command=command)))
-    (_, source), (faults, destination) = made
+    (_, source), (faults, destination) = two_sides(host, tmp_path, engine)
     with source, destination, machine(source.path) as here:
         here.program_key(KEY)
         assert here.write(0, block(0)) == 1
@@ -119,3 +133,22 @@ def test_device_that_moved_survives_a_kill_after_its_take_over(
                 here.read_counter()
             assert "is superseded: it was taken over by" in source.manager.log
         assert "superseded" not in destination.manager.log
+
+
+@pytest.mark.parametrize("point", ["giving", "given", "loading", "loaded"])
+def test_interrupted_ticket_is_repeated(
+    host: Host, tmp_path: Path, engine: Engine, point: str
+) -> None:
+    (leaving, source), (arriving, destination) = two_sides(host, tmp_path, engine)
+    faults = leaving if point in SAVING else arriving
+    arm = partial(faults.arm, point)
+    with source, destination, machine(source.path, beginning=arm) as here:
+        here.program_key(KEY)
+        assert here.write(0, block(0)) == 1
+        ticket = leave(here)
+        with machine(destination.path, KEY, ticket) as there:
+            assert not faults.armed
+            assert there.read(0, 1) == block(0)
+            resume(here)
+            with pytest.raises(QueueError):
+                here.read_counter()

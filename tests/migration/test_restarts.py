@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import pytest
 
@@ -21,8 +21,7 @@ from tests.support.faulty import LOADING, POINTS, SAVING, Faults
 from tests.support.hosts import (
     ACCEPTED,
     SETUP,
-    MovingFrontend,
-    StateRefusedError,
+    PatientFrontend,
     leave,
     resume,
 )
@@ -34,36 +33,8 @@ from vhost_rpmb.vhost_user.wire import StateDirection
 
 BLOCKS = 320  # more than a pipe takes
 DATA = bytes(range(1, 256)) * BLOCKS + bytes([7]) * BLOCKS
-TRIES = 3
-Result = TypeVar("Result")
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("untraced")]
-
-
-class PatientFrontend(MovingFrontend):
-    """Repeats a transfer that failed; the daemon dies at a point of the first one."""
-
-    failures = 0
-    faults: tuple[Faults, str] | None = None
-
-    def save(self) -> bytes:
-        return self._again(super().save)
-
-    def load(self, blob: bytes) -> None:
-        load = super().load
-        self._again(lambda: load(blob))
-
-    def _again(self, transfer: Callable[[], Result]) -> Result:
-        if self.faults is not None:
-            faults, point = self.faults
-            faults.arm(point)
-        while True:
-            try:
-                return transfer()
-            except StateRefusedError:
-                self.failures += 1
-                if self.failures == TRIES:
-                    raise
 
 
 class Side(Supervised):
@@ -87,7 +58,8 @@ class Side(Supervised):
         """A virtual machine; the daemon dies at a point of the first transfer."""
         frontend = PatientFrontend.connect(self.path, timeout=PATIENCE)
         frontend.blob = blob
-        frontend.faults = (self.faults, point) if point else None
+        if point:
+            frontend.beginning = partial(self.faults.arm, point)
         return RpmbClient(frontend, key, timeout=PATIENCE, setup=SETUP)
 
 

@@ -22,6 +22,7 @@ from vhost_rpmb import cli
 from vhost_rpmb.daemon import handover
 from vhost_rpmb.migration.copying import Copying
 from vhost_rpmb.migration.handing import Handing
+from vhost_rpmb.migration.tickets import Tickets
 from vhost_rpmb.storage.fleet.store import FleetStore
 from vhost_rpmb.storage.fleet.tenancy import Tenancy
 from vhost_rpmb.storage.local import store
@@ -104,7 +105,7 @@ def main() -> int:
     around(store.Store, "commit", after=at("committed"))
     around(FleetStore, "commit", after=at("committed"))
     around(Tenancy, "begin", after=at("taken"))
-    for mode in (Copying, Handing):
+    for mode in (Copying, Handing, Tickets):
         around(mode, "save", before=at("giving"), after=at("given"))
         around(mode, "load", before=at("loading"), after=at("loaded"))
     around(transfer._Job, "_run", before=at("moving"))

@@ -6,8 +6,10 @@ from __future__ import annotations
 import os
 import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 from tests.support.daemon import PATIENCE, SANDBOX, Daemon
 from tests.support.oracle import KEY
@@ -21,6 +23,8 @@ from vhost_rpmb.vhost_user.wire import (
     StateTransferDescription,
 )
 
+_TRIES = 3  # of a transfer
+_Result = TypeVar("_Result")
 ACCEPTED, REFUSED = 0x100, 0x101  # replies to SET_DEVICE_STATE_FD
 SETUP = Setup(protocol_features=PROTOCOL_FEATURES | ProtocolFeature.DEVICE_STATE)
 
@@ -89,6 +93,26 @@ class MovingFrontend(Frontend):
             sending.join(PATIENCE)
         if error := self.check():
             raise StateRefusedError(f"check {error}")
+
+
+class PatientFrontend(MovingFrontend):
+    """Repeats a transfer that failed; ``beginning`` is called before the first one."""
+
+    beginning: Callable[[], None] = staticmethod(lambda: None)
+
+    def save(self) -> bytes:
+        return self._again(super().save)
+
+    def load(self, blob: bytes) -> None:
+        load = super().load
+        self._again(lambda: load(blob))
+
+    def _again(self, transfer: Callable[[], _Result]) -> _Result:
+        self.beginning()
+        for _ in range(_TRIES - 1):
+            with suppress(StateRefusedError):
+                return transfer()
+        return transfer()
 
 
 def _write_all(fd: int, data: bytes) -> None:
