@@ -60,10 +60,10 @@ def test_plots_show_the_run(tmp_path: Path, theme: str) -> None:
         assert f"plots/{name}-{theme}.svg" in page.PAGE.read_text()
 
 
-def peer_commands(socket: Path, key: Path) -> list[str]:
+def peer_commands(socket: Path, key: Path, rows: str) -> list[str]:
     """What ``make bench-peer`` runs, without what it installs."""
     command = ["make", "--dry-run", "bench-peer", f"SOCKET={socket}", f"KEY={key}"]
-    more = ["BENCH_ARGS=-k two"]
+    more = [f"BENCH_ARGS=-k '{rows}'"]
     lines = subprocess.run(
         [*command, *more], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.replace("\\\n", "")
@@ -72,9 +72,9 @@ def peer_commands(socket: Path, key: Path) -> list[str]:
     return found
 
 
-def measure_peer(daemon: Daemon, key: Path) -> subprocess.CompletedProcess[str]:
+def measure_peer(daemon: Daemon, key: Path, rows: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        ["bash", "-c", " && ".join(peer_commands(daemon.socket_path, key))],
+        ["bash", "-c", " && ".join(peer_commands(daemon.socket_path, key, rows))],
         cwd=ROOT,
         env=environment(),
         capture_output=True,
@@ -88,7 +88,7 @@ def test_peer_is_measured_beside_ours(tmp_path: Path) -> None:
     key.write_bytes(KEY)
     with Daemon(tmp_path, engine="pure") as daemon:
         os.sched_setaffinity(daemon.pid, {0})
-        done = measure_peer(daemon, key)
+        done = measure_peer(daemon, key, "two")
     assert done.returncode == 0, done.stdout + done.stderr
     rows = re.findall(r"^\| (.*) \| 1 \| two CPUs \| (.*) \| (.*) \| (.*) \|$", done.stdout, re.M)
     assert [work for work, *_ in rows] == ["counter", "read", "durable write"]
@@ -102,9 +102,9 @@ def test_peer_elsewhere_and_a_wrong_key_are_refused(tmp_path: Path) -> None:
     key.write_bytes(KEY)
     with Daemon(tmp_path, engine="pure") as daemon:
         os.sched_setaffinity(daemon.pid, {0, 1})
-        elsewhere = measure_peer(daemon, key)
+        elsewhere = measure_peer(daemon, key, "two and counter")
         key.write_bytes(KEY[1:])
-        wrong_key = measure_peer(daemon, key)
+        wrong_key = measure_peer(daemon, key, "two and counter")
     assert "expected the daemon at" in elsewhere.stdout + elsewhere.stderr
     assert "start it by taskset" in elsewhere.stdout + elsewhere.stderr
     assert "expected a key of 32 bytes in" in wrong_key.stdout + wrong_key.stderr

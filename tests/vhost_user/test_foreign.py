@@ -5,12 +5,16 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.support.daemon import until
 from tests.support.peer import PAGE, REGION, Peer
-from vhost_rpmb.vhost_user import wire
+from vhost_rpmb.errors import PeerError
+from vhost_rpmb.vhost_user import foreign, wire
 from vhost_rpmb.vhost_user.wire import Request
 
 
@@ -85,3 +89,35 @@ def test_request_channel_opened_with_o_path_is_refused(peer: Peer, tmp_path: Pat
         path = os.open(tmp_path / "s", os.O_PATH | os.O_CLOEXEC)
     peer.refused(Request.SET_BACKEND_REQ_FD, b"", (path,))
     os.close(path)
+
+
+@pytest.fixture
+def gate() -> Iterator[threading.Event]:
+    """All threads that close descriptors wait for this event, which the end sets."""
+    gate = threading.Event()
+
+    def wait() -> None:
+        gate.wait()
+
+    for _ in range(32):
+        foreign.in_background(wait)
+    yield gate
+    gate.set()
+    until(lambda: not foreign.left_open())
+
+
+def test_threads_that_lack_a_processor_end_no_connection(peer: Peer, gate: threading.Event) -> None:
+    with socket.socket() as sock:
+        timer = threading.Timer(0.2, gate.set)
+        timer.start()
+        peer.refused(Request.SET_BACKEND_REQ_FD, b"", (sock.fileno(),) * 3)
+        timer.join()
+
+
+def test_descriptors_that_stay_open_end_the_connection(peer: Peer, gate: threading.Event) -> None:
+    with socket.socket() as sock:
+        fds = (sock.fileno(),) * 3
+        peer.send(Request.SET_BACKEND_REQ_FD, b"", fds, wire.FLAG_NEED_REPLY)
+    assert isinstance(peer.end, PeerError)
+    assert "too many descriptors of front-ends wait to be closed" in str(peer.end)
+    assert not gate.is_set()

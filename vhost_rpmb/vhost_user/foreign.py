@@ -21,6 +21,7 @@ import signal
 import socket
 import stat
 import struct
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -40,11 +41,12 @@ __all__ = [
     "in_background",
     "is_lasting",
     "left_open",
+    "more_stay_open",
     "refuse_path",
 ]
 
 _MAX_THREADS = 32  # that may block at the same time; further jobs are queued
-_PATIENCE = 1.0  # seconds for the query of a file system's type
+_PATIENCE = 1.0  # seconds for an answer of another thread
 # <linux/magic.h>: files of another program or another machine; overlayfs may lie on any of them.
 _REMOTE = {
     0x65735546: "FUSE",
@@ -157,8 +159,18 @@ def in_background(job: Callable[[], None]) -> None:
 
 
 def left_open() -> int:
-    """The number of descriptors that stay open because all threads are blocked."""
+    """The number of descriptors that are still open because all threads are busy."""
     return _background.queued()
+
+
+def more_stay_open(than: int) -> bool:
+    """Whether more than so many stay open for a second, so that no processor is what is missing."""
+    end = time.monotonic() + _PATIENCE
+    while left_open() > than:
+        if time.monotonic() > end:
+            return True
+        time.sleep(0.001)
+    return False
 
 
 def refuse_path(fd: int) -> None:

@@ -123,7 +123,7 @@ class Session:
             if message is not None:
                 with message:
                     self._serve(message)
-            if foreign.left_open() > left_open:
+            if foreign.more_stay_open(left_open):
                 raise PeerError("too many descriptors of front-ends wait to be closed")
             if message is None or self._held is not None or self._watcher.stopping:
                 return
