@@ -84,6 +84,7 @@ endif
 .PHONY: test-loaded
 test-loaded: $(STAMP) ## Run all tests three times while stress-ng loads the processors
 	@tools/system-packages stress-ng
+	@$(if $(filter no,$(QEMU)),true,tools/system-packages $(KIT_PACKAGES) && .venv/bin/python -m tests.e2e.everything)
 	@stress-ng --cpu 4 --quiet & load=$$!; trap "kill $$load" EXIT; \
 	for run in 1 2 3; do $(MAKE) test; done
 
