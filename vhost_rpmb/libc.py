@@ -7,10 +7,10 @@ import ctypes
 import errno
 import fcntl
 import os
-import socket
 import sys
 import time
 
+from vhost_rpmb.system import socket
 from vhost_rpmb.typed import NamedTuple
 
 __all__ = [

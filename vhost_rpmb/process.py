@@ -2,7 +2,8 @@
 """Attributes of the process that the programs set at their start: signals, memory, descriptors."""
 
 import resource
-import signal
+
+from vhost_rpmb.system import signal
 
 __all__ = ["allow_descriptors", "hide_memory", "reset_signals"]
 

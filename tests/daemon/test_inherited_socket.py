@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import socket
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -105,10 +106,10 @@ def test_adopted_socket_is_not_inheritable() -> None:
     os.set_inheritable(fd, True)
     with near, far:
         sock, listening = listener.adopt(fd)
-        with sock:
+        with closing(sock):
             assert not listening
             assert sock.fileno() == fd
-            assert not sock.get_inheritable()
+            assert not os.get_inheritable(fd)
 
 
 def test_refused_descriptor_is_closed() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.daemon import OFFERED, Launch, Process, connect, greet
+from vhost_rpmb import system
 from vhost_rpmb.daemon import listener
 
 
@@ -27,14 +28,14 @@ def test_mode_does_not_depend_on_the_umask(launch: Launch, path: Path) -> None:
 def test_mode_is_set_before_the_socket_listens(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     modes = []
 
-    class Observed(socket.socket):
+    class Observed(system.socket.socket):
         def bind(self, address: object) -> None:
             super().bind(address)  # type: ignore[arg-type]
             modes.append(path.stat().st_mode & 0o777)
 
     umask = os.umask(0)
     try:
-        monkeypatch.setattr(socket, "socket", Observed)
+        monkeypatch.setattr(system.socket, "socket", Observed)
         with ExitStack() as stack:
             listener.listen(str(path), None, stack)
         assert os.umask(0) == 0

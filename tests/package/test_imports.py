@@ -26,12 +26,16 @@ AVOIDED = {
     "argparse",  # 0.3 MiB
     "cryptography",  # 7 MiB
     "dataclasses",  # 1 MiB
+    "enum",  # 0.2 MiB
     "importlib",  # 0.1 MiB
     "json",
     "logging",  # 0.5 MiB
     "pathlib",
     "random",
     "re",  # 0.3 MiB
+    "selectors",
+    "signal",
+    "socket",  # with the three above 0.6 MiB
     "subprocess",
     "tempfile",
     "threading",  # 0.1 MiB

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Named tuples of our own behave as those of the standard library."""
+"""Named tuples and enumerations of our own behave as those of the standard library."""
 
 from __future__ import annotations
 
 import copy
+import enum
 import pickle
 import typing
 from collections.abc import Callable
@@ -78,3 +79,53 @@ def test_wrong_uses_are_errors_of_both(use: Callable[[typing.Any], object]) -> N
     for kind in (Ours, Theirs):
         with pytest.raises((TypeError, ValueError, AttributeError)):
             use(kind)
+
+
+class OurNumber(typed.IntEnum):
+    ONE = 1
+    TWO = 2
+
+
+class TheirNumber(enum.IntEnum):
+    ONE = 1
+    TWO = 2
+
+
+class OurFlag(typed.IntFlag):
+    LOW = 1
+    HIGH = 4
+
+
+class TheirFlag(enum.IntFlag):
+    LOW = 1
+    HIGH = 4
+
+
+ENUMERATION_USES: list[Callable[[typing.Any, typing.Any], object]] = [
+    lambda number, _: [(each.name, int(each)) for each in number],
+    lambda number, _: number(2) is number.TWO,
+    lambda number, flag: (number["TWO"] is number.TWO, flag["HIGH"] is flag.HIGH),
+    lambda number, flag: (number.TWO.value, flag.HIGH.value),
+    lambda number, _: (number.ONE == 1, number.ONE in {1}, {1: "x"}[number.ONE]),
+    lambda number, _: (f"{number.ONE}", str(number.TWO), f"{number.TWO:x}"),
+    lambda number, _: repr(number.ONE).partition(".")[2],
+    lambda number, _: isinstance(number.ONE, number),
+    lambda number, _: copy.copy(number.ONE) is number.ONE,
+    lambda number, _: pickle.loads(pickle.dumps(number.ONE)) is number.ONE,
+    lambda _, flag: (flag(0) == 0, flag(4).name, int(flag(5)), int(flag(1 << 22))),
+    lambda _, flag: (int(flag.LOW | flag.HIGH), flag.LOW & 5, bool(flag.LOW & flag.HIGH)),
+    lambda _, flag: (7 & ~flag.LOW, f"{flag.HIGH:x}"),
+]
+
+
+@pytest.mark.parametrize("use", ENUMERATION_USES)
+def test_enumerations_are_used_in_the_same_way(
+    use: Callable[[typing.Any, typing.Any], object],
+) -> None:
+    assert use(OurNumber, OurFlag) == use(TheirNumber, TheirFlag)
+
+
+@pytest.mark.parametrize("kind", [OurNumber, TheirNumber])
+def test_a_number_without_member_is_an_error(kind: typing.Any) -> None:
+    with pytest.raises(ValueError, match="3 is not a valid"):
+        kind(3)

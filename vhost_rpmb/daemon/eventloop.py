@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import os
 import select
-import signal
 from collections.abc import Callable
 from types import FrameType
+
+from vhost_rpmb.system import signal
 
 __all__ = ["EventLoop", "StopSignals"]
 

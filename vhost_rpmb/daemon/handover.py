@@ -12,11 +12,9 @@ and its mark are one step, because a process is killed only when it returns to u
 
 from __future__ import annotations
 
-import array
 import ctypes
 import mmap
 import os
-import socket
 import struct
 import zlib
 from collections.abc import Collection, Sequence
@@ -25,8 +23,10 @@ from contextlib import suppress
 from vhost_rpmb import libc, memfd
 from vhost_rpmb.daemon.descriptors import PREFIX, DescriptorStore, StoreError
 from vhost_rpmb.log import INFO, WARNING, Logger
+from vhost_rpmb.system import socket
 from vhost_rpmb.vhost_user import foreign
 from vhost_rpmb.vhost_user.intake import Consumed
+from vhost_rpmb.vhost_user.wire import pack_fds, unpack_fds
 
 __all__ = ["Handover"]
 
@@ -51,7 +51,7 @@ _SESSION = f"{PREFIX}session"
 _CONNECTION = f"{PREFIX}conn"
 _FILE = f"{PREFIX}f"  # and a number
 
-_INT = array.array("i").itemsize
+_INT = struct.calcsize("i")
 _CONTROL_SIZE = socket.CMSG_SPACE(253 * _INT)  # SCM_MAX_FD
 _CONTROL = struct.Struct("@Nii")  # struct cmsghdr: length, level, type
 # Ancillary data that precede descriptors: a socket unit can have them enabled (PassCredentials=).
@@ -223,9 +223,8 @@ class Handover:
         control = self._control()
         header = self._header(_CONSUMED_AT)
         libc.receive_message(sock.fileno(), header, data, control)
-        fds = array.array("i")
-        fds.frombytes(bytes(control)[socket.CMSG_LEN(0) :][: self.consumed.fds * _INT])
-        return bytes(data[: header.length]), list(fds)
+        sent = bytes(control)[socket.CMSG_LEN(0) :][: self.consumed.fds * _INT]
+        return bytes(data[: header.length]), unpack_fds(sent)
 
     @property
     def consumed(self) -> Consumed:
@@ -242,7 +241,7 @@ class Handover:
         """Send a reply; OSError, BlockingIOError if not all of it could be sent."""
         control = b""
         if fds:
-            sent = array.array("i", fds).tobytes()
+            sent = pack_fds(fds)
             head = _CONTROL.pack(socket.CMSG_LEN(len(sent)), socket.SOL_SOCKET, socket.SCM_RIGHTS)
             control = (head + sent).ljust(socket.CMSG_SPACE(len(sent)), b"\0")
         header = self._header(_REPLIED_AT)

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import errno
 import os
-import socket
 import stat
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 
 from vhost_rpmb.errors import UsageError
 from vhost_rpmb.log import Logger
+from vhost_rpmb.system import socket
 from vhost_rpmb.vhost_user import foreign
 
 __all__ = ["adopt", "listen", "open_socket"]
@@ -97,7 +97,7 @@ def _clear_path(path: str) -> None:
         )
     # Connecting a socket of another type shows whether a process listens, without making a
     # connection that this process would have to accept.
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+    with closing(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)) as probe:
         result = probe.connect_ex(path)
     if result == errno.ECONNREFUSED:
         logger.info("replacing the stale socket %s", path)
@@ -144,5 +144,5 @@ def adopt(fd: int) -> tuple[socket.socket, bool]:
     except BaseException:
         sock.close()
         raise
-    sock.set_inheritable(False)
+    os.set_inheritable(fd, False)
     return sock, listening

@@ -7,10 +7,12 @@ docs/decisions/0014-systemd.md explains why no library is used.
 import errno
 import os
 import select
-import socket
+import struct
 import time
 from collections.abc import MutableMapping, Sequence
 from contextlib import suppress
+
+from vhost_rpmb.system import socket
 
 __all__ = ["Notifier"]
 
@@ -61,7 +63,9 @@ class Notifier:
         while True:
             try:
                 if fds:
-                    socket.send_fds(self._socket, [message], fds)
+                    numbers = struct.pack(f"{len(fds)}i", *fds)
+                    rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, numbers)
+                    self._socket.sendmsg([message], [rights])
                 else:
                     self._socket.send(message)
                 return

@@ -12,7 +12,6 @@ import ctypes
 import errno
 import fcntl
 import os
-import socket
 import stat
 from collections.abc import Collection, Mapping
 from contextlib import suppress
@@ -22,6 +21,7 @@ from operator import or_
 from vhost_rpmb import libc
 from vhost_rpmb.log import Logger
 from vhost_rpmb.storage.interface import Access
+from vhost_rpmb.system import socket
 
 __all__ = ["enter"]
 
@@ -188,8 +188,8 @@ def _restrict_files(folders: Mapping[str, Access], ports: Collection[int]) -> No
     ruleset = call(_LANDLOCK_CREATE_RULESET, ctypes.byref(attributes), size, 0)
     try:
         for path, access in folders.items():
-            rights = reduce(or_, (_RIGHTS[operation] for operation in access), 0)
-            rights &= attributes.files
+            granted = [right for operation, right in _RIGHTS.items() if operation & access]
+            rights = reduce(or_, granted, 0) & attributes.files
             parent = os.open(path, os.O_PATH | os.O_CLOEXEC)
             try:
                 rule = _PathBeneath(rights, parent)
@@ -244,7 +244,7 @@ def _filter_calls(
         for name in _ALLOWED:
             allow(name)
         for access, names in _BY_ACCESS.items():
-            for name in names if access in needed else ():
+            for name in names if access & needed else ():
                 allow(name)
         if descriptor_store:
             for name in _DESCRIPTOR_STORE:

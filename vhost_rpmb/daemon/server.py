@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import os
-import socket
 import struct
 import time
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from vhost_rpmb.log import LimitedLog, Logger
 from vhost_rpmb.storage.interface import Access, Resources, SharedStore, Store, TakeOver
 from vhost_rpmb.storage.local.opening import open_store
 from vhost_rpmb.storage.paths import Paths
+from vhost_rpmb.system import accept, socket
 from vhost_rpmb.typed import TYPE_CHECKING, NamedTuple
 from vhost_rpmb.vhost_user.backend import PROTOCOL_FEATURES
 from vhost_rpmb.vhost_user.session import Session
@@ -482,7 +482,7 @@ class Server:
 
     def _accept(self) -> None:
         try:
-            sock, _ = self._listener.accept()
+            sock = accept(self._listener)
         except (BlockingIOError, ConnectionAbortedError):
             return  # disconnected, or accepted by another process that shares the socket
         except OSError as error:

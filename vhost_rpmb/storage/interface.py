@@ -7,11 +7,10 @@ a folder of its own; the device and the daemon know nothing else of it.
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Callable, Mapping
 
 from vhost_rpmb.rpmb.replay import NO_REPLAY, Replay
-from vhost_rpmb.typed import TYPE_CHECKING, NamedTuple, Protocol
+from vhost_rpmb.typed import TYPE_CHECKING, IntFlag, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from typing import Literal
@@ -72,16 +71,16 @@ class Received(NamedTuple):
     replay: Replay
 
 
-class Access(enum.Flag):
+class Access(IntFlag):
     """Operations on the files in a folder and in all folders below it."""
 
-    CREATE = enum.auto()
-    REMOVE = enum.auto()
-    WRITE = enum.auto()  # open for writing; files that are open already need no access
-    SYNC = enum.auto()  # open the folder itself and sync it
-    READ = enum.auto()  # list the folder, and open files for reading
-    TRUNCATE = enum.auto()  # cut files that are opened for writing
-    LINK = enum.auto()  # with CREATE: give a file of the folder another name in it
+    CREATE = 1 << 0
+    REMOVE = 1 << 1
+    WRITE = 1 << 2  # open for writing; files that are open already need no access
+    SYNC = 1 << 3  # open the folder itself and sync it
+    READ = 1 << 4  # list the folder, and open files for reading
+    TRUNCATE = 1 << 5  # cut files that are opened for writing
+    LINK = 1 << 6  # with CREATE: give a file of the folder another name in it
 
 
 class Resources(NamedTuple):

@@ -17,8 +17,6 @@ from __future__ import annotations
 import _thread
 import fcntl
 import os
-import signal
-import socket
 import stat
 import struct
 import time
@@ -29,6 +27,7 @@ from functools import partial
 
 from vhost_rpmb import libc
 from vhost_rpmb.errors import PeerError
+from vhost_rpmb.system import signal, socket
 
 __all__ = [
     "check_event",

@@ -13,9 +13,9 @@ What counts is what was consumed.
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Callable, Sequence
 
+from vhost_rpmb.system import socket
 from vhost_rpmb.typed import TYPE_CHECKING, NamedTuple
 from vhost_rpmb.vhost_user import foreign, wire
 from vhost_rpmb.vhost_user.saved import Intake

@@ -12,9 +12,9 @@ from vhost_rpmb.typed import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     import select
-    import socket
     from typing import Any
 
+    from vhost_rpmb.system import socket
     from vhost_rpmb.vhost_user.intake import Consumed
     from vhost_rpmb.virtio.flags import Unanswered
 

@@ -10,12 +10,12 @@ could not distinguish an error from an answer.
 from __future__ import annotations
 
 import select
-import socket
 from collections.abc import Callable, Sequence
 from functools import partial
 
 from vhost_rpmb.errors import PeerError
 from vhost_rpmb.log import Logger
+from vhost_rpmb.system import socket
 from vhost_rpmb.typed import TYPE_CHECKING
 from vhost_rpmb.vhost_user import foreign, saved, wire
 from vhost_rpmb.vhost_user.backend import (

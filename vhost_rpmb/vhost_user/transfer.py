@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import os
 import select
-import socket
 import stat
 from _thread import allocate_lock
 from collections.abc import Callable
 from contextlib import suppress
 
+from vhost_rpmb.system import socket
 from vhost_rpmb.typed import TYPE_CHECKING
 from vhost_rpmb.vhost_user import foreign
 

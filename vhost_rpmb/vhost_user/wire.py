@@ -11,15 +11,13 @@ complete, then the `Message`, which closes at `Message.close` those that were no
 
 from __future__ import annotations
 
-import array
-import socket
 import struct
 from collections.abc import Sequence
-from enum import IntEnum, IntFlag
 
 from vhost_rpmb.closing import Closing
 from vhost_rpmb.errors import PeerError
-from vhost_rpmb.typed import TYPE_CHECKING, NamedTuple
+from vhost_rpmb.system import socket
+from vhost_rpmb.typed import TYPE_CHECKING, IntEnum, IntFlag, NamedTuple
 from vhost_rpmb.vhost_user import foreign
 
 if TYPE_CHECKING:
@@ -145,7 +143,8 @@ MAX_FDS = 32  # file descriptors in one message; SET_MEM_TABLE carries one per m
 # The maximum of one sendmsg() in the kernel (SCM_MAX_FD). The buffer has room for as many, so that
 # descriptors are lost only if this process has no free one.
 _KERNEL_MAX_FDS = 253
-_CONTROL_SIZE = socket.CMSG_SPACE(_KERNEL_MAX_FDS * array.array("i").itemsize)
+_INT = struct.calcsize("i")  # bytes of a descriptor
+_CONTROL_SIZE = socket.CMSG_SPACE(_KERNEL_MAX_FDS * _INT)
 
 _HEADER = struct.Struct("=III")
 _U64 = struct.Struct("=Q")
@@ -536,11 +535,21 @@ def receive(sock: socket.socket, count: int, flags: int = 0) -> tuple[bytes, lis
     data, control, results, _address = sock.recvmsg(
         count, _CONTROL_SIZE, flags | socket.MSG_CMSG_CLOEXEC
     )
-    fds = array.array("i")
+    fds: list[int] = []
     for level, kind, content in control:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
-    return data, list(fds), not results & socket.MSG_CTRUNC
+            fds += unpack_fds(content)
+    return data, fds, not results & socket.MSG_CTRUNC
+
+
+def pack_fds(fds: Sequence[int]) -> bytes:
+    """The content of an ancillary message with descriptors."""
+    return struct.pack(f"{len(fds)}i", *fds)
+
+
+def unpack_fds(content: bytes) -> list[int]:
+    """The descriptors in an ancillary message, as far as it is whole."""
+    return list(memoryview(content)[: len(content) // _INT * _INT].cast("i"))
 
 
 def request_of(message: bytes) -> int | None:
@@ -577,7 +586,7 @@ def send_message(
 def send_bytes(sock: socket.socket, data: bytes, fds: Sequence[int] = ()) -> None:
     """Send all bytes, descriptors with the first; the exceptions are those of `send_message`."""
     if fds:
-        control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
+        control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, pack_fds(fds))]
         data = data[sock.sendmsg([data], control) :]
     while data:
         data = data[sock.send(data) :]

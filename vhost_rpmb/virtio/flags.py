@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import enum
+from vhost_rpmb.typed import IntEnum
 
 # Flags, or-ed together.
 NOTIFY = 1  # signal the call eventfd
@@ -15,8 +15,8 @@ IDLE = 32  # no event for limits.SLEEP_MS
 BLOCKED = 64  # the write to the call descriptor blocked until a signal interrupted it
 
 
-class Unanswered(enum.Enum):
+class Unanswered(IntEnum):
     """A chain that Virtqueue.answer_chains() does not answer."""
 
-    LATER = enum.auto()  # it stays available, and the batch ends
-    NEVER = enum.auto()  # it is taken and never returned to the driver
+    LATER = 1  # it stays available, and the batch ends
+    NEVER = 2  # it is taken and never returned to the driver

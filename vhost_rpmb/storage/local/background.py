@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import _thread
-import signal
 from collections.abc import Callable
+
+from vhost_rpmb.system import signal
 
 __all__ = ["Background"]
 
