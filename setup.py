@@ -22,6 +22,7 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 # Module in vhost_rpmb._fast -> libraries to link.
 MODULES: dict[str, list[str]] = {
     "memory": [],
+    "library": [],
     "inflight": [],
     "ring": [],
     "split": [],

@@ -23,6 +23,7 @@ class Engine(NamedTuple):
     name: str
     Authenticator: type[_pure.Authenticator]
     GuestMemory: type[_pure.GuestMemory]
+    Library: type[_pure.Library]
     Loop: type[_pure.Loop]
     Virtqueue: type[_pure.Virtqueue]
     RpmbDevice: type[_pure.RpmbDevice]
@@ -47,6 +48,7 @@ def load(name: str) -> Engine:
         name=name,
         Authenticator=module.Authenticator,
         GuestMemory=module.GuestMemory,
+        Library=module.Library,
         Loop=module.Loop,
         Virtqueue=module.Virtqueue,
         RpmbDevice=module.RpmbDevice,

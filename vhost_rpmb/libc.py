@@ -1,22 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Functions of the C library that Python's ``os`` module lacks, through ctypes."""
+"""Functions of the C library that Python's ``os`` module lacks.
+
+They are called by the `Library` of the engine: ctypes, or compiled code, which does without its
+import.
+"""
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import os
+import struct
 import sys
 import time
 
 from vhost_rpmb.system import socket
-from vhost_rpmb.typed import NamedTuple
+from vhost_rpmb.typed import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import mmap
+
+    from vhost_rpmb.library import Library
 
 __all__ = [
     "MessageHeader",
+    "as_int",
     "atomic_set_bit",
-    "check",
+    "call",
     "file_system",
     "interval_timer",
     "library",
@@ -24,35 +34,56 @@ __all__ = [
     "receive_message",
     "same_file",
     "send_message",
+    "use",
 ]
 
-library = ctypes.CDLL(None, use_errno=True)
-library.prctl.argtypes = (ctypes.c_int, *(ctypes.c_ulong,) * 4)
+_c_library: Library | None = None
 
 
-def check(result: int) -> int:
-    """Return the result of a call into the library; OSError from errno if it is negative."""
-    if result < 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    return result
+def use(kind: type[Library]) -> None:
+    """Call functions through the class of an engine from now on."""
+    global _c_library  # noqa: PLW0603
+    _c_library = kind()
+
+
+def library(name: str) -> Library:
+    """Return a shared library; OSError where it is missing."""
+    return type(_functions())(name)
+
+
+def _functions() -> Library:
+    """The C library."""
+    if _c_library is None:
+        from vhost_rpmb.library import Library  # imported lazily: an engine may have another one
+
+        use(Library)
+    assert _c_library is not None
+    return _c_library
+
+
+def as_int(result: int) -> int:
+    """Return the result of a function whose type is int."""
+    return (result + (1 << 31) & 0xFFFF_FFFF) - (1 << 31)
+
+
+def call(function: str, *arguments: int | bytes | bytearray | memoryview | None) -> int:
+    """Call a function of the C library that returns an int; OSError from errno if negative."""
+    result, error = _functions().call(function, *arguments)
+    if as_int(result) < 0:
+        raise OSError(error, os.strerror(error))
+    return as_int(result)
 
 
 def prctl(option: int, value: int) -> None:
     """Set an attribute of the process by the system call of this name."""
-    check(library.prctl(option, value, 0, 0, 0))
+    call("prctl", option, value, 0, 0, 0)
 
 
 def file_system(fd: int) -> int:
     """Return the type of a file's file system, as <linux/magic.h> names it; may block."""
-    buffer = (ctypes.c_long * 32)()  # struct statfs, which begins with the type
-    check(library.fstatfs(fd, ctypes.byref(buffer)))
-    return buffer[0] & 0xFFFF_FFFF
-
-
-class _IntervalTimer(ctypes.Structure):
-    """struct itimerspec, of two struct timespec."""
-
-    _fields_ = (("interval", ctypes.c_long * 2), ("first", ctypes.c_long * 2))
+    buffer = bytearray(256)  # struct statfs, which begins with the type
+    call("fstatfs", fd, buffer)
+    return int(struct.unpack_from("l", buffer)[0]) & 0xFFFF_FFFF
 
 
 def interval_timer(seconds: float) -> int:
@@ -60,11 +91,11 @@ def interval_timer(seconds: float) -> int:
 
     os.timerfd_create() comes with Python 3.13.
     """
-    clock = time.CLOCK_BOOTTIME
-    fd = check(library.timerfd_create(clock, os.O_NONBLOCK | os.O_CLOEXEC))
+    fd = call("timerfd_create", time.CLOCK_BOOTTIME, os.O_NONBLOCK | os.O_CLOEXEC)
     whole = int(seconds)
-    time_ = (ctypes.c_long * 2)(whole, int((seconds - whole) * 1_000_000_000))
-    check(library.timerfd_settime(fd, 0, ctypes.byref(_IntervalTimer(time_, time_)), None))
+    part = int((seconds - whole) * 1_000_000_000)
+    # struct itimerspec: the interval, and the time until the first end
+    call("timerfd_settime", fd, 0, struct.pack("4l", whole, part, whole, part), None)
     return fd
 
 
@@ -85,71 +116,77 @@ _CALLS = _CALLS_BY_MACHINE.get(os.uname().machine)
 _KCMP_FILE = 0
 _FUTEX_WAKE_OP_PRIVATE = 5 | 128
 _FUTEX_OP_SET_BIT = 2 | 8  # OR with 1, shifted by the operand
-_Memory = bytearray | ctypes.Array[ctypes.c_char]
 _F_DUPFD_QUERY = 1027  # since Linux 6.10
 
 
-class _Buffer(ctypes.Structure):
-    """struct iovec."""
+_BUFFER = struct.Struct("PN")  # struct iovec
+# struct mmsghdr: address and its size, buffers and their number, control data and their size, flags
+# and padding; then the length.
+_HEADER = struct.Struct("PIPNPNii")
+_LENGTH = struct.Struct("I")
+_CONTROL_LENGTH = struct.Struct("N")
+_FLAGS = struct.Struct("i")
+_CONTROL_LENGTH_AT = struct.calcsize("PIPNP")
+_FLAGS_AT = struct.calcsize("PIPNPN")
 
-    _fields_ = (("start", ctypes.c_void_p), ("length", ctypes.c_size_t))
 
-
-class MessageHeader(ctypes.Structure):
-    """struct mmsghdr: the kernel writes the results of a call into it before the call returns.
+class MessageHeader:
+    """A struct mmsghdr in memory: the kernel writes the results of a call there before it returns.
 
     ``length`` is the number of bytes received or sent, ``control_length`` that of the ancillary
     data received.
     """
 
-    _fields_ = (
-        ("name", ctypes.c_void_p),
-        ("name_length", ctypes.c_uint),
-        ("buffers", ctypes.c_void_p),
-        ("buffer_count", ctypes.c_size_t),
-        ("control", ctypes.c_void_p),
-        ("control_length", ctypes.c_size_t),
-        ("flags", ctypes.c_int),
-        ("_padding", ctypes.c_int),
-        ("length", ctypes.c_uint),
-    )
-    # An integer, as its type is declared above; for type checkers.
-    length: int
-    control_length: int
-    flags: int
+    SIZE = _HEADER.size + 8  # of the structure
+
+    def __init__(self, memory: mmap.mmap, offset: int) -> None:
+        self.memory = memoryview(memory)[offset : offset + self.SIZE]
+
+    @property
+    def length(self) -> int:
+        """Bytes of the message."""
+        return int(_LENGTH.unpack_from(self.memory, _HEADER.size)[0])
+
+    @property
+    def control_length(self) -> int:
+        """Bytes of ancillary data."""
+        return int(_CONTROL_LENGTH.unpack_from(self.memory, _CONTROL_LENGTH_AT)[0])
+
+    @property
+    def flags(self) -> int:
+        """Flags of a received message."""
+        return int(_FLAGS.unpack_from(self.memory, _FLAGS_AT)[0])
 
 
-def receive_message(fd: int, header: MessageHeader, data: bytearray, control: _Memory) -> None:
+def receive_message(
+    fd: int, header: MessageHeader, data: bytearray, control: memoryview | bytearray
+) -> None:
     """Receive from a socket into two buffers, without waiting; the header has the results."""
     _transfer("recvmmsg", fd, header, data, control, socket.MSG_CMSG_CLOEXEC)
 
 
-def send_message(fd: int, header: MessageHeader, data: bytearray, control: _Memory) -> None:
+def send_message(
+    fd: int, header: MessageHeader, data: bytearray, control: memoryview | bytearray
+) -> None:
     """Send one message over a socket, without waiting; the header has the number of bytes."""
     _transfer("sendmmsg", fd, header, data, control, socket.MSG_NOSIGNAL)
 
 
 def _transfer(
-    call: str, fd: int, header: MessageHeader, data: bytearray, control: _Memory, flags: int
+    name: str,
+    fd: int,
+    header: MessageHeader,
+    data: bytearray,
+    control: memoryview | bytearray,
+    flags: int,
 ) -> None:
-    buffer = _Buffer(_address(data), len(data))
-    header.name = header.name_length = 0
-    header.buffers, header.buffer_count = ctypes.addressof(buffer), 1
-    header.control, header.control_length = _address(control), len(control)
-    header.flags = 0
+    address = _functions().address
+    buffer = bytearray(_BUFFER.pack(address(data), len(data)))
+    ancillary = address(control) if control else 0
+    message = (0, 0, address(buffer), 1, ancillary, len(control), 0, 0)
+    _HEADER.pack_into(header.memory, 0, *message)
     # The last argument is the timeout of recvmmsg; sendmmsg has none.
-    _call(
-        call,
-        ctypes.c_long(fd),
-        ctypes.byref(header),
-        ctypes.c_long(1),
-        ctypes.c_long(flags | socket.MSG_DONTWAIT),
-        ctypes.c_void_p(None),
-    )
-
-
-def _address(buffer: _Memory) -> int | None:
-    return ctypes.addressof(ctypes.c_char.from_buffer(buffer)) if buffer else None
+    _call(name, fd, header.memory, 1, flags | socket.MSG_DONTWAIT, None)
 
 
 def atomic_set_bit(address: int, bit: int) -> None:
@@ -165,12 +202,7 @@ def atomic_set_bit(address: int, bit: int) -> None:
     operation = _FUTEX_OP_SET_BIT << 28 | (8 * byte + bit) << 12
     _call(
         "futex",
-        ctypes.c_void_p(word),
-        ctypes.c_long(_FUTEX_WAKE_OP_PRIVATE),
-        ctypes.c_long(0),
-        ctypes.c_void_p(None),
-        ctypes.c_void_p(word),
-        ctypes.c_long(operation),
+        *(word, _FUTEX_WAKE_OP_PRIVATE, 0, None, word, operation),
     )
 
 
@@ -179,12 +211,11 @@ def same_file(one: int, other: int) -> bool:
     try:
         return bool(fcntl.fcntl(one, _F_DUPFD_QUERY, other))
     except OSError:
-        pid = ctypes.c_long(os.getpid())
-        kind = ctypes.c_long(_KCMP_FILE)
-        return not _call("kcmp", pid, pid, kind, ctypes.c_long(one), ctypes.c_long(other))
+        pid = os.getpid()
+        return not _call("kcmp", pid, pid, _KCMP_FILE, one, other)
 
 
-def _call(name: str, *arguments: object) -> int:
+def _call(name: str, *arguments: int | memoryview | None) -> int:
     if _CALLS is None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-    return check(library.syscall(ctypes.c_long(getattr(_CALLS, name)), *arguments))
+    return call("syscall", getattr(_CALLS, name), *arguments)

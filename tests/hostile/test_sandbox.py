@@ -181,8 +181,7 @@ def test_only_own_files_are_compared(
     in_sandbox: InSandbox, pid: str, kind: int, result: str
 ) -> None:
     statement = f"""
-    values = [ctypes.c_long(value) for value in (os.getpid(), os.{pid}(), {kind}, 0, 1)]
-    libc._call("kcmp", *values)
+    libc._call("kcmp", os.getpid(), os.{pid}(), {kind}, 0, 1)
     """
     assert in_sandbox(statement, store=True) == result
 

@@ -8,13 +8,14 @@ daemon's own.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import sys
 from collections.abc import Sequence
 
 from vhost_rpmb import cli
-from vhost_rpmb.daemon.sandbox import _Comparison
+from vhost_rpmb.daemon.sandbox import _COMPARISON, _Comparison
+from vhost_rpmb.libc import as_int
+from vhost_rpmb.library import Library
 
 _ALLOW = 0x7FFF0000
 _FAIL = 0x00050000
@@ -33,19 +34,21 @@ def command(denials: Sequence[str], *options: str) -> list[str]:
 
 def deny(denials: Sequence[str]) -> None:
     """Let calls of this process fail from now on."""
-    library = ctypes.CDLL("libseccomp.so.2")
-    library.seccomp_init.restype = ctypes.c_void_p
-    context = ctypes.c_void_p(library.seccomp_init(ctypes.c_uint32(_ALLOW)))
+    library = Library("libseccomp.so.2")
+    context, _ = library.call("seccomp_init", _ALLOW)
     for denial in denials:
         call, _, error = denial.partition("=")
         name, _, argument = call.partition(":")
         compared = [_Comparison(1, _MASKED_EQUAL, _INT, int(argument))] if argument else []
-        array = (_Comparison * len(compared))(*compared)
-        number = library.seccomp_syscall_resolve_name(name.encode())
-        action = ctypes.c_uint32(_FAIL | getattr(errno, error))
-        assert not library.seccomp_rule_add_array(context, action, number, len(compared), array)
-    assert not library.seccomp_load(context)
-    library.seccomp_release(context)
+        array = b"".join([_COMPARISON.pack(*comparison) for comparison in compared])
+        number, _ = library.call("seccomp_syscall_resolve_name", name.encode())
+        action = _FAIL | getattr(errno, error)
+        result, _ = library.call(
+            "seccomp_rule_add_array", context, action, number, len(compared), array
+        )
+        assert not as_int(result)
+    assert not as_int(library.call("seccomp_load", context)[0])
+    library.call("seccomp_release", context)
 
 
 def main() -> int:

@@ -74,8 +74,7 @@ class DirtyMap(Closing):
         operation = _FUTEX_OP_CLEAR_BIT << 28 | (8 * byte + page % 8) << 12
         libc._call(
             "futex",
-            *(ctypes.c_void_p(word), ctypes.c_long(5 | 128), ctypes.c_long(0)),
-            *(ctypes.c_void_p(None), ctypes.c_void_p(word), ctypes.c_long(operation)),
+            *(word, 5 | 128, 0, None, word, operation),
         )
 
 

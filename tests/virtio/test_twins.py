@@ -17,9 +17,9 @@ from vhost_rpmb.errors import OperatorError
 PACKAGE = Path(vhost_rpmb.__file__).parent
 MODULES = (
     *("memory", "inflight", "ring", "split", "packed", "virtqueue", "loop", "mac", "batch"),
-    "device",
+    *("device", "library"),
 )
-CLASSES = ("Authenticator", "GuestMemory", "Loop", "Virtqueue", "RpmbDevice")
+CLASSES = ("Authenticator", "GuestMemory", "Library", "Loop", "Virtqueue", "RpmbDevice")
 
 
 def test_the_engines_export_the_same_names() -> None:

@@ -12,7 +12,6 @@ and its mark are one step, because a process is killed only when it returns to u
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import os
 import struct
@@ -316,15 +315,14 @@ class Handover:
             raise _UnfitError("it belongs to another device")
         self.record = best[_OWNER_SIZE:]
 
-    def _control(self) -> ctypes.Array[ctypes.c_char]:
+    def _control(self) -> memoryview:
         assert self._map is not None
-        return (ctypes.c_char * _CONTROL_SIZE).from_buffer(
-            self._map, _CONTROL_AT[self._sequence & 1]
-        )
+        place = _CONTROL_AT[self._sequence & 1]
+        return memoryview(self._map)[place : place + _CONTROL_SIZE]
 
     def _header(self, marks: tuple[int, int]) -> libc.MessageHeader:
         assert self._map is not None
-        return libc.MessageHeader.from_buffer(self._map, marks[self._sequence & 1])
+        return libc.MessageHeader(self._map, marks[self._sequence & 1])
 
     # Failures.
 

@@ -8,11 +8,11 @@ Python package is used, and why a denied call fails instead of ending the proces
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import os
 import stat
+import struct
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from functools import reduce
@@ -22,6 +22,10 @@ from vhost_rpmb import libc
 from vhost_rpmb.log import Logger
 from vhost_rpmb.storage.interface import Access
 from vhost_rpmb.system import socket
+from vhost_rpmb.typed import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from vhost_rpmb.library import Library
 
 __all__ = ["enter"]
 
@@ -125,13 +129,13 @@ def enter(
     """
     libc.prctl(_PR_SET_NO_NEW_PRIVS, 1)
     try:
-        library = ctypes.CDLL("libseccomp.so.2")  # while files can still be opened
+        library = libc.library("libseccomp.so.2")  # while files can still be opened
     except OSError as error:
         logger.warning("sandbox: no seccomp filter, install libseccomp 2: %s", error)
         library = None
     with suppress(OSError):
         # glibc loads it when a thread ends at process exit, and aborts if it cannot.
-        ctypes.CDLL("libgcc_s.so.1")
+        libc.library("libgcc_s.so.1")
     try:
         _restrict_files(folders, ports)
     except OSError as error:
@@ -146,97 +150,77 @@ def enter(
             logger.warning("sandbox: no seccomp filter: %s", error.strerror)
 
 
-class _RulesetAttributes(ctypes.Structure):
-    """struct landlock_ruleset_attr."""
-
-    _fields_ = (
-        ("files", ctypes.c_uint64),
-        ("network", ctypes.c_uint64),
-        ("scopes", ctypes.c_uint64),
-    )
-
-
-class _PathBeneath(ctypes.Structure):
-    """struct landlock_path_beneath_attr."""
-
-    _layout_ = "ms"  # required by Python 3.14; for these fields the same layout as gcc's
-    _pack_ = 1
-    _fields_ = (("allowed", ctypes.c_uint64), ("parent", ctypes.c_int32))
-
-
-class _Port(ctypes.Structure):
-    """struct landlock_net_port_attr."""
-
-    _fields_ = (("allowed", ctypes.c_uint64), ("port", ctypes.c_uint64))
+# struct landlock_ruleset_attr: files, network, scopes; its length by version of the interface
+_RULESET = struct.Struct("QQQ")
+_RULESET_SIZES = {1: 8, 4: 16, 6: _RULESET.size}
+_PATH_BENEATH = struct.Struct("=Qi")  # struct landlock_path_beneath_attr: allowed, parent; packed
+_PORT = struct.Struct("QQ")  # struct landlock_net_port_attr: allowed, port
 
 
 def _restrict_files(folders: Mapping[str, Access], ports: Collection[int]) -> None:
-    def call(number: int, *values: object) -> int:
-        return libc.check(libc.library.syscall(ctypes.c_long(number), *values))
+    def since(table: dict[int, int]) -> int:
+        return max((value for first, value in table.items() if first <= version), default=0)
 
-    def handled(table: dict[int, int]) -> int:
-        return max((rights for since, rights in table.items() if since <= version), default=0)
+    version = libc.call(
+        "syscall", _LANDLOCK_CREATE_RULESET, None, 0, _LANDLOCK_CREATE_RULESET_VERSION
+    )
+    files, network = since(_HANDLED_FILES), since(_HANDLED_NETWORK)
+    attributes = _RULESET.pack(files, network, since(_HANDLED_SCOPES))
+    size = since(_RULESET_SIZES)
+    ruleset = libc.call("syscall", _LANDLOCK_CREATE_RULESET, attributes, size, 0)
 
-    nothing = ctypes.c_void_p(None)
-    version = call(
-        _LANDLOCK_CREATE_RULESET, nothing, ctypes.c_size_t(0), _LANDLOCK_CREATE_RULESET_VERSION
-    )
-    attributes = _RulesetAttributes(
-        handled(_HANDLED_FILES), handled(_HANDLED_NETWORK), handled(_HANDLED_SCOPES)
-    )
-    size = ctypes.c_size_t(ctypes.sizeof(attributes) if version >= 6 else 16 if version >= 4 else 8)
-    ruleset = call(_LANDLOCK_CREATE_RULESET, ctypes.byref(attributes), size, 0)
+    def add(kind: int, rule: bytes) -> None:
+        libc.call("syscall", _LANDLOCK_ADD_RULE, ruleset, kind, rule, 0)
+
     try:
         for path, access in folders.items():
             granted = [right for operation, right in _RIGHTS.items() if operation & access]
-            rights = reduce(or_, granted, 0) & attributes.files
+            rights = reduce(or_, granted, 0) & files
             parent = os.open(path, os.O_PATH | os.O_CLOEXEC)
             try:
-                rule = _PathBeneath(rights, parent)
-                call(
-                    _LANDLOCK_ADD_RULE, ruleset, _LANDLOCK_RULE_PATH_BENEATH, ctypes.byref(rule), 0
-                )
+                add(_LANDLOCK_RULE_PATH_BENEATH, _PATH_BENEATH.pack(rights, parent))
             finally:
                 os.close(parent)
-        if ports and not attributes.network:
+        if ports and not network:
             logger.warning("sandbox: this kernel has no rules for TCP, every port stays accessible")
             ports = ()
         for port in ports:
-            allowed = ctypes.byref(_Port(_CONNECT_TCP, port))
-            call(_LANDLOCK_ADD_RULE, ruleset, _LANDLOCK_RULE_NET_PORT, allowed, 0)
-        call(_LANDLOCK_RESTRICT_SELF, ruleset, 0)
+            add(_LANDLOCK_RULE_NET_PORT, _PORT.pack(_CONNECT_TCP, port))
+        libc.call("syscall", _LANDLOCK_RESTRICT_SELF, ruleset, 0)
     finally:
         os.close(ruleset)
 
 
-class _Comparison(ctypes.Structure):
+class _Comparison(NamedTuple):
     """struct scmp_arg_cmp."""
 
-    _fields_ = (
-        ("argument", ctypes.c_uint),
-        ("operator", ctypes.c_int),
-        ("first", ctypes.c_uint64),
-        ("second", ctypes.c_uint64),
-    )
+    argument: int
+    operator: int
+    first: int
+    second: int = 0
+
+
+_COMPARISON = struct.Struct("IIQQ")
 
 
 def _filter_calls(
-    library: ctypes.CDLL, descriptor_store: bool, needed: Access, *, connections: bool
+    library: Library, descriptor_store: bool, needed: Access, *, connections: bool
 ) -> None:
-    library.seccomp_init.restype = ctypes.c_void_p
-    context = ctypes.c_void_p(library.seccomp_init(ctypes.c_uint32(_FAIL)))
+    context, _ = library.call("seccomp_init", _FAIL)
     if not context:
         raise OSError(None, "libseccomp cannot make a filter")
+
+    def call(function: str, *arguments: int | bytes) -> int:
+        return libc.as_int(library.call(function, *arguments)[0])
 
     def allow(name: str, *comparisons: _Comparison) -> None:
         rule(name, _ALLOW, *comparisons)
 
     def rule(name: str, action: int, *comparisons: _Comparison) -> None:
-        number = library.seccomp_syscall_resolve_name(name.encode())
-        array = (_Comparison * len(comparisons))(*comparisons)
-        result = library.seccomp_rule_add_array(
-            context, ctypes.c_uint32(action), number, len(comparisons), array
-        )
+        number = call("seccomp_syscall_resolve_name", name.encode() + b"\0")
+        array = b"".join([_COMPARISON.pack(*comparison) for comparison in comparisons])
+        arguments = (context, action, number, len(comparisons), array)
+        result = call("seccomp_rule_add_array", *arguments)
         if result and result != -errno.EDOM:  # EDOM: this machine does not have that call
             raise OSError(-result, f"{name}: {os.strerror(-result)}")
 
@@ -282,8 +266,8 @@ def _filter_calls(
         # Its flags are in memory, which a filter cannot read; without it the C library uses clone.
         rule("clone3", _FAIL & ~0xFFFF | errno.ENOSYS)
         allow("tgkill", _Comparison(0, _EQUAL, os.getpid()))  # a signal to itself, as abort() does
-        result = library.seccomp_load(context)
+        result = call("seccomp_load", context)
         if result:
             raise OSError(-result, os.strerror(-result))
     finally:
-        library.seccomp_release(context)
+        call("seccomp_release", context)

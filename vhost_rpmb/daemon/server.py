@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from functools import partial
 
-from vhost_rpmb import engine, process
+from vhost_rpmb import engine, libc, process
 from vhost_rpmb.daemon import sandbox
 from vhost_rpmb.daemon.descriptors import DescriptorStore
 from vhost_rpmb.daemon.device import make_device
@@ -97,6 +97,8 @@ def run(options: Options) -> None:
     does not interrupt a clean end.
     """
     process.reset_signals()
+    chosen = engine.load(options.engine)
+    libc.use(chosen.Library)
     process.hide_memory()
     process.allow_descriptors()
     with ExitStack() as stack:
@@ -113,7 +115,6 @@ def run(options: Options) -> None:
             store, shared = _open_store(options, stop, notifier, stack)
         except Stopped:
             return
-        chosen = engine.load(options.engine)
         device = stack.enter_context(make_device(options, store, chosen, loop.epoll.poll))
         handover.open(store.name)
         device.journal = handover.journal
