@@ -16,28 +16,69 @@ if TYPE_CHECKING:
     from enum import IntEnum, IntFlag
     from typing import NamedTuple, Protocol
 else:
-    from collections import namedtuple
-
-    _OF_A_CLASS = ("__annotations__", "__module__", "__qualname__")
+    from operator import itemgetter
 
     class _Named(type):
         """Makes a named tuple of a class with annotated fields, methods and defaults."""
 
         def __new__(cls, name, bases, attributes):
-            if not bases:
-                return super().__new__(cls, name, bases, attributes)
-            fields = attributes["__annotations__"]
-            defaults = [attributes[field] for field in fields if field in attributes]
-            made = namedtuple(  # noqa: PYI024
-                name, fields, defaults=defaults, module=attributes["__module__"]
-            )
-            for key, value in attributes.items():
-                if key not in fields and key not in _OF_A_CLASS:
-                    setattr(made, key, value)
+            fields = tuple(attributes.get("__annotations__", ()))
+            made = {
+                **attributes,
+                "__slots__": (),
+                "__match_args__": fields,
+                "_fields": fields,
+                "_field_defaults": {key: attributes[key] for key in fields if key in attributes},
+            }
+            made.update((key, property(itemgetter(at))) for at, key in enumerate(fields))
+            return super().__new__(cls, name, bases, made)
+
+    class NamedTuple(tuple, metaclass=_Named):
+        """The base of named tuples. Each by `collections` takes 3 KiB, of functions of its own."""
+
+        def __new__(cls, *values, **named):  # noqa: D102
+            if named or len(values) != len(cls._fields):
+                values = cls._completed(values, named)
+            return tuple.__new__(cls, values)
+
+        @classmethod
+        def _completed(cls, values, named):
+            given = dict(zip(cls._fields, values, strict=False))
+            if len(values) > len(given) or named.keys() & given.keys():
+                raise TypeError(f"{cls.__name__}: expected one value for a field, found more")
+            given |= named
+            if given.keys() - set(cls._fields):
+                raise TypeError(f"{cls.__name__}: expected the fields {cls._fields}, found others")
+            try:
+                return [{**cls._field_defaults, **given}[field] for field in cls._fields]
+            except KeyError as error:
+                raise TypeError(f"{cls.__name__}: expected a value for {error}") from None
+
+        @classmethod
+        def _make(cls, values):
+            """Make one of an iterable."""
+            made = tuple.__new__(cls, values)
+            if len(made) != len(cls._fields):
+                raise TypeError(f"expected {len(cls._fields)} values, found {len(made)}")
             return made
 
-    class NamedTuple(metaclass=_Named):
-        """The base of named tuples."""
+        def _replace(self, **named):
+            """Return one with other values of some fields."""
+            made = self._make([named.pop(*each) for each in zip(self._fields, self, strict=True)])
+            if named:
+                raise ValueError(f"{type(self).__name__}: unknown fields {list(named)}")
+            return made
+
+        def _asdict(self):
+            """Return the values by field."""
+            return dict(zip(self._fields, self, strict=True))
+
+        def __repr__(self):
+            values = [f"{field}={value!r}" for field, value in self._asdict().items()]
+            return f"{type(self).__name__}({', '.join(values)})"
+
+        def __getnewargs__(self):
+            return tuple(self)
 
     class _Enumeration(type):
         """Makes members of the public attributes of a class that are numbers, in their order."""
@@ -53,6 +94,9 @@ else:
 
         def __iter__(cls):
             return iter(cls._members.values())
+
+        def __getitem__(cls, name):
+            return {member.name: member for member in cls}[name]
 
     class IntEnum(int, metaclass=_Enumeration):
         """The base of enumerations of numbers; calling one gives its member of a value."""
@@ -70,6 +114,11 @@ else:
             return f"<{type(self).__qualname__}.{self.name}: {int(self)}>"
 
         __str__ = int.__repr__
+
+        @property
+        def value(self):
+            """The number as such."""
+            return int(self)
 
         @property
         def name(self):
