@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -17,7 +18,9 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
+from bench import host
 from bench.daemon import SAME_CPU, TWO_CPUS, Load, Tools, chains, daemon, reads, resident, writes
+from vhost_rpmb.rpmb import spec
 
 FLOOR_PROGRAM = "from cryptography.hazmat.primitives import hashes, hmac"
 
@@ -110,7 +113,7 @@ def per_unit(count: Callable[[int], int], few: int, many: int, units: int) -> fl
     return (more - less) / units
 
 
-def counted(command: Sequence[str], tool: str, *options: str) -> int:
+def counted(command: Sequence[str], tool: str, *options: str, stdin: int | None = None) -> int:
     """What a tool of valgrind counts in a process; the same for the same binaries and input."""
     done = subprocess.run(
         [
@@ -121,6 +124,7 @@ def counted(command: Sequence[str], tool: str, *options: str) -> int:
             *command,
         ],
         check=True,
+        stdin=stdin,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -128,6 +132,26 @@ def counted(command: Sequence[str], tool: str, *options: str) -> int:
     )
     (counted,) = re.findall(r"(?:Collected :|Total:) +([\d,]+)", done.stderr)
     return int(counted.replace(",", ""))
+
+
+def counted_start(folder: Path) -> tuple[int, int]:
+    """Instructions of a start until the first front-end has left, and of bare Python with sqlite3.
+
+    The sandbox is off, because valgrind cannot work in it.
+    """
+    with host.environment(folder) as python:
+        floor = counted([str(python), "-S", "-I", "-c", "import sqlite3"], "callgrind")
+        image = folder / "rpmb.img"
+        image.touch()
+        os.truncate(image, spec.CAPACITY_UNIT)
+        command = (str(python), "-P", "-m", "vhost_rpmb", "--fd=0", "--sandbox=off")
+        front_end, back_end = socket.socketpair()
+        with back_end:
+            front_end.close()
+            started = counted(
+                [*command, f"--flash-path={image}"], "callgrind", stdin=back_end.fileno()
+            )
+    return started, floor
 
 
 def bare_python() -> tuple[float, int]:

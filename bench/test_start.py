@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
+
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench import optee
 from bench.daemon import chains, daemon, reads
-from bench.measure import Bench, bare_python
+from bench.measure import Bench, bare_python, counted_start
 from bench.recording import CLOCK, Goal, Measured, record
 
 pytestmark = pytest.mark.benchmark(timer=CLOCK, group="start")
@@ -49,6 +52,16 @@ def test_start(bench: Bench, goal: Goal) -> None:
         return Measured(took, f"{took:.0f} ms")
 
     goal("exec to listening, ms", measure, 120)
+
+
+@pytest.mark.gate
+def test_start_instructions(goal: Goal, tmp_path: Path) -> None:
+    def measure() -> Measured:
+        started, floor = counted_start(Path(tempfile.mkdtemp(dir=tmp_path)))
+        how = f"{started / 1e6:.1f} million instructions / {floor / 1e6:.1f} million"
+        return Measured(started / floor, how)
+
+    goal("a start: instructions / bare Python with sqlite3", measure, 3)
 
 
 @pytest.mark.gate
