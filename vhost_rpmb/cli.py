@@ -223,6 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from vhost_rpmb import log
         from vhost_rpmb.daemon import server
 
+        gc.freeze()  # what was imported stays: no collection looks at it again
         gc.enable()
         log.configure(PROG, options.verbosity)
         server.run(options)

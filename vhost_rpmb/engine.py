@@ -23,6 +23,7 @@ class Engine(NamedTuple):
     name: str
     Authenticator: type[_pure.Authenticator]
     GuestMemory: type[_pure.GuestMemory]
+    Hashes: type[_pure.Hashes]
     Library: type[_pure.Library]
     Loop: type[_pure.Loop]
     Virtqueue: type[_pure.Virtqueue]
@@ -48,6 +49,7 @@ def load(name: str) -> Engine:
         name=name,
         Authenticator=module.Authenticator,
         GuestMemory=module.GuestMemory,
+        Hashes=module.Hashes,
         Library=module.Library,
         Loop=module.Loop,
         Virtqueue=module.Virtqueue,

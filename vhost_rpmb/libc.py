@@ -13,6 +13,7 @@ import os
 import struct
 import sys
 import time
+from contextlib import suppress
 
 from vhost_rpmb.system import socket
 from vhost_rpmb.typed import TYPE_CHECKING, NamedTuple
@@ -34,6 +35,7 @@ __all__ = [
     "receive_message",
     "same_file",
     "send_message",
+    "trim",
     "use",
 ]
 
@@ -77,6 +79,12 @@ def call(function: str, *arguments: int | bytes | bytearray | memoryview | None)
 def prctl(option: int, value: int) -> None:
     """Set an attribute of the process by the system call of this name."""
     call("prctl", option, value, 0, 0, 0)
+
+
+def trim() -> None:
+    """Give freed memory back to the system, where the C library can."""
+    with suppress(OSError):
+        _functions().call("malloc_trim", 0)
 
 
 def file_system(fd: int) -> int:

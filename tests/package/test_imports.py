@@ -25,8 +25,12 @@ sys.exit(status)
 AVOIDED = {
     "argparse",  # 0.3 MiB
     "cryptography",  # 7 MiB
+    "array",
+    "ctypes",  # 0.2 MiB
     "dataclasses",  # 1 MiB
     "enum",  # 0.2 MiB
+    "hashlib",  # 0.1 MiB, with hmac
+    "hmac",
     "importlib",  # 0.1 MiB
     "json",
     "logging",  # 0.5 MiB

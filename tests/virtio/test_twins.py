@@ -19,7 +19,7 @@ MODULES = (
     *("memory", "inflight", "ring", "split", "packed", "virtqueue", "loop", "mac", "batch"),
     *("device", "library"),
 )
-CLASSES = ("Authenticator", "GuestMemory", "Library", "Loop", "Virtqueue", "RpmbDevice")
+CLASSES = ("Authenticator", "GuestMemory", "Hashes", "Library", "Loop", "Virtqueue", "RpmbDevice")
 
 
 def test_the_engines_export_the_same_names() -> None:

@@ -8,7 +8,7 @@ tools/constants.py generates. Docstrings are in ``_pure``.
 from vhost_rpmb._fast.device import RpmbDevice
 from vhost_rpmb._fast.library import Library
 from vhost_rpmb._fast.loop import Loop
-from vhost_rpmb._fast.mac import Authenticator
+from vhost_rpmb._fast.mac import Authenticator, Hashes
 from vhost_rpmb._fast.memory import GuestMemory, GuestMemoryError
 from vhost_rpmb._fast.virtqueue import Virtqueue
 
@@ -16,6 +16,7 @@ __all__ = [
     "Authenticator",
     "GuestMemory",
     "GuestMemoryError",
+    "Hashes",
     "Library",
     "Loop",
     "RpmbDevice",

@@ -9,13 +9,24 @@ from cpython.bytes cimport PyBytes_AS_STRING
 
 from vhost_rpmb._fast.constants cimport FRAME_SIZE, KEY_SIZE, MAC_SIZE
 
-__all__ = ["Authenticator"]
+__all__ = ["Authenticator", "Hashes"]
 
 cdef extern from "<openssl/evp.h>" nogil:
     EVP_MAC *EVP_MAC_fetch(void *, const char *, const char *)
     void EVP_MAC_free(EVP_MAC *)
     EVP_MAC_CTX *EVP_MAC_CTX_new(EVP_MAC *)
     void EVP_MAC_CTX_free(EVP_MAC_CTX *)
+
+    ctypedef struct EVP_MD:
+        pass
+    EVP_MD *EVP_MD_fetch(void *, const char *, const char *)
+    int EVP_Digest(const void *, size_t, unsigned char *, unsigned *, const EVP_MD *, void *)
+
+cdef extern from "<openssl/hmac.h>" nogil:
+    unsigned char *HMAC(
+        const EVP_MD *, const void *, int, const unsigned char *, size_t, unsigned char *,
+        unsigned *,
+    )
 
 cdef extern from "<openssl/params.h>" nogil:
     OSSL_PARAM OSSL_PARAM_construct_utf8_string(const char *, char *, size_t)
@@ -82,6 +93,46 @@ cdef class Authenticator:
 cdef int fail() except -1 nogil:
     with gil:
         raise RuntimeError("libcrypto cannot compute HMAC-SHA256")
+
+
+cdef EVP_MD *_sha256 = NULL  # fetched once, which takes longer than a digest
+
+
+cdef EVP_MD *_method() except NULL:
+    global _sha256
+    if _sha256 == NULL:
+        _sha256 = EVP_MD_fetch(NULL, b"SHA256", NULL)
+        if _sha256 == NULL:
+            raise RuntimeError("libcrypto has no SHA-256")
+    return _sha256
+
+
+@cython.final
+cdef class Hashes:
+    @staticmethod
+    def sha256(bytes data not None):
+        cdef unsigned char value[MAC_SIZE]
+        cdef const unsigned char *start = <const unsigned char *>PyBytes_AS_STRING(data)
+        if not EVP_Digest(start, <size_t>len(data), value, NULL, _method(), NULL):
+            raise RuntimeError("libcrypto cannot compute SHA-256")
+        return <bytes>value[:MAC_SIZE]
+
+    @staticmethod
+    def hmac_sha256(bytes key not None, bytes data not None):
+        cdef unsigned char value[MAC_SIZE]
+        cdef const unsigned char *start = <const unsigned char *>PyBytes_AS_STRING(data)
+        cdef const void *secret = PyBytes_AS_STRING(key)
+        if HMAC(_method(), secret, <int>len(key), start, <size_t>len(data), value, NULL) == NULL:
+            fail()
+        return <bytes>value[:MAC_SIZE]
+
+    @staticmethod
+    def equal(bytes one not None, bytes other not None):
+        if len(one) != len(other):
+            return False
+        return CRYPTO_memcmp(
+            PyBytes_AS_STRING(one), PyBytes_AS_STRING(other), <size_t>len(one)
+        ) == 0
 
 
 cdef Authenticator new_authenticator(const unsigned char *key):

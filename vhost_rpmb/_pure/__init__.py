@@ -8,7 +8,7 @@ or commit, numbers, and the layout of frames.
 from vhost_rpmb._pure.device import RpmbDevice
 from vhost_rpmb._pure.library import Library
 from vhost_rpmb._pure.loop import Loop
-from vhost_rpmb._pure.mac import Authenticator
+from vhost_rpmb._pure.mac import Authenticator, Hashes
 from vhost_rpmb._pure.memory import GuestMemory, GuestMemoryError
 from vhost_rpmb._pure.virtqueue import Virtqueue
 
@@ -16,6 +16,7 @@ __all__ = [
     "Authenticator",
     "GuestMemory",
     "GuestMemoryError",
+    "Hashes",
     "Library",
     "Loop",
     "RpmbDevice",

@@ -9,12 +9,13 @@ from __future__ import annotations
 import errno
 import os
 import struct
+import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from functools import partial
 
-from vhost_rpmb import engine, libc, process
+from vhost_rpmb import engine, hashes, libc, process
 from vhost_rpmb.daemon import sandbox
 from vhost_rpmb.daemon.descriptors import DescriptorStore
 from vhost_rpmb.daemon.device import make_device
@@ -99,6 +100,7 @@ def run(options: Options) -> None:
     process.reset_signals()
     chosen = engine.load(options.engine)
     libc.use(chosen.Library)
+    hashes.use(chosen.Hashes)
     process.hide_memory()
     process.allow_descriptors()
     with ExitStack() as stack:
@@ -145,6 +147,7 @@ def run(options: Options) -> None:
                 resources.ports,
                 descriptor_store=handover.active,
             )
+        _tidy()
         status = Status(notifier, server, store, device)
         fenced = ""
         try:
@@ -168,6 +171,12 @@ def run(options: Options) -> None:
         handover.served()  # a stop is no failure, whatever it interrupted
         notifier.send("STOPPING=1")
         logger.info("ending")
+
+
+def _tidy() -> None:
+    """Free what only the start needed: the daemon may stand by for weeks."""
+    sys.path_importer_cache.clear()  # names of all files of the folders with modules
+    libc.trim()
 
 
 def _open_store(

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
 
+from vhost_rpmb import hashes
 from vhost_rpmb.errors import StateError, UsageError
 from vhost_rpmb.rpmb import spec
 from vhost_rpmb.storage.local.files import cannot_lock
@@ -182,7 +182,7 @@ def served_size(path: str, file_size: int, remedy: str) -> int:
 
 def digest(block: bytes) -> bytes:
     """Return SHA-256 of a block; empty for all zeros, the most frequent block of a sparse image."""
-    return b"" if is_zeros(block) else hashlib.sha256(block).digest()
+    return b"" if is_zeros(block) else hashes.sha256(block)
 
 
 def is_zeros(data: bytes) -> bool:

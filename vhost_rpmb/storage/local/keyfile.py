@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-import hmac
 import os
 import stat
 from collections.abc import Callable
 
+from vhost_rpmb import hashes
 from vhost_rpmb.errors import UsageError
 from vhost_rpmb.rpmb import spec
 from vhost_rpmb.storage.local.files import open_regular, published_file, write_all
@@ -74,4 +74,4 @@ def write_key_file(path: str, key: bytes) -> None:
 
 def fingerprint(key: bytes) -> bytes:
     """Return HMAC-SHA256 of a label that no frame can equal."""
-    return hmac.digest(key, _FINGERPRINT_LABEL, "sha256")
+    return hashes.hmac_sha256(key, _FINGERPRINT_LABEL)

@@ -7,13 +7,13 @@ different devices or times are recognised.
 
 from __future__ import annotations
 
-import hmac
 import mmap
 import os
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 
+from vhost_rpmb import hashes
 from vhost_rpmb.errors import Fenced, StateError, UsageError
 from vhost_rpmb.log import Logger
 from vhost_rpmb.rpmb import spec
@@ -318,7 +318,7 @@ def choose_key(
             f" {len(key_file)} bytes instead of 32: restore it"
         )
     expected = row.fingerprint if row.key is None else fingerprint(row.key)
-    if not hmac.compare_digest(fingerprint(key_file), expected or b""):
+    if not hashes.equal(fingerprint(key_file), expected or b""):
         raise StateError(
             f"the key file {key_path} holds another key than the one that the device of"
             f" {state_path} was programmed with: restore files that belong together"

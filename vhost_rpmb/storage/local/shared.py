@@ -7,11 +7,10 @@ The device keeps the same memory for its blocks while the files are closed and o
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
 from collections.abc import Callable
 
-from vhost_rpmb import sparse
+from vhost_rpmb import hashes, sparse
 from vhost_rpmb.errors import StateError, UsageError
 from vhost_rpmb.log import Logger
 from vhost_rpmb.rpmb import spec
@@ -52,7 +51,7 @@ class SharedFiles:
         self._store: Store | None = None
         self.active = False
         # Of a kept connection: the name of the device is not known before the files are open.
-        self.name = hashlib.sha256(os.fsencode(paths.state)).hexdigest()[:16]
+        self.name = hashes.sha256(os.fsencode(paths.state)).hex()[:16]
         size = _size_of(paths.flash)
         self._memory = sparse.new(size)
         self.image = memoryview(self._memory)
