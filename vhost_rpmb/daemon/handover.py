@@ -21,7 +21,8 @@ from contextlib import suppress
 
 from vhost_rpmb import libc, memfd
 from vhost_rpmb.daemon.descriptors import PREFIX, DescriptorStore, StoreError
-from vhost_rpmb.log import INFO, WARNING, Logger
+from vhost_rpmb.daemon.unkept import Unkept
+from vhost_rpmb.log import Logger
 from vhost_rpmb.system import socket
 from vhost_rpmb.vhost_user import foreign
 from vhost_rpmb.vhost_user.intake import Consumed
@@ -63,7 +64,7 @@ class _UnfitError(Exception):
     """What an earlier process left cannot be continued; the text says why."""
 
 
-class Handover:
+class Handover(Unkept):
     """Keeps one connection with the service manager; implements `interfaces.Keeper`.
 
     It is ``active`` as long as the service manager keeps everything that it is given. After the
@@ -72,7 +73,7 @@ class Handover:
     """
 
     def __init__(self, store: DescriptorStore) -> None:
-        self._store = store
+        super().__init__(store)
         self._map: mmap.mmap | None = None
         self._owner = b""
         self._sequence = 0
@@ -98,14 +99,14 @@ class Handover:
             elif not self.record:
                 self.disconnect()
         if not self._store.limit:
-            # By hand a restart is no surprise; a unit was to survive it.
-            logger.log(
-                WARNING if self._store.managed else INFO,
-                "a restart will end the connection: there is no descriptor store%s",
-                ", set FileDescriptorStoreMax=" if self._store.managed else "",
-            )
+            self._warn()
         elif self._map is None:
             self._begin()
+
+    @property
+    def keeper(self) -> Handover | None:
+        """The keeper of the session, as long as it keeps everything."""
+        return self if self.active else None
 
     @property
     def journal(self) -> memoryview | None:

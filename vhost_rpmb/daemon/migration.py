@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-from vhost_rpmb.daemon.handover import Handover
+from vhost_rpmb.daemon.unkept import Unkept
 from vhost_rpmb.errors import Fenced, UsageError
 from vhost_rpmb.log import Logger
 from vhost_rpmb.migration.copying import Copying
@@ -98,7 +98,7 @@ def _check_start(store: LocalStore, options: Options) -> None:
 
 
 def make_migration(
-    options: Options, store: Store, device: MovableDevice, handover: Handover
+    options: Options, store: Store, device: MovableDevice, handover: Unkept
 ) -> Migration:
     """Return the mode. Raises UsageError for its files."""
     note = Note(handover.note)

@@ -20,9 +20,9 @@ from vhost_rpmb.daemon import sandbox
 from vhost_rpmb.daemon.descriptors import DescriptorStore
 from vhost_rpmb.daemon.device import make_device
 from vhost_rpmb.daemon.eventloop import EventLoop, StopSignals
-from vhost_rpmb.daemon.handover import Handover
 from vhost_rpmb.daemon.listener import open_socket
 from vhost_rpmb.daemon.notify import Notifier
+from vhost_rpmb.daemon.unkept import Unkept
 from vhost_rpmb.errors import Fenced, PeerError, Stopped, UsageError
 from vhost_rpmb.log import LimitedLog, Logger
 from vhost_rpmb.storage.interface import Access, Resources, SharedStore, Store, TakeOver
@@ -107,7 +107,7 @@ def run(options: Options) -> None:
         notifier = Notifier(os.environ)
         stack.callback(notifier.close)
         descriptors = DescriptorStore(notifier, os.environ)
-        handover = Handover(descriptors)
+        handover = _make_handover(descriptors)
         stack.callback(handover.close)
         loop = EventLoop(_PATIENCE)
         stack.callback(loop.close)
@@ -173,6 +173,15 @@ def run(options: Options) -> None:
         logger.info("ending")
 
 
+def _make_handover(store: DescriptorStore) -> Unkept:
+    """Return what keeps the connection, as far as there is a store for it."""
+    if not (store.limit or store.names or store.ambiguous):
+        return Unkept(store)
+    from vhost_rpmb.daemon.handover import Handover  # imported lazily: few have a store
+
+    return Handover(store)
+
+
 def _tidy() -> None:
     """Free what only the start needed: the daemon may stand by for weeks."""
     sys.path_importer_cache.clear()  # names of all files of the folders with modules
@@ -213,7 +222,7 @@ def _open_store(
 
 
 def _open_socket(
-    options: Options, descriptors: DescriptorStore, handover: Handover, stack: ExitStack
+    options: Options, descriptors: DescriptorStore, handover: Unkept, stack: ExitStack
 ) -> tuple[socket.socket, bool]:
     """Return the socket, and whether it listens (or is connected); UsageError.
 
@@ -316,7 +325,7 @@ class Server:
         sock: socket.socket,
         device: Device,
         chosen: engine.Engine,
-        handover: Handover,
+        handover: Unkept,
         *,
         listening: bool,
         once: bool,
@@ -390,7 +399,7 @@ class Server:
         self._session = Session(
             *(sock, self._device, self._engine, self._loop, self._log),
             poll_us=self._poll_us,
-            keeper=self._handover if self._handover.active else None,
+            keeper=self._handover.keeper,
             stopped=self._release if self._shared is not None else None,
             protocol_features=PROTOCOL_FEATURES if self._migration is None else _MOVABLE,
             state=self._migration,

@@ -34,7 +34,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 
-from vhost_rpmb.typed import NamedTuple
+from vhost_rpmb.typed import TYPE_CHECKING, NamedTuple
 from vhost_rpmb.vhost_user.inflight import (
     VERSION,
     InvalidRecordError,
@@ -42,8 +42,10 @@ from vhost_rpmb.vhost_user.inflight import (
     check_header,
     check_marks,
 )
-from vhost_rpmb.vhost_user.interfaces import Virtqueue
 from vhost_rpmb.virtio.position import AVAILABLE_OR_USED, Position
+
+if TYPE_CHECKING:
+    from vhost_rpmb.vhost_user.interfaces import Virtqueue
 
 __all__ = ["PackedRecovery", "initial", "recover", "resume"]
 

@@ -26,7 +26,6 @@ from vhost_rpmb.vhost_user.backend import (
     Reply,
     Row,
 )
-from vhost_rpmb.vhost_user.intake import KeptReader
 from vhost_rpmb.vhost_user.saved import Intake, Owed, State
 from vhost_rpmb.vhost_user.transfer import LATER, StateTransfer
 from vhost_rpmb.vhost_user.vring import Vring
@@ -34,6 +33,7 @@ from vhost_rpmb.vhost_user.wire import Message, ProtocolFeature
 from vhost_rpmb.virtio import flags
 
 if TYPE_CHECKING:
+    from vhost_rpmb.vhost_user.intake import KeptReader
     from vhost_rpmb.vhost_user.interfaces import (
         Device,
         DeviceState,
@@ -88,9 +88,13 @@ class Session:
         self._stopped = stopped
         self._watcher = watcher
         self._log = log
-        self._reader = (
-            KeptReader(sock, keeper, self._save_intake) if keeper else wire.MessageReader(sock)
-        )
+        self._kept_reader: KeptReader | None = None
+        if keeper:
+            # Imported lazily: only what keeps a connection needs it, and has imported it.
+            from vhost_rpmb.vhost_user.intake import KeptReader
+
+            self._kept_reader = KeptReader(sock, keeper, self._save_intake)
+        self._reader: wire.MessageReader = self._kept_reader or wire.MessageReader(sock)
         self._store = partial(_store, keeper)
         self._transfer = StateTransfer(state, sock.fileno(), watcher, wake)
         self._held: Message | None = None  # its reply waits for the end of the transfer
@@ -191,7 +195,8 @@ class Session:
         connection ends for another reason.
         """
         assert self._keeper is not None
-        assert isinstance(self._reader, KeptReader)
+        reader = self._kept_reader
+        assert reader is not None
         record = saved.Record.unpack(self._keeper.record)
         self._backend.restore(record.state, self._keeper.descriptor)
         self._set_state(record.state)
@@ -199,8 +204,8 @@ class Session:
             self._reply(record.owed)
         elif self._keeper.replied < len(record.owed.data):
             raise PeerError(_UNREAD)
-        self._reader.restore(record.intake, self._keeper.consumed)
-        self._keeper.retain(self._files.union(self._reader.files))
+        reader.restore(record.intake, self._keeper.consumed)
+        self._keeper.retain(self._files.union(reader.files))
 
     def _set_state(self, state: State) -> None:
         self._packed, self._files = saved.pack_state(state), state.files
