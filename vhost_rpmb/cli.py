@@ -203,6 +203,20 @@ def _fail(message: str, status: int) -> int:
     return log.fatal(PROG, message, status)
 
 
+def _forget_wrapper() -> None:
+    """Forget what pip's wrapper of this program has imported: the daemon uses that memory.
+
+    The wrapper needs `re` for one line before `main` is called, and nothing here does.
+    """
+    wrapper = sys.modules["__main__"]
+    if getattr(wrapper, "main", None) is not main or not hasattr(wrapper, "re"):
+        return
+    del wrapper.re
+    for name in [*sys.modules]:
+        if name.partition(".")[0] in ("re", "enum", "copyreg"):
+            del sys.modules[name]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the daemon with the options in `argv` (default: the process's own).
 
@@ -217,6 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(CAPABILITIES))
         return 0
     gc.disable()  # objects made by imports live on; scanning them takes 5 % of the start
+    _forget_wrapper()
     try:
         options = parse_options(arguments, os.environ)
 

@@ -57,6 +57,7 @@ _ADDRESS_SIZE = 2  # bytes
 _DIGEST_SIZE = 32  # bytes
 _LOG_SIZE = 1 << 20  # bytes of the write-ahead log before SQLite moves them into the database file
 _LOG_PART = 1 << 16  # bytes
+_STATEMENTS = 16  # kept compiled: those of commits and checkpoints; a start has as many others
 _CACHE_SIZE = 256  # KiB of pages; a commit uses a few, a start each of them once
 STOPPED, _RUNNING, _STARTING = 0, 1, 2
 _MARK_SIZE = 8  # bytes of a digest that recognise an earlier version of a block
@@ -311,7 +312,13 @@ class Database(StateReader):
         starts = check_header(path, away=away)
         self._owns_log = log = has_log(path)
         super().__init__(
-            sqlite3.connect(uri(path), uri=True, isolation_level=None, timeout=0),
+            sqlite3.connect(
+                uri(path),
+                uri=True,
+                isolation_level=None,
+                timeout=0,
+                cached_statements=_STATEMENTS,
+            ),
             path,
             away=away,
         )
