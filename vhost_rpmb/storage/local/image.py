@@ -19,7 +19,7 @@ __all__ = ["ImageFile", "Stamp", "digest", "is_zeros", "ranges", "runs", "served
 
 MAX_IMAGE_SIZE = 32 * 1024 * 1024  # bytes; above 16 MiB they have no address
 
-_CHUNK_BLOCKS = 256  # blocks of one read
+_CHUNK_BLOCKS = 64  # blocks of one read
 _ZEROS = bytes(_CHUNK_BLOCKS * spec.BLOCK_SIZE)
 # No such attribute; none on this kind of file or file system; refused by a filter of system calls.
 _NO_STAMP = (errno.ENODATA, errno.ENOTSUP, errno.ENOSYS, errno.EPERM)
