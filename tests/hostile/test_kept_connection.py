@@ -58,6 +58,7 @@ def stored(supervised: Supervised) -> int:
 
 def test_surplus_descriptors_are_not_stored(supervised: Supervised, eventfds: list[int]) -> None:
     with connected(supervised) as frontend:
+        until(lambda: stored(supervised) == 2)  # the record and the connection
         before = stored(supervised)
         for _ in range(3):
             frontend.send(Request.SET_VRING_CALL, wire.pack_u64(0), eventfds, wire.FLAG_NEED_REPLY)
@@ -70,6 +71,7 @@ def test_surplus_descriptors_are_not_stored(supervised: Supervised, eventfds: li
 def test_sockets_are_not_stored(supervised: Supervised) -> None:
     """Least of all the front-end's end of the connection."""
     with connected(supervised) as frontend:
+        until(lambda: stored(supervised) == 2)  # the record and the connection
         before = stored(supervised)
         for request, payload in KINDS.items():
             frontend.send(request, payload, [frontend.fileno()], wire.FLAG_NEED_REPLY)
@@ -85,6 +87,7 @@ def test_descriptors_with_each_byte_do_not_end_the_keeping(
     """They are more than the store has room for; those of one message are limited."""
     data = wire.pack_message(Request.SET_VRING_CALL, wire.FLAG_NEED_REPLY, wire.pack_u64(0))
     with connected(supervised) as frontend:
+        until(lambda: stored(supervised) == 2)  # the record and the connection
         before = stored(supervised)
         for index in range(len(data)):
             socket.send_fds(frontend._sock, [data[index : index + 1]], eventfds)
