@@ -101,6 +101,7 @@ def gate() -> Iterator[threading.Event]:
 
     for _ in range(32):
         foreign.in_background(wait)
+    until(lambda: not foreign.left_open())
     yield gate
     gate.set()
     until(lambda: not foreign.left_open())
