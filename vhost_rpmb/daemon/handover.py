@@ -26,7 +26,7 @@ from vhost_rpmb.log import Logger
 from vhost_rpmb.system import socket
 from vhost_rpmb.vhost_user import foreign
 from vhost_rpmb.vhost_user.intake import Consumed
-from vhost_rpmb.vhost_user.wire import pack_fds, unpack_fds
+from vhost_rpmb.vhost_user.wire import CONTROL_SIZE, FD_SIZE, pack_fds, unpack_fds
 
 __all__ = ["Handover"]
 
@@ -51,8 +51,6 @@ _SESSION = f"{PREFIX}session"
 _CONNECTION = f"{PREFIX}conn"
 _FILE = f"{PREFIX}f"  # and a number
 
-_INT = struct.calcsize("i")
-_CONTROL_SIZE = socket.CMSG_SPACE(253 * _INT)  # SCM_MAX_FD
 _CONTROL = struct.Struct("@Nii")  # struct cmsghdr: length, level, type
 # Ancillary data that precede descriptors: a socket unit can have them enabled (PassCredentials=).
 _ANCILLARY = (socket.SO_PASSCRED, 34, 76)  # SO_PASSSEC and SO_PASSPIDFD, which socket lacks
@@ -223,7 +221,7 @@ class Handover(Unkept):
         control = self._control()
         header = self._header(_CONSUMED_AT)
         libc.receive_message(sock.fileno(), header, data, control)
-        sent = bytes(control)[socket.CMSG_LEN(0) :][: self.consumed.fds * _INT]
+        sent = bytes(control)[socket.CMSG_LEN(0) :][: self.consumed.fds * FD_SIZE]
         return bytes(data[: header.length]), unpack_fds(sent)
 
     @property
@@ -233,7 +231,7 @@ class Handover(Unkept):
         length = kind = 0
         if header.control_length >= _CONTROL.size:
             length, _level, kind = _CONTROL.unpack_from(self._control())
-        fds = (length - socket.CMSG_LEN(0)) // _INT if kind == socket.SCM_RIGHTS else 0
+        fds = (length - socket.CMSG_LEN(0)) // FD_SIZE if kind == socket.SCM_RIGHTS else 0
         complete = not header.flags & socket.MSG_CTRUNC
         return Consumed(header.length, fds, complete) if header.length else Consumed(0, 0, True)
 
@@ -319,7 +317,7 @@ class Handover(Unkept):
     def _control(self) -> memoryview:
         assert self._map is not None
         place = _CONTROL_AT[self._sequence & 1]
-        return memoryview(self._map)[place : place + _CONTROL_SIZE]
+        return memoryview(self._map)[place : place + CONTROL_SIZE]
 
     def _header(self, marks: tuple[int, int]) -> libc.MessageHeader:
         assert self._map is not None

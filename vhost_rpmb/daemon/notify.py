@@ -7,12 +7,12 @@ docs/decisions/0014-systemd.md explains why no library is used.
 import errno
 import os
 import select
-import struct
 import time
 from collections.abc import MutableMapping, Sequence
 from contextlib import suppress
 
 from vhost_rpmb.system import socket
+from vhost_rpmb.vhost_user.wire import pack_fds
 
 __all__ = ["Notifier"]
 
@@ -63,8 +63,7 @@ class Notifier:
         while True:
             try:
                 if fds:
-                    numbers = struct.pack(f"{len(fds)}i", *fds)
-                    rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, numbers)
+                    rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, pack_fds(fds))
                     self._socket.sendmsg([message], [rights])
                 else:
                     self._socket.send(message)

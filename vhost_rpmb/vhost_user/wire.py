@@ -143,8 +143,8 @@ MAX_FDS = 32  # file descriptors in one message; SET_MEM_TABLE carries one per m
 # The maximum of one sendmsg() in the kernel (SCM_MAX_FD). The buffer has room for as many, so that
 # descriptors are lost only if this process has no free one.
 _KERNEL_MAX_FDS = 253
-_INT = struct.calcsize("i")  # bytes of a descriptor
-_CONTROL_SIZE = socket.CMSG_SPACE(_KERNEL_MAX_FDS * _INT)
+FD_SIZE = struct.calcsize("i")  # bytes of a descriptor in an ancillary message
+CONTROL_SIZE = socket.CMSG_SPACE(_KERNEL_MAX_FDS * FD_SIZE)
 
 _HEADER = struct.Struct("=III")
 _U64 = struct.Struct("=Q")
@@ -533,7 +533,7 @@ class MessageReader:
 def receive(sock: socket.socket, count: int, flags: int = 0) -> tuple[bytes, list[int], bool]:
     """Receive up to ``count`` bytes and descriptors; False if some descriptors were lost."""
     data, control, results, _address = sock.recvmsg(
-        count, _CONTROL_SIZE, flags | socket.MSG_CMSG_CLOEXEC
+        count, CONTROL_SIZE, flags | socket.MSG_CMSG_CLOEXEC
     )
     fds: list[int] = []
     for level, kind, content in control:
@@ -549,7 +549,7 @@ def pack_fds(fds: Sequence[int]) -> bytes:
 
 def unpack_fds(content: bytes) -> list[int]:
     """The descriptors in an ancillary message, as far as it is whole."""
-    return list(memoryview(content)[: len(content) // _INT * _INT].cast("i"))
+    return list(memoryview(content)[: len(content) // FD_SIZE * FD_SIZE].cast("i"))
 
 
 def request_of(message: bytes) -> int | None:
