@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from vhost_rpmb import cli
-from vhost_rpmb.daemon.sandbox import _COMPARISON, _Comparison
+from vhost_rpmb.daemon.sandbox import Comparison, add_rule
 from vhost_rpmb.libc import as_int
 from vhost_rpmb.library import Library
 
@@ -39,14 +39,8 @@ def deny(denials: Sequence[str]) -> None:
     for denial in denials:
         call, _, error = denial.partition("=")
         name, _, argument = call.partition(":")
-        compared = [_Comparison(1, _MASKED_EQUAL, _INT, int(argument))] if argument else []
-        array = b"".join([_COMPARISON.pack(*comparison) for comparison in compared])
-        number, _ = library.call("seccomp_syscall_resolve_name", name.encode())
-        action = _FAIL | getattr(errno, error)
-        result, _ = library.call(
-            "seccomp_rule_add_array", context, action, number, len(compared), array
-        )
-        assert not as_int(result)
+        compared = [Comparison(1, _MASKED_EQUAL, _INT, int(argument))] if argument else []
+        assert not add_rule(library, context, _FAIL | getattr(errno, error), name, *compared)
     assert not as_int(library.call("seccomp_load", context)[0])
     library.call("seccomp_release", context)
 

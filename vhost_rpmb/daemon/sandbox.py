@@ -27,7 +27,7 @@ from vhost_rpmb.typed import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from vhost_rpmb.library import Library
 
-__all__ = ["enter"]
+__all__ = ["Comparison", "add_rule", "enter"]
 
 logger = Logger(__name__)
 
@@ -191,7 +191,7 @@ def _restrict_files(folders: Mapping[str, Access], ports: Collection[int]) -> No
         os.close(ruleset)
 
 
-class _Comparison(NamedTuple):
+class Comparison(NamedTuple):
     """struct scmp_arg_cmp."""
 
     argument: int
@@ -203,6 +203,16 @@ class _Comparison(NamedTuple):
 _COMPARISON = struct.Struct("IIQQ")
 
 
+def add_rule(
+    library: Library, context: int, action: int, name: str, *comparisons: Comparison
+) -> int:
+    """Add a rule to a filter of libseccomp; return 0 or the negative number of an error."""
+    number, _ = library.call("seccomp_syscall_resolve_name", name.encode() + b"\0")
+    array = b"".join([_COMPARISON.pack(*comparison) for comparison in comparisons])
+    arguments = (context, action, libc.as_int(number), len(comparisons), array)
+    return libc.as_int(library.call("seccomp_rule_add_array", *arguments)[0])
+
+
 def _filter_calls(
     library: Library, descriptor_store: bool, needed: Access, *, connections: bool
 ) -> None:
@@ -210,17 +220,11 @@ def _filter_calls(
     if not context:
         raise OSError(None, "libseccomp cannot make a filter")
 
-    def call(function: str, *arguments: int | bytes) -> int:
-        return libc.as_int(library.call(function, *arguments)[0])
-
-    def allow(name: str, *comparisons: _Comparison) -> None:
+    def allow(name: str, *comparisons: Comparison) -> None:
         rule(name, _ALLOW, *comparisons)
 
-    def rule(name: str, action: int, *comparisons: _Comparison) -> None:
-        number = call("seccomp_syscall_resolve_name", name.encode() + b"\0")
-        array = b"".join([_COMPARISON.pack(*comparison) for comparison in comparisons])
-        arguments = (context, action, number, len(comparisons), array)
-        result = call("seccomp_rule_add_array", *arguments)
+    def rule(name: str, action: int, *comparisons: Comparison) -> None:
+        result = add_rule(library, context, action, name, *comparisons)
         if result and result != -errno.EDOM:  # EDOM: this machine does not have that call
             raise OSError(-result, f"{name}: {os.strerror(-result)}")
 
@@ -234,25 +238,25 @@ def _filter_calls(
             for name in _DESCRIPTOR_STORE:
                 allow(name)
             # Comparing open files of its own.
-            own = [_Comparison(argument, _EQUAL, os.getpid()) for argument in (0, 1)]
-            allow("kcmp", *own, _Comparison(2, _EQUAL, _KCMP_FILE))
+            own = [Comparison(argument, _EQUAL, os.getpid()) for argument in (0, 1)]
+            allow("kcmp", *own, Comparison(2, _EQUAL, _KCMP_FILE))
         # Without an address: the service manager's datagram socket could reach any other socket.
         # That of sendmsg, which sends descriptors, is in memory, where a filter cannot read it.
-        allow("sendto", _Comparison(4, _EQUAL, 0))
+        allow("sendto", Comparison(4, _EQUAL, 0))
         for name in ("mmap", "mprotect"):
-            allow(name, _Comparison(2, _MASKED_EQUAL, _PROT_EXEC, 0))
+            allow(name, Comparison(2, _MASKED_EQUAL, _PROT_EXEC, 0))
         # Without O_CREAT the mode has no meaning, and the C library passes 0.
-        allow("open", _Comparison(2, _MASKED_EQUAL, _SPECIAL_BITS, 0))
-        allow("openat", _Comparison(3, _MASKED_EQUAL, _SPECIAL_BITS, 0))
-        allow("mknod", _Comparison(1, _MASKED_EQUAL, _INT, _PRIVATE_FILE))
-        allow("mknodat", _Comparison(2, _MASKED_EQUAL, _INT, _PRIVATE_FILE))
+        allow("open", Comparison(2, _MASKED_EQUAL, _SPECIAL_BITS, 0))
+        allow("openat", Comparison(3, _MASKED_EQUAL, _SPECIAL_BITS, 0))
+        allow("mknod", Comparison(1, _MASKED_EQUAL, _INT, _PRIVATE_FILE))
+        allow("mknodat", Comparison(2, _MASKED_EQUAL, _INT, _PRIVATE_FILE))
         for command in _FCNTL_COMMANDS:
-            allow("fcntl", _Comparison(1, _MASKED_EQUAL, _INT, command))
+            allow("fcntl", Comparison(1, _MASKED_EQUAL, _INT, command))
         for request in (_FIONCLEX, _FIOCLEX, _FIONBIO):
-            allow("ioctl", _Comparison(1, _EQUAL, request))
+            allow("ioctl", Comparison(1, _EQUAL, request))
         allow(
             "clone",
-            _Comparison(0, _MASKED_EQUAL, _CLONE_THREAD | _CLONE_NAMESPACES, _CLONE_THREAD),
+            Comparison(0, _MASKED_EQUAL, _CLONE_THREAD | _CLONE_NAMESPACES, _CLONE_THREAD),
         )
         if connections:
             # Of sockets that exist, only the service manager's could be connected elsewhere.
@@ -260,14 +264,14 @@ def _filter_calls(
             for family in (socket.AF_INET, socket.AF_INET6):
                 allow(
                     "socket",
-                    _Comparison(0, _EQUAL, family),
-                    _Comparison(1, _MASKED_EQUAL, _SOCKET_TYPE, socket.SOCK_STREAM),
+                    Comparison(0, _EQUAL, family),
+                    Comparison(1, _MASKED_EQUAL, _SOCKET_TYPE, socket.SOCK_STREAM),
                 )
         # Its flags are in memory, which a filter cannot read; without it the C library uses clone.
         rule("clone3", _FAIL & ~0xFFFF | errno.ENOSYS)
-        allow("tgkill", _Comparison(0, _EQUAL, os.getpid()))  # a signal to itself, as abort() does
-        result = call("seccomp_load", context)
+        allow("tgkill", Comparison(0, _EQUAL, os.getpid()))  # a signal to itself, as abort() does
+        result = libc.as_int(library.call("seccomp_load", context)[0])
         if result:
             raise OSError(-result, os.strerror(-result))
     finally:
-        call("seccomp_release", context)
+        library.call("seccomp_release", context)
