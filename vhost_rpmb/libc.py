@@ -128,14 +128,10 @@ _F_DUPFD_QUERY = 1027  # since Linux 6.10
 
 
 _BUFFER = struct.Struct("PN")  # struct iovec
-# struct mmsghdr: address and its size, buffers and their number, control data and their size, flags
-# and padding; then the length.
+# struct msghdr: address and its size, buffers and their number, control data and their size, flags
+# and padding; struct mmsghdr has the length behind it.
 _HEADER = struct.Struct("PIPNPNii")
-_LENGTH = struct.Struct("I")
-_CONTROL_LENGTH = struct.Struct("N")
-_FLAGS = struct.Struct("i")
-_CONTROL_LENGTH_AT = struct.calcsize("PIPNP")
-_FLAGS_AT = struct.calcsize("PIPNPN")
+_MMSGHDR = struct.Struct("PIPNPNiiI0P")
 
 
 class MessageHeader:
@@ -145,25 +141,23 @@ class MessageHeader:
     data received.
     """
 
-    SIZE = _HEADER.size + 8  # of the structure
-
     def __init__(self, memory: mmap.mmap, offset: int) -> None:
-        self.memory = memoryview(memory)[offset : offset + self.SIZE]
+        self.memory = memoryview(memory)[offset : offset + _MMSGHDR.size]
 
     @property
     def length(self) -> int:
         """Bytes of the message."""
-        return int(_LENGTH.unpack_from(self.memory, _HEADER.size)[0])
+        return int(_MMSGHDR.unpack(self.memory)[8])
 
     @property
     def control_length(self) -> int:
         """Bytes of ancillary data."""
-        return int(_CONTROL_LENGTH.unpack_from(self.memory, _CONTROL_LENGTH_AT)[0])
+        return int(_MMSGHDR.unpack(self.memory)[5])
 
     @property
     def flags(self) -> int:
         """Flags of a received message."""
-        return int(_FLAGS.unpack_from(self.memory, _FLAGS_AT)[0])
+        return int(_MMSGHDR.unpack(self.memory)[6])
 
 
 def receive_message(
@@ -208,10 +202,7 @@ def atomic_set_bit(address: int, bit: int) -> None:
     if sys.byteorder == "big":
         byte = 3 - byte
     operation = _FUTEX_OP_SET_BIT << 28 | (8 * byte + bit) << 12
-    _call(
-        "futex",
-        *(word, _FUTEX_WAKE_OP_PRIVATE, 0, None, word, operation),
-    )
+    _call("futex", word, _FUTEX_WAKE_OP_PRIVATE, 0, None, word, operation)
 
 
 def same_file(one: int, other: int) -> bool:

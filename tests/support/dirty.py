@@ -72,10 +72,7 @@ class DirtyMap(Closing):
         address = self._start + self._offset + page // 8
         word, byte = address & ~3, address & 3
         operation = _FUTEX_OP_CLEAR_BIT << 28 | (8 * byte + page % 8) << 12
-        libc._call(
-            "futex",
-            *(word, 5 | 128, 0, None, word, operation),
-        )
+        libc._call("futex", word, 5 | 128, 0, None, word, operation)
 
 
 def pages_of(spans: Iterable[tuple[int, int]]) -> set[int]:
