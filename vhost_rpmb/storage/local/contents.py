@@ -43,10 +43,6 @@ def load(image: ImageFile, database: StateReader, memory: mmap.mmap | None = Non
         sparse.clear(memory)
     blocks = image.size // spec.BLOCK_SIZE
     damaged, written = bytearray(blocks), bytearray(blocks)
-    pending, pending_total = set(), 0
-    for address, _ in database.pending(blocks):
-        pending.add(address)
-        pending_total += 1
     digests = database.digests(blocks)
     row = next(digests, None)
     blank = True
@@ -67,11 +63,16 @@ def load(image: ImageFile, database: StateReader, memory: mmap.mmap | None = Non
             start = number * spec.BLOCK_SIZE
             found = None if data is None else digest(data[start : start + spec.BLOCK_SIZE])
             expected = stored.get(address, NO_DIGESTS)
-            if found != expected.sha256 and address not in pending:
+            if found != expected.sha256:
                 damaged[address] = 1
                 if found and expected.had(found):
                     earlier.append(address)
+    pending, pending_total = set(), 0
     for address, block in database.pending(blocks):
         start = address * spec.BLOCK_SIZE
         memory[start : start + spec.BLOCK_SIZE] = block
+        damaged[address] = 0
+        pending.add(address)
+        pending_total += 1
+    earlier = [address for address in earlier if address not in pending]
     return Contents(memory, damaged, pending, pending_total, written, earlier, blank)
