@@ -259,11 +259,12 @@ def try_take_over(
                     return before
                 if attempt is None:
                     attempt = _Attempt(requests, presence, lease_seconds, clock)
-                intending(attempt.owner(before))
+                owner = attempt.owner(before)
+                intending(owner)
                 # Of a dead or replaced owner only the token counts: its lease may go on.
                 any_lease = mode == "now" or (keys.alive in found and not alive)
                 try:
-                    owner, answer = attempt.make(requests, keys, found, before, any_lease=any_lease)
+                    answer = attempt.make(requests, keys, found, owner, any_lease=any_lease)
                 except LeaseEnded:
                     attempt.end(requests)
                     attempt, found = None, _read(requests, keys)
@@ -314,18 +315,17 @@ class _Attempt:
         requests: Requests,
         keys: Keys,
         found: Mapping[bytes, bytes],
-        before: Owner,
+        owner: Owner,
         *,
         any_lease: bool,
-    ) -> tuple[Owner, Answer]:
-        """Replace the owner that was found; return the new one, and the records of the device."""
-        owner = self.owner(before)
+    ) -> Answer:
+        """Replace the owner that was found by another; return the records of the device."""
         compare = [Compare(keys.owner, found[keys.owner])]
         if not any_lease:
             compare.append(Compare(keys.alive, None))
         records = [Get(key) for key in (keys.head, keys.info, keys.incarnation)]
         mark = alive_mark(owner, self.lease)
-        return owner, requests.change(
+        return requests.change(
             compare,
             [Put(keys.owner, owner.pack()), Put(keys.alive, mark, self.lease), *records],
             [Get(keys.owner), Get(keys.alive), *records],
