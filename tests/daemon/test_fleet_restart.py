@@ -4,21 +4,21 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.support.daemon import PATIENCE, SANDBOX
+from tests.support.daemon import SANDBOX
 from tests.support.etcd import EtcdCluster
 from tests.support.faulty import SAVING, Faults
 from tests.support.fleet import Host, create_device, describe
-from tests.support.hosts import SETUP, PatientFrontend, leave, resume
+from tests.support.hosts import leave, resume
 from tests.support.oracle import FRAME_SIZE, KEY, OK, split
+from tests.support.sides import Side
 from tests.support.supervised import Supervised
 from vhost_rpmb.driver.errors import QueueError
-from vhost_rpmb.driver.rpmb import RpmbClient
 from vhost_rpmb.engine import Engine
 
 pytestmark = pytest.mark.etcd
@@ -81,44 +81,34 @@ def test_every_write_happens_exactly_once(host: Host, tmp_path: Path, engine: En
     assert "Traceback" not in supervised.manager.log
 
 
-def machine(
-    path: Path,
-    key: bytes | None = None,
-    blob: bytes | None = None,
-    beginning: Callable[[], None] = lambda: None,
-) -> RpmbClient:
-    frontend = PatientFrontend.connect(path, timeout=PATIENCE)
-    frontend.blob, frontend.beginning = blob, beginning
-    return RpmbClient(frontend, key, timeout=PATIENCE, setup=SETUP)
+@pytest.fixture
+def source(host: Host, tmp_path: Path, engine: Engine) -> Iterator[Side]:
+    """A daemon with the device."""
+    options = (host.store, "--device=vm-1", "--migration=shared")
+    with Side(tmp_path / "source", engine, *options) as side:
+        yield side
 
 
-def two_sides(
-    host: Host, folder: Path, engine: Engine
-) -> tuple[tuple[Faults, Supervised], tuple[Faults, Supervised]]:
-    """A daemon with the device, and one that waits for it; both can die at points."""
-
-    def side(name: str, *incoming: str) -> tuple[Faults, Supervised]:
-        (folder / name).mkdir()
-        faults = Faults(folder / name)
-        options = (host.store, "--device=vm-1", "--migration=shared", *incoming, "-v", *SANDBOX)
-        command = faults.command("--fd=3", *options)
-        return faults, Supervised(folder / name, engine=engine.name, command=command)
-
-    return side("source"), side("destination", "--incoming")
+@pytest.fixture
+def destination(host: Host, source: Side, tmp_path: Path, engine: Engine) -> Iterator[Side]:
+    """A daemon that waits for the device."""
+    options = (host.store, "--device=vm-1", "--migration=shared", "--incoming")
+    with Side(tmp_path / "destination", engine, *options) as side:
+        yield side
 
 
 def test_device_that_moved_survives_a_kill_after_its_take_over(
-    host: Host, tmp_path: Path, engine: Engine
+    source: Side, destination: Side
 ) -> None:
     """The daemon is the owner in the store, and has not noted it yet: at the destination, and at
     a source that takes the device back."""
-    (_, source), (faults, destination) = two_sides(host, tmp_path, engine)
-    with source, destination, machine(source.path) as here:
+    faults = destination.faults
+    with source.machine() as here:
         here.program_key(KEY)
         assert here.write(0, block(0)) == 1
         ticket = leave(here)
         faults.arm("taken")
-        with machine(destination.path, KEY, ticket) as there:
+        with destination.machine(KEY, ticket) as there:
             assert there.read(0, 1) == block(0)
             assert not faults.armed
             assert there.write(0, block(1)) == 2
@@ -136,17 +126,13 @@ def test_device_that_moved_survives_a_kill_after_its_take_over(
 
 
 @pytest.mark.parametrize("point", ["giving", "given", "loading", "loaded"])
-def test_interrupted_ticket_is_repeated(
-    host: Host, tmp_path: Path, engine: Engine, point: str
-) -> None:
-    (leaving, source), (arriving, destination) = two_sides(host, tmp_path, engine)
-    faults = leaving if point in SAVING else arriving
-    arm = partial(faults.arm, point)
-    with source, destination, machine(source.path, beginning=arm) as here:
+def test_interrupted_ticket_is_repeated(source: Side, destination: Side, point: str) -> None:
+    faults = (source if point in SAVING else destination).faults
+    with source.machine(arming=partial(faults.arm, point)) as here:
         here.program_key(KEY)
         assert here.write(0, block(0)) == 1
         ticket = leave(here)
-        with machine(destination.path, KEY, ticket) as there:
+        with destination.machine(KEY, ticket) as there:
             assert not faults.armed
             assert there.read(0, 1) == block(0)
             resume(here)

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from tests.migration.test_copy import is_fenced
-from tests.support.daemon import PATIENCE, SANDBOX
-from tests.support.faulty import LOADING, POINTS, SAVING, Faults
+from tests.support.daemon import PATIENCE
+from tests.support.faulty import LOADING, POINTS, SAVING
 from tests.support.hosts import (
     ACCEPTED,
     SETUP,
@@ -26,7 +26,7 @@ from tests.support.hosts import (
     resume,
 )
 from tests.support.oracle import KEY
-from tests.support.supervised import Supervised
+from tests.support.sides import Side
 from vhost_rpmb.driver.rpmb import RpmbClient
 from vhost_rpmb.engine import Engine
 from vhost_rpmb.vhost_user.wire import StateDirection
@@ -35,32 +35,6 @@ BLOCKS = 320  # more than a pipe takes
 DATA = bytes(range(1, 256)) * BLOCKS + bytes([7]) * BLOCKS
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("untraced")]
-
-
-class Side(Supervised):
-    """A host whose daemon a service manager restarts, with points at which it dies."""
-
-    def __init__(
-        self, folder: Path, engine: Engine, *options: str, shared: Path | None = None
-    ) -> None:
-        """``shared``: the image that both hosts see."""
-        folder.mkdir()
-        if shared is not None:
-            (folder / "flash.img").symlink_to(shared)
-        self.faults = Faults(folder)
-        home = f"--flash-path={folder / 'flash.img'}"
-        command = self.faults.command("--fd=3", home, "-v", *SANDBOX, *options)
-        super().__init__(folder, engine=engine.name, command=command)
-
-    def machine(
-        self, key: bytes | None = None, blob: bytes | None = None, point: str = ""
-    ) -> RpmbClient:
-        """A virtual machine; the daemon dies at a point of the first transfer."""
-        frontend = PatientFrontend.connect(self.path, timeout=PATIENCE)
-        frontend.blob = blob
-        if point:
-            frontend.beginning = partial(self.faults.arm, point)
-        return RpmbClient(frontend, key, timeout=PATIENCE, setup=SETUP)
 
 
 @pytest.fixture
@@ -75,7 +49,8 @@ def options(mode: str, copying: list[str]) -> list[str]:
 
 @pytest.fixture
 def source(engine: Engine, options: list[str], tmp_path: Path) -> Iterator[Side]:
-    with Side(tmp_path / "source", engine, *options) as side:
+    folder = tmp_path / "source"
+    with Side(folder, engine, f"--flash-path={folder / 'flash.img'}", *options) as side:
         with side.machine() as machine:
             machine.program_key(KEY)
             for start in range(0, BLOCKS, 32):
@@ -87,9 +62,9 @@ def source(engine: Engine, options: list[str], tmp_path: Path) -> Iterator[Side]
 def destination(
     engine: Engine, mode: str, options: list[str], source: Side, tmp_path: Path
 ) -> Iterator[Side]:
-    shared = source.flash if mode == "shared" else None
     folder = tmp_path / "destination"
-    with Side(folder, engine, *options, "--incoming", shared=shared) as side:
+    flash = source.flash if mode == "shared" else folder / "flash.img"
+    with Side(folder, engine, f"--flash-path={flash}", *options, "--incoming") as side:
         yield side
 
 
@@ -114,7 +89,7 @@ def cases(points: Sequence[str], own: Sequence[str]) -> pytest.MarkDecorator:
 
 @cases(SAVING, ("giving", "given", "moved"))
 def test_killed_source_hands_over_again(source: Side, destination: Side, point: str) -> None:
-    with source.machine(KEY, point=point) as here:
+    with source.machine(KEY, arming=partial(source.faults.arm, point)) as here:
         blob = leave(here)
         assert not source.faults.armed
         with destination.machine(KEY, blob) as there:
@@ -126,7 +101,7 @@ def test_killed_source_hands_over_again(source: Side, destination: Side, point: 
 @pytest.mark.parametrize("point", SAVING)
 def test_killed_source_continues(source: Side, destination: Side, point: str) -> None:
     """The migration is given up; whatever was sent is worth nothing from then on."""
-    with source.machine(KEY, point=point) as here:
+    with source.machine(KEY, arming=partial(source.faults.arm, point)) as here:
         blob = leave(here)
         assert not source.faults.armed
         resume(here)
@@ -139,7 +114,7 @@ def test_killed_source_continues(source: Side, destination: Side, point: str) ->
 def test_killed_destination_receives_again(source: Side, destination: Side, point: str) -> None:
     with source.machine(KEY) as here:
         blob = leave(here)
-        with destination.machine(KEY, blob, point) as there:
+        with destination.machine(KEY, blob, partial(destination.faults.arm, point)) as there:
             assert not destination.faults.armed
             holds(there)
             resume(here)
