@@ -15,7 +15,7 @@ from tests.support.oracle import KEY
 
 
 def reported(host: Host) -> tuple[str, int, str]:
-    """What both verbs report on the files of a stopped host: state, generation, line."""
+    """The state, generation and line that both verbs report on the files of a stopped host."""
     files = f"--flash-path={host.flash_path}"
     found = set()
     for verb in ("verify", "info"):
@@ -30,9 +30,8 @@ def reported(host: Host) -> tuple[str, int, str]:
 
 def test_device_that_was_handed_over(source: Host, destination: Host) -> None:
     destination.stop()
-    assert reported(destination) == (
-        *("vacant", 0, "incoming, the device is expected from another host"),
-    )
+    vacant = ("vacant", 0, "incoming, the device is expected from another host")
+    assert reported(destination) == vacant
     destination.start()
     with source.machine(KEY) as machine:
         blob = leave(machine)
@@ -44,9 +43,8 @@ def test_device_that_was_handed_over(source: Host, destination: Host) -> None:
     state, generation, line = reported(source)
     assert (state, generation) == ("exported", 1)
     assert line.startswith("handed to another host, generation 1: use it there, or see")
-    assert reported(destination) == (
-        *("imported", 1, "arrived from another host, not used yet, generation 1"),
-    )
+    imported = ("imported", 1, "arrived from another host, not used yet, generation 1")
+    assert reported(destination) == imported
     destination.start()
     with destination.machine(KEY) as machine:
         holds(machine)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -143,17 +143,25 @@ def test_machine_that_never_ran_can_leave(source: Host, destination: Host) -> No
 # Kills
 
 
-def crash(host: Host, moves: Moves, engine: Engine, kind: Kind, step: int) -> Host:
+Kill = Callable[[Host], Host]
+
+
+@pytest.fixture
+def kill(moves: Moves, engine: Engine, kind: Kind, step: int) -> Kill:
     """Kill a daemon at a request of its take-over; return the one that continues its connection.
 
     Beyond the last request: before the next turn of its loop.
     """
-    moves.cluster.plan[moves.cluster.count + step] = Fault(kind)
-    with suppress(Crash):
-        assert host.tickets.start() == ""
-        assert host.store.begin()
-    moves.cluster.plan.clear()
-    return Host(moves, engine, host.name, note=host.note)
+
+    def crash(host: Host) -> Host:
+        moves.cluster.plan[moves.cluster.count + step] = Fault(kind)
+        with suppress(Crash):
+            assert host.tickets.start() == ""
+            assert host.store.begin()
+        moves.cluster.plan.clear()
+        return Host(moves, engine, host.name, note=host.note)
+
+    return crash
 
 
 @pytest.mark.parametrize("step", range(6))
@@ -161,52 +169,28 @@ def crash(host: Host, moves: Moves, engine: Engine, kind: Kind, step: int) -> Ho
 class TestKill:
     """At each request of a take-over; whoever is first has the device."""
 
-    def test_arrived_device_continues(
-        self,
-        source: Host,
-        destination: Host,
-        moves: Moves,
-        engine: Engine,
-        kind: Kind,
-        step: int,
-    ) -> None:
+    def test_arrived_device_continues(self, source: Host, destination: Host, kill: Kill) -> None:
         destination.tickets.load(source.leave())
-        destination = crash(destination, moves, engine, kind, step)
-        destination = crash(destination, moves, engine, kind, step)
+        destination = kill(destination)
+        destination = kill(destination)
         assert destination.runs()
         destination.write()
         assert destination.store.counter == 2
         assert not source.runs()
 
-    def test_returned_device_continues(
-        self,
-        source: Host,
-        destination: Host,
-        moves: Moves,
-        engine: Engine,
-        kind: Kind,
-        step: int,
-    ) -> None:
+    def test_returned_device_continues(self, source: Host, destination: Host, kill: Kill) -> None:
         destination.tickets.load(source.leave())
-        source = crash(source, moves, engine, kind, step)
-        source = crash(source, moves, engine, kind, step)
+        source = kill(source)
+        source = kill(source)
         assert source.runs()
         source.write()
         assert source.store.counter == 2
         assert not destination.runs()
 
-    def test_one_of_two_has_it(
-        self,
-        source: Host,
-        destination: Host,
-        moves: Moves,
-        engine: Engine,
-        kind: Kind,
-        step: int,
-    ) -> None:
+    def test_one_of_two_has_it(self, source: Host, destination: Host, kill: Kill) -> None:
         """The other one is asked before the daemon is started again."""
         destination.tickets.load(source.leave())
-        destination = crash(destination, moves, engine, kind, step)
+        destination = kill(destination)
         first = source.runs()
         assert destination.runs() is not first
         (source if first else destination).write()
