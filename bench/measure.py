@@ -20,7 +20,7 @@ from pathlib import Path
 
 from bench import host
 from bench.daemon import SAME_CPU, TWO_CPUS, Load, Tools, chains, daemon, reads, resident, writes
-from vhost_rpmb.rpmb import spec
+from tests.support.rig import make_image
 
 FLOOR_PROGRAM = "from cryptography.hazmat.primitives import hashes, hmac"
 
@@ -141,9 +141,7 @@ def counted_start(folder: Path) -> tuple[int, int]:
     """
     with host.environment(folder) as python:
         floor = counted([str(python), "-S", "-I", "-c", "import sqlite3"], "callgrind")
-        image = folder / "rpmb.img"
-        image.touch()
-        os.truncate(image, spec.CAPACITY_UNIT)
+        image = make_image(folder / "rpmb.img")
         command = (str(python), "-P", "-m", "vhost_rpmb", "--fd=0", "--sandbox=off")
         front_end, back_end = socket.socketpair()
         with back_end:

@@ -7,13 +7,7 @@ from vhost_rpmb.client.files import warn
 from vhost_rpmb.client.result import Result
 from vhost_rpmb.errors import StateError
 from vhost_rpmb.rpmb import spec
-from vhost_rpmb.storage.interface import (
-    ACTIVE,
-    EXPORTED,
-    IMPORTED,
-    SUPERSEDED,
-    VACANT,
-)
+from vhost_rpmb.storage.interface import ACTIVE, EXPORTED, IMPORTED, SUPERSEDED, VACANT
 
 __all__ = ["report_files"]
 

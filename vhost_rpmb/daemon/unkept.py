@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A connection that ends with the process: there is no descriptor store, nor a stored descriptor.
 
-What keeps one (`vhost_rpmb.daemon.handover`) takes 0.1 MiB of memory and is imported where it is
-needed.
+The module that keeps one (`vhost_rpmb.daemon.handover`) takes 0.1 MiB of memory and is imported
+where it is needed.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Unkept:
         return None
 
     def rename(self, owner: str) -> None:
-        """Keep the connection for a device of another name: it arrived."""
+        """Keep the connection for a device of another name too; before that one has arrived."""
 
     def connection(self) -> socket.socket:
         """The connection that the record describes; ValueError if it is another kind of file."""
