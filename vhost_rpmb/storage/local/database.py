@@ -336,30 +336,34 @@ class Database(StateReader):
         (mode,) = self._execute("PRAGMA journal_mode = WAL").fetchone()
         if mode != "wal":  # how SQLite reports that the change failed
             raise sqlite3.OperationalError("a write-ahead log is not possible here")
-        self._durable = False  # the transactions that follow are synced
-        self._be_durable()
+        self._execute("PRAGMA synchronous = FULL")  # each transaction is synced
         self._execute(f"PRAGMA wal_autocheckpoint = {_LOG_SIZE // _PAGE_SIZE}")
         self._execute(f"PRAGMA cache_size = -{_CACHE_SIZE}")
         self._execute("BEGIN EXCLUSIVE")
         self._execute("COMMIT")
 
     def transaction(self) -> _Transaction:
-        """Make the statements of a with-block one durable transaction."""
-        self._be_durable()
+        """Make the statements of a with-block, and those before it that wait, durable together."""
         return _Transaction(self._connection)
 
-    def lazy_transaction(self) -> _Transaction:
-        """Make a with-block one transaction, which is durable together with the next other one."""
-        if self._durable:
-            self._durable = False
-            self._execute("PRAGMA synchronous = NORMAL")
-        return _Transaction(self._connection)
+    def waiting(self) -> _Transaction:
+        """Make the statements of a with-block wait for the next durable transaction, as part of it.
 
-    def _be_durable(self) -> None:
-        """Sync each of the transactions that follow."""
-        if not self._durable:
-            self._execute("PRAGMA synchronous = FULL")
-            self._durable = True
+        They are undone with it if it fails. A transaction of their own without a sync would stay in
+        the log, as SQLite sees it; if the next sync fails, it may not be there, and the rest of the
+        log does not count either.
+        """
+        return _Transaction(self._connection, waits=True)
+
+    @property
+    def has_waiting(self) -> bool:
+        """Whether statements wait for the next durable transaction."""
+        return self._connection.in_transaction
+
+    def undo_waiting(self) -> None:
+        """Undo the statements that wait for the next durable transaction."""
+        if self.has_waiting:
+            self._execute("ROLLBACK")
 
     def program(self, key: bytes | None, fingerprint: bytes | None) -> None:
         """Store a key or the fingerprint of one; without either, no key is programmed."""
@@ -372,7 +376,6 @@ class Database(StateReader):
 
         One row for any number of blocks: every write of the guest waits for this statement.
         """
-        self._be_durable()
         packed = b"".join(
             [
                 part
@@ -498,7 +501,6 @@ class Database(StateReader):
         """
         try:
             if self._owns_log:
-                self._be_durable()
                 try:
                     self._mark_stopped()
                 except sqlite3.Error:
@@ -523,20 +525,27 @@ class Database(StateReader):
 
 
 class _Transaction:
-    """A with-block that is one transaction: committed at its end, rolled back on an exception."""
+    """A with-block in a transaction, which is committed at its end unless it ``waits``.
 
-    def __init__(self, connection: sqlite3.Connection) -> None:
+    Rolled back on an exception, as a whole.
+    """
+
+    def __init__(self, connection: sqlite3.Connection, *, waits: bool = False) -> None:
         self._connection = connection
+        self._waits = waits
 
     def __enter__(self) -> None:
-        self._connection.execute("BEGIN IMMEDIATE")
+        if not self._connection.in_transaction:
+            self._connection.execute("BEGIN IMMEDIATE")
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        done = kind is None
         try:
-            if kind is None:
+            if done and not self._waits:
+                done = False
                 self._connection.execute("COMMIT")
         finally:
-            if self._connection.in_transaction:
+            if not done and self._connection.in_transaction:
                 with suppress(sqlite3.Error):
                     self._connection.execute("ROLLBACK")
 

@@ -84,6 +84,10 @@ class Store:
         self.damaged = contents.damaged
         self._pending = contents.pending
         self._slices: Iterator[None] | None = None  # of the checkpoint that is under way
+        # Blocks that a checkpoint moved into the image; the next durable transaction deletes them
+        # from the database, where they count so much.
+        self._moved: set[int] = set()
+        self._moved_total = 0
         self._database_blocks = contents.pending_total
         self._checkpoint_at = MAX_PENDING
         lost = contents.lost
@@ -121,7 +125,7 @@ class Store:
             self._commit_uncertain = True
             with self._database.transaction():
                 self._database.possess(possession)
-            self._commit_uncertain = False
+            self._made_durable()
         except FAILURES as error:
             self._undo(None)
             raise OSError(None, f"it could not be made durable: {_why(error)}") from error
@@ -155,7 +159,7 @@ class Store:
                     self._database.program(*self._columns(new_key))
                 self._database.mark_damaged(received.damaged)
                 self._database.add_pending(received.counter, changed, received.replay)
-            self._commit_uncertain = False
+            self._made_durable()
         except FAILURES as error:
             self._undo(new_key)
             raise OSError(None, f"it could not be made durable: {_why(error)}") from error
@@ -192,13 +196,14 @@ class Store:
             if key is not None and self._paths.key is not None:
                 write_key_file(self._paths.key, key)
             self._commit_uncertain = True
-            if key is None:
+            if key is None and not self._database.has_waiting:
                 self._database.add_pending(counter, blocks, replay)
             else:
                 with self._database.transaction():
-                    self._database.program(*self._columns(key))
+                    if key is not None:
+                        self._database.program(*self._columns(key))
                     self._database.add_pending(counter, blocks, replay)
-            self._commit_uncertain = False
+            self._made_durable()
         except FAILURES as error:
             self._failures.report(f"a write could not be made durable: {_why(error)}")
             self._undo(key)
@@ -232,8 +237,15 @@ class Store:
         """Return the columns of a key: itself, or its fingerprint if a file has the key."""
         return (key, None) if self._paths.key is None else (None, fingerprint(key))
 
+    def _made_durable(self) -> None:
+        """Note that a transaction, and what waited for it, is durable."""
+        self._commit_uncertain = False
+        if self._moved:
+            self._moved = set()
+
     def _undo(self, key: bytes | None) -> None:
         """Make sure that a failed commit stays undone; else the next commit does it first."""
+        self._undo_moves()
         with suppress(*FAILURES):
             self._rewrite_uncertain_commit()
             if key is not None and self._paths.key is not None:
@@ -254,7 +266,7 @@ class Store:
             self._database.rename(self.name)
             self._database.possess(self.possession)
             self._database.add_pending(self.counter, (), self.replay)
-        self._commit_uncertain = False
+        self._made_durable()
 
     def _compact_pending(self) -> None:
         """Store each pending block once; without it they would accumulate while the image fails."""
@@ -264,7 +276,7 @@ class Store:
             self._database.clear_pending(self.counter, self.replay)
             blocks = ((address, self._block(address)) for address in addresses)
             self._database.add_pending(self.counter, blocks, self.replay)
-        self._commit_uncertain = False
+        self._made_durable()
         self._database_blocks = len(addresses)
 
     @property
@@ -278,7 +290,7 @@ class Store:
         Return False if that fails; nothing is lost, the reason is logged.
         """
         self._drop_slices()
-        if not self._pending:
+        if not self._pending and not self._database.has_waiting:
             return True
         addresses = sorted(self._pending)
         try:
@@ -290,6 +302,7 @@ class Store:
             with self._database.transaction():
                 self._database.set_digests((a, self._block(a)) for a in addresses)
                 self._database.clear_pending(self.counter, self.replay)
+            self._made_durable()
         except FAILURES as error:
             self._checkpoint_failed(error)
             return False
@@ -301,6 +314,7 @@ class Store:
     def _checkpoint_failed(self, error: BaseException) -> None:
         # Every block is written again at the next try: after a failed sync the kernel may have
         # marked pages clean that are not on the disk.
+        self._undo_moves()
         self._commit_uncertain = True
         with suppress(*FAILURES):
             self._compact_pending()
@@ -326,7 +340,6 @@ class Store:
             self._slices = None
             return True
         except FAILURES as error:
-            self._drop_slices()
             self._checkpoint_failed(error)
             return False
         return None
@@ -338,13 +351,23 @@ class Store:
             with suppress(*FAILURES):  # of the sync that it waits for
                 slices.close()  # type: ignore[attr-defined]
 
+    def _undo_moves(self) -> None:
+        """Undo what a checkpoint in slices did since the last durable transaction."""
+        self._drop_slices()
+        with suppress(*FAILURES):
+            self._database.undo_waiting()
+        if self._moved:
+            self._pending |= self._moved
+            self._database_blocks += self._moved_total
+            self._moved = set()
+
     def _slice_checkpoint(self) -> Iterator[None]:
         """The steps of `checkpoint`, about the blocks that are pending now.
 
-        A block that is committed meanwhile has a later row, and its digest is not read before that
-        row is gone. So none of the transactions has to be durable at once, and a commit reported as
-        failed has no effect that counts. Rows go from the oldest on; the last one, which has the
-        counter, together with the counter's move to the device's row.
+        Nothing is synced in the database: its changes wait for the next durable transaction, which
+        may be a commit of the guest between two steps. A block that is committed meanwhile has a
+        later row, and its digest is not read before that row is gone. Rows go from the oldest on;
+        the last one, which has the counter, together with the counter's move to the device's row.
         """
         moved, self._pending = self._pending, set()
         blocks, counter, replay = self._database_blocks, self.counter, self.replay
@@ -366,16 +389,17 @@ class Store:
             while not sync.ended(_SLICE_SECONDS):
                 yield
             for part in parts:
-                with self._database.lazy_transaction():
+                with self._database.waiting():
                     self._database.set_digests((a, self._block(a)) for a in part)
                 yield
             while True:
-                with self._database.lazy_transaction():
+                with self._database.waiting():
                     if not self._database.clear_oldest(last, _SLICE_COMMITS):
                         self._database.clear_pending(counter, replay, last)
                         break
                 yield
-            moved.clear()
+            self._moved, moved = moved, set()
+            self._moved_total = blocks
             self._database_blocks -= blocks
             self._checkpoint_at = MAX_PENDING
         finally:
