@@ -222,6 +222,9 @@ class FakeBackend:
         match message.request:
             case Request.GET_FEATURES:
                 answer = wire.pack_u64(FEATURES)
+            case Request.SET_FEATURES:
+                if wire.unpack_u64(payload) >> virtio.VIRTIO_F_RING_PACKED & 1:
+                    raise EOFError("a test offered a ring layout that is not known here")
             case Request.GET_PROTOCOL_FEATURES:
                 answer = wire.pack_u64(PROTOCOL_FEATURES)
             case Request.GET_MAX_MEM_SLOTS:
@@ -404,7 +407,9 @@ class Clients(Closing):
                 backend.serve(listener.accept()[0])
             finally:
                 os.unlink(self._path)
-        status, stdout, stderr, seconds = json.loads(self._process.stdout.readline())
+                # Also after an error: it would be taken for how the next client ended.
+                ended = self._process.stdout.readline()
+        status, stdout, stderr, seconds = json.loads(ended)
         return Ended(status, stdout.encode("latin-1"), stderr, seconds)
 
     def close(self) -> None:
