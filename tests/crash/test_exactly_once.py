@@ -34,8 +34,8 @@ from tests.support.oracle import (
 from tests.support.stores import step, stop_at_changes, trace_me
 from vhost_rpmb.engine import Engine
 from vhost_rpmb.rpmb import spec
-from vhost_rpmb.storage.local.opening import verify
 from vhost_rpmb.storage.local.store import MAX_PENDING
+from vhost_rpmb.storage.local.verification import verify
 from vhost_rpmb.storage.paths import Paths
 
 LIVES = 600 // DIVISOR  # on each engine

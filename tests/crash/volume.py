@@ -20,7 +20,7 @@ from tests.support.rig import make_image
 from vhost_rpmb.driver.errors import RpmbResultError
 from vhost_rpmb.driver.rpmb import RpmbClient
 from vhost_rpmb.rpmb import spec
-from vhost_rpmb.storage.local.opening import verify
+from vhost_rpmb.storage.local.verification import verify
 from vhost_rpmb.storage.paths import Paths
 from vhost_rpmb.testing import RunningDevice
 

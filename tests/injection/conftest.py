@@ -16,7 +16,7 @@ from tests.support.rig import Rig, RigFactory, write_key
 from vhost_rpmb.engine import Engine
 from vhost_rpmb.injection.device import InjectedDevice
 from vhost_rpmb.injection.script import load
-from vhost_rpmb.storage.local.opening import verify
+from vhost_rpmb.storage.local.verification import verify
 from vhost_rpmb.storage.paths import Paths
 
 FaultyDaemon = Callable[..., Daemon]

@@ -49,6 +49,9 @@ AVOIDED = {
     "tomllib",
     "typing",  # 0.5 MiB
     "urllib",
+    "vhost_rpmb.storage.local.snapshot",  # for a start after a crash, and for checks
+    "vhost_rpmb.storage.local.verification",
+    "vhost_rpmb.storage.local.wal",
     "vhost_rpmb.daemon.handover",  # with zlib 0.1 MiB: for what has a descriptor store
     "vhost_rpmb.vhost_user.interfaces",  # 0.1 MiB: for type checkers
     "zlib",

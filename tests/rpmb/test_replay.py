@@ -38,8 +38,8 @@ from tests.support.raw import RawGuest, lay_out
 from tests.support.rig import Rig
 from vhost_rpmb.engine import Engine
 from vhost_rpmb.rpmb import spec
-from vhost_rpmb.storage.local.opening import verify
 from vhost_rpmb.storage.local.store import MAX_PENDING
+from vhost_rpmb.storage.local.verification import verify
 from vhost_rpmb.storage.paths import Paths
 from vhost_rpmb.virtio.flags import BROKEN
 

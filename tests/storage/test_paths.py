@@ -11,7 +11,8 @@ import pytest
 from tests.support.oracle import KEY
 from tests.support.rig import make_image
 from vhost_rpmb.errors import UsageError
-from vhost_rpmb.storage.local.opening import open_store, verify
+from vhost_rpmb.storage.local.opening import open_store
+from vhost_rpmb.storage.local.verification import verify
 from vhost_rpmb.storage.paths import Paths
 
 

@@ -20,7 +20,7 @@ from tests.support.rig import make_image, write_key
 from tests.support.store import KIB, Open, check_refused, in_killed_process, state_of
 from vhost_rpmb.errors import OperatorError, StateError, UsageError
 from vhost_rpmb.storage.local import image, statefile
-from vhost_rpmb.storage.local.opening import verify
+from vhost_rpmb.storage.local.verification import verify
 from vhost_rpmb.storage.paths import Paths
 
 

@@ -17,9 +17,10 @@ from tests.support.oracle import KEY
 from tests.support.store import A, B, Open, in_killed_process, state_of
 from vhost_rpmb.rpmb.replay import NO_REPLAY, Replay
 from vhost_rpmb.storage.interface import Possession
-from vhost_rpmb.storage.local.opening import open_store, verify
+from vhost_rpmb.storage.local.opening import open_store
 from vhost_rpmb.storage.local.statefile import FORMAT
 from vhost_rpmb.storage.local.store import MAX_PENDING, Store
+from vhost_rpmb.storage.local.verification import verify
 from vhost_rpmb.storage.paths import Paths
 
 DATA = Path(__file__).parents[1] / "data"

@@ -22,7 +22,8 @@ from tests.support.store import (
     write_and_crash,
 )
 from vhost_rpmb.errors import StateError
-from vhost_rpmb.storage.local.opening import open_store, verify
+from vhost_rpmb.storage.local.opening import open_store
+from vhost_rpmb.storage.local.verification import verify
 from vhost_rpmb.storage.paths import Paths
 
 

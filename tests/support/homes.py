@@ -20,7 +20,8 @@ from vhost_rpmb.storage.fleet.opening import open_store as open_shared
 from vhost_rpmb.storage.fleet.requests import Requests
 from vhost_rpmb.storage.fleet.store import FleetStore
 from vhost_rpmb.storage.interface import Store
-from vhost_rpmb.storage.local.opening import open_store, verify
+from vhost_rpmb.storage.local.opening import open_store
+from vhost_rpmb.storage.local.verification import verify
 from vhost_rpmb.storage.paths import Paths
 
 LEASE = 3600  # seconds: a test that waits for its end fails

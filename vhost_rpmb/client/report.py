@@ -23,10 +23,10 @@ _POSSESSION = {
 
 def report_files(arguments: argparse.Namespace) -> Result:
     """Verify the files of a device, and report what they hold."""
-    from vhost_rpmb.storage.local import opening
+    from vhost_rpmb.storage.local.verification import verify
     from vhost_rpmb.storage.paths import Paths
 
-    report = opening.verify(
+    report = verify(
         Paths.resolve(arguments.flash_path, arguments.state_path, arguments.key_path),
         warn=warn,
     )

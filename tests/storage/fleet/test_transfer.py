@@ -36,6 +36,7 @@ from vhost_rpmb.storage.fleet.requests import Requests
 from vhost_rpmb.storage.fleet.store import FleetStore
 from vhost_rpmb.storage.fleet.verification import verify
 from vhost_rpmb.storage.local import opening as local
+from vhost_rpmb.storage.local import verification
 from vhost_rpmb.storage.paths import Paths
 
 SIZE = 128 * 1024
@@ -103,7 +104,7 @@ class Site:
             assert not os.path.exists(self.paths.flash)
             return False
         try:
-            report = local.verify(self.paths, warn=refuse)
+            report = verification.verify(self.paths, warn=refuse)
         except OperatorError as error:
             if not re.search("found one that moved|the image .* does not exist", str(error)):
                 raise

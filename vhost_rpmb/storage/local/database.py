@@ -31,10 +31,8 @@ from vhost_rpmb.storage.local.statefile import (
     damage,
     has_log,
     is_away,
-    read_with_log,
     user_version,
 )
-from vhost_rpmb.storage.local.wal import apply_log
 from vhost_rpmb.storage.paths import log_of
 from vhost_rpmb.typed import NamedTuple
 
@@ -46,7 +44,6 @@ __all__ = [
     "Database",
     "DeviceRow",
     "Mark",
-    "Snapshot",
     "StateReader",
     "put_mark",
     "uri",
@@ -280,28 +277,6 @@ class StateReader:
             if not 0 <= address < blocks:
                 raise self._damaged(f"digest of block {address}")
             yield address, Digests(sha256, earlier)
-
-
-class Snapshot(StateReader):
-    """A copy of a state database and its log in private memory; the files are not changed."""
-
-    def __init__(self, path: str, *, away: bool = False) -> None:
-        starts = check_header(path, away=away)
-        content, log = read_with_log(path)
-        super().__init__(sqlite3.connect(":memory:", isolation_level=None), path, away=away)
-        try:
-            try:
-                self._connection.deserialize(apply_log(content, log or b""))
-            except ValueError as error:
-                raise self._damaged(str(error)) from error
-            self._check(starts, log is not None)
-        except BaseException:
-            self.close()
-            raise
-
-    def close(self) -> None:
-        """Free the memory."""
-        self._connection.close()
 
 
 class Database(StateReader):

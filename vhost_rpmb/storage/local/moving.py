@@ -15,11 +15,12 @@ from vhost_rpmb.errors import StateError, UsageError
 from vhost_rpmb.rpmb import spec
 from vhost_rpmb.storage.local.contents import load
 from vhost_rpmb.storage.local.creation import create_arriving
-from vhost_rpmb.storage.local.database import Database, Mark, Snapshot
+from vhost_rpmb.storage.local.database import Database, Mark
 from vhost_rpmb.storage.local.files import published_file, write_all
 from vhost_rpmb.storage.local.image import ImageFile, ranges
 from vhost_rpmb.storage.local.keyfile import read_key_file
 from vhost_rpmb.storage.local.opening import choose_key, mismatch, named_errors, open_store
+from vhost_rpmb.storage.local.snapshot import Snapshot
 from vhost_rpmb.storage.local.statefile import is_marked
 from vhost_rpmb.storage.paths import Paths, log_of
 from vhost_rpmb.typed import NamedTuple

@@ -11,7 +11,7 @@ import mmap
 import os
 import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 from vhost_rpmb import hashes
 from vhost_rpmb.errors import Fenced, StateError, UsageError
@@ -20,22 +20,20 @@ from vhost_rpmb.rpmb import spec
 from vhost_rpmb.storage.interface import ACTIVE, IMPORTED, VACANT, Possession
 from vhost_rpmb.storage.local.contents import Contents, load
 from vhost_rpmb.storage.local.creation import create_database
-from vhost_rpmb.storage.local.database import Database, DeviceRow, Snapshot
+from vhost_rpmb.storage.local.database import Database, DeviceRow
 from vhost_rpmb.storage.local.image import ImageFile, ranges
 from vhost_rpmb.storage.local.keyfile import fingerprint, read_key_file, require_key
 from vhost_rpmb.storage.local.statefile import check_neighbours, has_log, trouble
 from vhost_rpmb.storage.local.store import FAILURES, Store
 from vhost_rpmb.storage.paths import Paths
-from vhost_rpmb.typed import NamedTuple
 
 __all__ = [
-    "Report",
     "check_possession",
+    "check_size",
     "choose_key",
     "mismatch",
     "named_errors",
     "open_store",
-    "verify",
 ]
 
 logger = Logger(__name__)
@@ -87,7 +85,7 @@ def open_store(
             row = database.device()
             if not waiting:
                 check_possession(row.possession, paths.state)
-            _check_size(image, row, paths.state)
+            check_size(image, row, paths.state)
             # The key of a vacant device comes with it.
             empty = row.possession.state == VACANT
             key, new = (None, None) if empty else choose_key(row, paths, key_file, key_set, warn)
@@ -130,56 +128,6 @@ def _close_quietly(database: Database) -> None:
         database.close()
 
 
-class Report(NamedTuple):
-    """The result of `verify`; ``pending`` and ``damaged`` are addresses of blocks, ascending."""
-
-    state_path: str
-    blocks: int
-    counter: int
-    programmed: bool
-    key_in_file: bool
-    clean: bool  # the state was closed by the last stop
-    pending: list[int]
-    damaged: list[int]
-    possession: Possession
-    disagreement: str  # the files that do not belong together, and what to do; or empty
-
-
-def verify(paths: Paths, *, warn: Callable[[str], None] = logger.warning) -> Report:
-    """Check a device that is not running, as a start would, without changing anything.
-
-    ``paths.key`` is needed only to check the key file. Raises UsageError and StateError as
-    `open_store` does, but reports an image that does not belong to the state.
-    """
-    with closing(ImageFile(paths.flash, warn, writable=False)) as image:
-        if not os.path.lexists(paths.state):
-            raise StateError(
-                f"the state file {paths.state} does not exist: name the one that belongs to"
-                f" {paths.flash} with --state-path"
-            )
-        with named_errors(paths.state):
-            check_neighbours(paths.state)
-            with closing(Snapshot(paths.state)) as database:
-                row = database.device()
-                _check_size(image, row, paths.state)
-                if paths.key is not None:
-                    choose_key(row, paths, read_key_file(paths.key, warn), False, warn)
-                contents = load(image, database)
-                disagreement = mismatch(image, row, paths.state, contents)
-    return Report(
-        state_path=paths.state,
-        blocks=len(contents.damaged),
-        counter=row.counter,
-        programmed=row.key is not None or row.fingerprint is not None,
-        key_in_file=row.fingerprint is not None,
-        clean=not row.running,
-        pending=sorted(contents.pending),
-        damaged=contents.lost,
-        possession=row.possession,
-        disagreement=disagreement,
-    )
-
-
 @contextmanager
 def named_errors(state_path: str) -> Iterator[None]:
     """Turn failures of SQLite, files and memory into errors for the operator."""
@@ -206,6 +154,9 @@ def _check_folders(paths: Paths) -> None:
 def _check_log(state_path: str) -> None:
     """Refuse a log of another state file or time, before SQLite applies it."""
     if has_log(state_path):
+        # Not in the memory of a daemon that was closed before.
+        from vhost_rpmb.storage.local.snapshot import Snapshot
+
         Snapshot(state_path).close()
 
 
@@ -231,7 +182,7 @@ def _check_new(image: ImageFile, state_path: str, initial_counter: int | None) -
         )
 
 
-def _check_size(image: ImageFile, row: DeviceRow, state_path: str) -> None:
+def check_size(image: ImageFile, row: DeviceRow, state_path: str) -> None:
     """Refuse an image of another size than the state is for."""
     if row.size != image.file_size:
         raise StateError(

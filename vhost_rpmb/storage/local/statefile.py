@@ -31,9 +31,10 @@ __all__ = [
     "check_neighbours",
     "damage",
     "has_log",
+    "in_use",
     "is_away",
     "is_marked",
-    "read_with_log",
+    "lock_readers",
     "trouble",
     "user_version",
 ]
@@ -85,7 +86,7 @@ def _read_version(path: str) -> int:
         with open(path, "rb", opener=open_regular) as file:
             header = file.read(_HEADER_SIZE)
             with suppress(BlockingIOError, PermissionError):  # SQLite reports that it is in use
-                _lock_readers(file, path)
+                lock_readers(file, path)
     except OSError as error:
         raise StateError(f"the state file {path} cannot be read: {error.strerror}") from error
     if not header:
@@ -130,22 +131,7 @@ def has_log(path: str) -> bool:
     return os.path.exists(log_of(path))
 
 
-def read_with_log(path: str) -> tuple[bytes, bytes | None]:
-    """Read a state file and its log, if there is one, while no daemon uses them."""
-    with open(path, "rb", opener=open_regular) as file:
-        try:
-            _lock_readers(file, path)
-        except (BlockingIOError, PermissionError):
-            raise StateError(_in_use(path)) from None
-        content = file.read()
-        try:
-            with open(log_of(path), "rb", opener=open_regular) as log:
-                return content, log.read()
-        except FileNotFoundError:
-            return content, None
-
-
-def _lock_readers(file: BinaryIO, path: str) -> None:
+def lock_readers(file: BinaryIO, path: str) -> None:
     """Lock a state file as SQLite's readers do, until it is closed.
 
     Raises BlockingIOError or PermissionError if a daemon uses it, StateError if the file system has
@@ -176,7 +162,7 @@ def trouble(path: str, error: sqlite3.Error) -> str:
     """Return the error text for a failure of SQLite."""
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
     if code == sqlite3.SQLITE_BUSY:
-        return _in_use(path)
+        return in_use(path)
     if code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
         return damage(path, str(error))
     if code == sqlite3.SQLITE_FULL:
@@ -186,7 +172,8 @@ def trouble(path: str, error: sqlite3.Error) -> str:
     return f"the state file {path} cannot be used: {error}"
 
 
-def _in_use(path: str) -> str:
+def in_use(path: str) -> str:
+    """Return the error text for a state file that another process has locked."""
     return f"the state file {path} is in use by another process: end that process first"
 
 
