@@ -74,14 +74,15 @@ class Bench:
                 running.socket, file, count=count, room=blocks, cpu=cpus[1], **load
             )
 
-    def writes(self, count: int, blocks: int = 1, **load: int) -> Load:
-        """The daemon on one processor, the driver on the other."""
+    def writes(
+        self, count: int, blocks: int = 1, cpus: tuple[int, int] = TWO_CPUS, **load: int
+    ) -> Load:
         with (
-            daemon(self.folder, cpu=TWO_CPUS[0]) as running,
+            daemon(self.folder, cpu=cpus[0]) as running,
             chains(self.folder, writes(blocks), count) as file,
         ):
             return self.tools.load(
-                running.socket, file, count=count, frames=blocks + 1, cpu=TWO_CPUS[1], **load
+                running.socket, file, count=count, frames=blocks + 1, cpu=cpus[1], **load
             )
 
     def traced(self, calls: str, source: Iterator[bytes], count: int, **load: int) -> list[str]:

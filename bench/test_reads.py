@@ -3,17 +3,23 @@
 
 from __future__ import annotations
 
+import os
+import time
 from typing import Any
 
 import pytest
 
-from bench.daemon import TWO_CPUS, chains, daemon, percentile, reads
+from bench.daemon import KEY, TWO_CPUS, chains, connected, daemon, percentile, reads
 from bench.measure import Bench, counted, per_unit
 from bench.recording import CLOCK, Goal, Measured, against
 from vhost_rpmb.rpmb import spec
 
 pytestmark = [pytest.mark.benchmark(timer=CLOCK, group="reads"), pytest.mark.gate]
 
+# Beside a checkpoint:
+IDLE = 1.0  # seconds without a request, after which it begins
+ROUNDS, BLOCKS, AT_ONCE = 20, 4096, 32  # so many checkpoints, of so many blocks, written by so many
+DURATION = 0.02  # seconds from its begin in which reads count
 MAC_BYTES = spec.FRAME_SIZE - spec.FRAME_DATA  # of a frame
 
 
@@ -108,6 +114,39 @@ def test_after_many(bench: Bench, goal: Goal) -> None:
 
     name = "read and memory after 10 million requests and 1,000 reconnects / before"
     goal(name, measure, 1.15)
+
+
+@pytest.mark.quiet
+def test_beside_checkpoints(bench: Bench, goal: Goal) -> None:
+    """One read in flight from the begin of each checkpoint on: the time within which 99.9 % end."""
+
+    def measure() -> Measured:
+        times = []
+        units = BLOCKS * spec.BLOCK_SIZE // spec.CAPACITY_UNIT + 1
+        with (
+            daemon(bench.folder, units=units, cpu=TWO_CPUS[0]) as running,
+            connected(running.socket, KEY) as client,
+        ):
+            os.sched_setaffinity(0, {TWO_CPUS[1]})
+            try:
+                for number in range(ROUNDS):
+                    # One block less: at that number a checkpoint is part of the write.
+                    for address in range(0, BLOCKS - AT_ONCE, AT_ONCE):
+                        client.write(address, bytes([number]) * (AT_ONCE * spec.BLOCK_SIZE))
+                    time.sleep(IDLE)
+                    begin = now = time.monotonic()
+                    while now < begin + DURATION:
+                        before = now
+                        client.read(0, 1)
+                        now = time.monotonic()
+                        times.append((now - before) * 1e6)
+            finally:
+                os.sched_setaffinity(0, {*TWO_CPUS})
+        slowest = sorted(times)[len(times) * 999 // 1000]
+        how = f"{slowest:.0f} µs of {len(times)} reads, median {percentile(times, 50):.0f} µs"
+        return Measured(slowest / 1e3, how, times, what="a read beside a checkpoint")
+
+    goal("reads beside checkpoints: 99.9 % end within, ms", measure, 1)
 
 
 def test_system_calls(bench: Bench, goal: Goal) -> None:
