@@ -27,9 +27,10 @@ STATES = int(os.environ.get("VHOST_RPMB_CRASH_STATES", "3000"))
 MISSED = 3000  # states within which a missing sync shows
 # Whether every sync of the workload fails in turn, and the states after each that does.
 EVERY_SYNC = "VHOST_RPMB_EVERY_SYNC" in os.environ
-SYNC_STATES = 100
-# Otherwise these: 17 and 51 are of the first commits after a checkpoint in slices.
-FAILING_SYNCS = (1, 17, 41, 51, 81)
+SYNC_STATES = 300 if EVERY_SYNC else 100
+# Otherwise these: 18, 26 and 75 are of first commits after a checkpoint in slices or half of one,
+# 55 is of the end of a stop.
+FAILING_SYNCS = (1, 18, 26, 55, 75, 82)
 STAMP = "user.vhost-rpmb"
 
 

@@ -432,11 +432,19 @@ class Store:
     def _complete(self) -> None:
         """Do what the next start would have to do, as far as the disk allows it."""
         self.checkpoint()
-        with suppress(*FAILURES):
-            self._rewrite_uncertain_commit()
-            if self.replay.chains and not self._owed:
-                with self._database.transaction():
-                    self._database.clear_replay()
+        try:
+            self._clear_settled()
+        except FAILURES:
+            # Retried once: if the disk failed for a moment only, the stop is clean all the same.
+            with suppress(*FAILURES):
+                self._clear_settled()
+
+    def _clear_settled(self) -> None:
+        """Empty the replay record unless an answer is owed."""
+        self._rewrite_uncertain_commit()
+        if self.replay.chains and not self._owed:
+            with self._database.transaction():
+                self._database.clear_replay()
 
 
 def _why(error: BaseException) -> str:
