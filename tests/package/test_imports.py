@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -70,3 +71,12 @@ def test_daemon_does_without_large_modules(tmp_path: Path, program: str) -> None
     assert found, device.log
     assert "vhost_rpmb.vhost_user.session" in modules.split()
     assert AVOIDED.isdisjoint(modules.split())
+
+
+def test_files_that_are_opened_in_the_sandbox_need_no_import() -> None:
+    """Shared files may come with the log of a host that died."""
+    script = "import sys; import vhost_rpmb.storage.local.shared; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", script], check=True, stdout=subprocess.PIPE, text=True
+    )
+    assert "vhost_rpmb.storage.local.snapshot" in done.stdout.split()

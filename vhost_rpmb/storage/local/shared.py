@@ -10,6 +10,7 @@ import fcntl
 import os
 from collections.abc import Callable
 
+import vhost_rpmb.storage.local.snapshot  # noqa: F401  # `open` cannot import it in the sandbox
 from vhost_rpmb import hashes, sparse
 from vhost_rpmb.errors import StateError, UsageError
 from vhost_rpmb.log import Logger
