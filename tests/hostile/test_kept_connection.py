@@ -122,6 +122,7 @@ def test_front_ends_leave_no_descriptor(supervised: Supervised, eventfds: list[i
             fds_before = set()
         if not fds_before:
             supervised.becomes_empty()
+            until(lambda: is_asleep(manager.pid))  # it withdraws first, and closes then
             fds_before = set(os.listdir(f"/proc/{manager.pid}/fd"))
     os.close(memory)
     supervised.becomes_empty()
