@@ -32,17 +32,15 @@ static inline uint64_t load_packed_rest(const unsigned char *slot) {
     return le64toh(__atomic_load_n((const uint64_t *)(slot + 8), __ATOMIC_ACQUIRE));
 }
 
-/* The second half of a used descriptor: length, id and flags. */
-static inline uint64_t make_packed_used(uint32_t length, uint16_t id, uint16_t flags) {
-    return htole64(length | (uint64_t)id << 32 | (uint64_t)flags << 48);
+/* Store the second half of a used descriptor: length, id and flags. */
+static inline void store_packed_used(unsigned char *slot, uint64_t used) {
+    used = htole64(used);
+    memcpy(slot + 8, &used, sizeof used);
 }
 
-static inline void store_packed_used(unsigned char *place, uint64_t used) {
-    memcpy(place, &used, sizeof used);
-}
-
-static inline void store_used_without_flags(unsigned char *place, uint64_t used) {
-    memcpy(place, &used, sizeof used - sizeof(uint16_t));
+/* Store one after all writes before, which its flags show to the driver. In one access. */
+static inline void publish_packed_used(unsigned char *slot, uint64_t used) {
+    __atomic_store_n((uint64_t *)(slot + 8), htole64(used), __ATOMIC_RELEASE);
 }
 
 /* An event area: a position and flags, in one access. */

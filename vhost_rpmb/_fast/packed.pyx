@@ -16,13 +16,10 @@ __all__ = ["PackedRing"]
 
 cdef extern from "ring.h" nogil:
     uint64_t load_word(const unsigned char *)
-    void store_index(unsigned char *, uint16_t)
     void store_word(unsigned char *, uint32_t)
 
 cdef enum:
     START = 0x8000  # the position in the base of a new ring: slot 0 of the first lap
-    USED_AT = 8  # of a descriptor: length, id and flags of a used one
-    FLAGS_AT = 14
     AVAILABLE_OR_USED = VIRTQ_DESC_F_AVAIL | VIRTQ_DESC_F_USED
 
 
@@ -112,31 +109,70 @@ cdef class PackedRing(Ring):
         self._waiting_count = self._waiting_slots = 0
         available[0] = self.inflight.waiting if self.tracked else 0
         if _is_available(self, &rest):
-            available[0] += self.size - self._outstanding
+            available[0] += self.left()
         return RING_OK
 
     cdef int take(self, Chain *chain, Buffers *buffers) except -1 nogil:
         cdef size_t readable = buffers.readable.count
         cdef size_t writable = buffers.writable.count
-        cdef uint64_t rest
         cdef int rule
         self.crossings = 0
         chain.count = 0
         chain.readable = 0
         chain.writable = 0
-        chain.fault = CHAIN_GOOD
-        if self.tracked and self.inflight.waiting:
-            rule = self._take_again(chain, buffers)
-        elif _is_available(self, &rest):
-            rule = _take_new(self, chain, buffers, rest)
+        if self.tracked:
+            rule = self._take_tracked(chain, buffers)
         else:
-            return NO_CHAIN
+            rule = _take(self, chain, buffers)
         if rule or chain.fault != CHAIN_GOOD:
             chain.readable = 0
             chain.writable = 0
             buffers.readable.count = readable
             buffers.writable.count = writable
         return rule
+
+    cdef int _take_tracked(self, Chain *chain, Buffers *buffers) except -1 nogil:
+        """Take the next chain of the in-flight record, or a new one, which is recorded."""
+        cdef packed_descriptor entry
+        cdef uint32_t left = self.left()
+        cdef uint32_t slot = self._available.slot
+        cdef uint32_t slots = 0
+        cdef uint64_t rest
+        cdef uint16_t head
+        chain.fault = CHAIN_GOOD
+        if self.inflight.waiting:
+            return self._take_again(chain, buffers)
+        if not _is_available(self, &rest):
+            return NO_CHAIN
+        head = self.inflight.begin()
+        while True:
+            entry = make_packed(load_word(self.slot(slot)), rest)
+            self.inflight.add(&entry)
+            slots += 1
+            if chain.fault == CHAIN_GOOD:
+                chain.fault = _add(self, chain, buffers, entry.address, rest, slots == 1)
+            if not entry.flags & VIRTQ_DESC_F_NEXT:
+                break
+            if slots == left:
+                return RING_ENDLESS_CHAIN
+            slot = self.following(slot)
+            rest = load_packed_rest(self.slot(slot))
+        self.inflight.end()
+        self.step_over(chain, slots, rest, head)
+        return RING_OK
+
+    cdef int _pass_over(
+        self, Chain *chain, uint32_t slot, uint32_t slots, uint64_t rest
+    ) noexcept nogil:
+        """Count the other slots of a broken chain, whose descriptor in ``slot`` has ``rest``."""
+        while flags_of(rest) & VIRTQ_DESC_F_NEXT:
+            if slots == self.left():
+                return RING_ENDLESS_CHAIN
+            slot = self.following(slot)
+            rest = load_packed_rest(self.slot(slot))
+            slots += 1
+        self.step_over(chain, slots, rest, 0)
+        return RING_OK
 
     cdef int _take_again(self, Chain *chain, Buffers *buffers) except -1 nogil:
         """Take the next chain of the in-flight record, as it was when it was taken first."""
@@ -151,7 +187,7 @@ cdef class PackedRing(Ring):
                 chain.fault = self._judge(chain, buffers, entry, not index)
             number = self.inflight.following(number)
         self.walked += slots
-        chain.token = entry.id | <uint64_t>slots << 16 | <uint64_t>head << 32
+        chain.token = slots | head << 16 | <uint64_t>entry.id << 32
         return RING_OK
 
     cdef int _judge(
@@ -204,9 +240,9 @@ cdef class PackedRing(Ring):
             self.memory.mark_pages(address, length)
 
     cdef void take_back(self, uint64_t token) noexcept nogil:
-        cdef uint32_t slots = token >> 16 & 0xFFFF
+        cdef uint32_t slots = _slots(token)
         if self.tracked:
-            self.inflight.take_back(<uint16_t>(token >> 32))
+            self.inflight.take_back(_head(token))
             return
         if slots > self._available.slot:
             self._available.slot += self.size
@@ -226,48 +262,48 @@ cdef class PackedRing(Ring):
         return _pack(self._advanced(self._used, self._waiting_slots))
 
     cdef void publish(self) noexcept nogil:
-        cdef Position position = self._used
-        cdef uint64_t lap = make_packed_used(0, 0, AVAILABLE_OR_USED)
-        cdef uint64_t bits = lap if self._used.wrap else 0
-        cdef uint64_t used
-        cdef uint32_t last = 0
-        cdef uint16_t flags
-        cdef uint32_t index
-        cdef const Answered *put = self._waiting
+        cdef const Answered *waiting = self._waiting
+        cdef const Answered *end = waiting + self._waiting_count
+        cdef uint32_t slot = self._used.slot
+        cdef uint32_t last = slot
+        cdef uint64_t lap = AVAILABLE_OR_USED if self._used.wrap else 0
+        cdef uint64_t first
         self._first = self._used
         self._published = self._waiting_slots
         if not self._waiting_count:
             return
         if self.tracked:
-            for index in range(self._waiting_count):
-                position = self._advanced(position, _slots(put[index].token))
-                self.inflight.put(<uint16_t>(put[index].token >> 32), _pack(position))
-            position = self._used
+            self._put_waiting()
         self.memory.touch(self._descriptors, self.size * <uint64_t>VIRTQ_DESC_SIZE)
-        for index in range(self._waiting_count):
-            flags = VIRTQ_DESC_F_WRITE if put[index].length else 0
-            used = bits | make_packed_used(put[index].length, <uint16_t>put[index].token, flags)
-            if index:
-                store_packed_used(self.slot(position.slot) + USED_AT, used)
-            else:
-                store_used_without_flags(self.slot(position.slot) + USED_AT, used)
-            last = position.slot
-            position.slot += _slots(put[index].token)
-            if position.slot >= self.size:
-                position.slot -= self.size
-                position.wrap ^= 1
-                bits ^= lap
-        flags = VIRTQ_DESC_F_WRITE if put[0].length else 0
-        if self._used.wrap:
-            flags |= AVAILABLE_OR_USED
-        store_index(self.slot(self._used.slot) + FLAGS_AT, flags)
+        first = _make_used(waiting, lap)
+        while True:
+            slot += _slots(waiting.token)
+            if slot >= self.size:
+                slot -= self.size
+                lap ^= AVAILABLE_OR_USED
+            waiting += 1
+            if waiting == end:
+                break
+            last = slot
+            store_packed_used(self.slot(slot), _make_used(waiting, lap))
+        publish_packed_used(self.slot(self._used.slot), first)
         if self.marked:
             self._mark_slots(self._first.slot, last)
-        self._used = position
+        self._used = Position(slot, lap != 0)
         self._outstanding -= self._waiting_slots
         self._waiting_count = self._waiting_slots = 0
         if self.tracked:
             self.inflight.published()
+
+    cdef void _put_waiting(self) noexcept nogil:
+        """Record the chains to be published, before the ring has any of them."""
+        cdef Position position = self._used
+        cdef uint32_t index
+        cdef uint64_t token
+        for index in range(self._waiting_count):
+            token = self._waiting[index].token
+            position = self._advanced(position, _slots(token))
+            self.inflight.put(_head(token), _pack(position))
 
     cdef void ask_for_kick(self) noexcept nogil:
         cdef uint32_t area = make_area(0, RING_EVENT_FLAGS_ENABLE)
@@ -304,9 +340,15 @@ cdef class PackedRing(Ring):
         return _is_available(self, &rest)
 
 
-cdef inline uint32_t _slots(uint64_t token) noexcept nogil:
-    """Return how many slots a chain takes."""
-    return token >> 16 & 0xFFFF
+# The token of a chain: from the lowest bits on its slots, its entry in the in-flight record and
+# its buffer id, where a descriptor has it too.
+
+cdef inline uint16_t _slots(uint64_t token) noexcept nogil:
+    return <uint16_t>token
+
+
+cdef inline uint16_t _head(uint64_t token) noexcept nogil:
+    return <uint16_t>(token >> 16)
 
 
 cdef inline uint16_t _pack(Position position) noexcept nogil:
@@ -314,60 +356,62 @@ cdef inline uint16_t _pack(Position position) noexcept nogil:
     return <uint16_t>(position.slot | position.wrap << 15)
 
 
+cdef inline uint64_t _make_used(const Answered *chain, uint64_t lap) noexcept nogil:
+    """Return the second half of a used descriptor; ``lap``: the flags of the wrap counter."""
+    if chain.length:
+        lap |= VIRTQ_DESC_F_WRITE
+    return chain.length | chain.token & <uint64_t>0xFFFF << 32 | lap << 48
+
+
 # Functions, because gcc inlines no method at -O2: the table of methods refers to it.
 
 cdef inline bint _is_available(PackedRing ring, uint64_t *rest) noexcept nogil:
     """Tell whether the driver made the next slot available, and all slots are not taken."""
-    cdef uint64_t wanted = <uint64_t>VIRTQ_DESC_F_USED << 48
+    cdef uint32_t wanted = VIRTQ_DESC_F_USED
     if ring._available.wrap:
-        wanted = <uint64_t>VIRTQ_DESC_F_AVAIL << 48
+        wanted = VIRTQ_DESC_F_AVAIL
     if ring._outstanding >= ring.size:
         return False
     rest[0] = load_packed_rest(ring.slot(ring._available.slot))
-    return rest[0] & <uint64_t>AVAILABLE_OR_USED << 48 == wanted
+    return flags_of(rest[0]) & AVAILABLE_OR_USED == wanted
 
 
-cdef inline int _take_new(
-    PackedRing ring, Chain *chain, Buffers *buffers, uint64_t rest
-) except -1 nogil:
-    """Take the chain at the available position; ``rest``: the second half of its head."""
-    cdef packed_descriptor entry  # where one with an address is needed; else the two words do
-    cdef uint64_t address
-    cdef uint32_t flags
-    cdef int fault = CHAIN_GOOD
-    cdef uint32_t left = ring.size - ring._outstanding
+cdef inline int _take(PackedRing ring, Chain *chain, Buffers *buffers) except -1 nogil:
+    """Take the chain at the available position."""
+    cdef uint32_t left = ring.left()
     cdef uint32_t slot = ring._available.slot
     cdef uint32_t slots = 0
-    cdef uint64_t head = 0
-    if ring.tracked:
-        head = ring.inflight.begin()
+    cdef uint64_t rest
+    cdef uint64_t address
+    cdef int fault
+    if not _is_available(ring, &rest):
+        return NO_CHAIN
     while True:
         address = load_word(ring.slot(slot))
-        flags = <uint32_t>(rest >> 48)
-        if ring.tracked or flags & VIRTQ_DESC_F_INDIRECT:
-            entry = make_packed(address, rest)
-            if ring.tracked:
-                ring.inflight.add(&entry)
-        if fault != CHAIN_GOOD:
-            pass  # the other slots of the chain are counted only
-        elif flags & VIRTQ_DESC_F_INDIRECT:
-            fault = ring._judge(chain, buffers, &entry, not slots)
-        else:
-            fault = ring.add(chain, buffers, address, <uint32_t>rest, flags & VIRTQ_DESC_F_WRITE)
         slots += 1
-        if not flags & VIRTQ_DESC_F_NEXT:
+        fault = _add(ring, chain, buffers, address, rest, slots == 1)
+        if fault != CHAIN_GOOD:
+            chain.fault = fault
+            return ring._pass_over(chain, slot, slots, rest)
+        if not flags_of(rest) & VIRTQ_DESC_F_NEXT:
             break
         if slots == left:
             return RING_ENDLESS_CHAIN
-        slot += 1
-        if slot == ring.size:
-            slot = 0
+        slot = ring.following(slot)
         rest = load_packed_rest(ring.slot(slot))
-    chain.fault = fault
-    if ring.tracked:
-        ring.inflight.end()
-    ring.walked += slots
-    ring._available = ring._advanced(ring._available, slots)
-    ring._outstanding += slots
-    chain.token = (rest >> 32 & 0xFFFF) | <uint64_t>slots << 16 | head << 32
+    ring.step_over(chain, slots, rest, 0)
+    chain.fault = CHAIN_GOOD
     return RING_OK
+
+
+cdef inline int _add(
+    PackedRing ring, Chain *chain, Buffers *buffers, uint64_t address, uint64_t rest, bint first
+) except -2 nogil:
+    """Check the next descriptor of a chain whose slots bound it; return as _judge() does."""
+    cdef packed_descriptor entry
+    if flags_of(rest) & VIRTQ_DESC_F_INDIRECT:
+        entry = make_packed(address, rest)
+        return ring._judge(chain, buffers, &entry, first)
+    return ring.add_bounded(
+        chain, buffers, address, <uint32_t>rest, flags_of(rest) & VIRTQ_DESC_F_WRITE
+    )

@@ -92,10 +92,15 @@ cdef class Ring:
         self, Chain *chain, Buffers *buffers, uint64_t address, uint32_t length, bint writable
     ) except -2 nogil:
         """Check a descriptor that is not indirect, and append its buffer."""
-        cdef uint64_t before
         if chain.count >= self.size:
             return CHAIN_TOO_LONG
         chain.count += 1
+        return self.add_bounded(chain, buffers, address, length, writable)
+    cdef inline int add_bounded(
+        self, Chain *chain, Buffers *buffers, uint64_t address, uint32_t length, bint writable
+    ) except -2 nogil:
+        """Do what add() does, in a chain that cannot have more descriptors than the ring."""
+        cdef uint64_t before
         if not length:
             return CHAIN_EMPTY_DESCRIPTOR
         if chain.readable + chain.writable + length > MAX_CHAIN_BYTES:

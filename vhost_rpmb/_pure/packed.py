@@ -36,18 +36,18 @@ _START = 0x8000_8000  # the base of a new ring: slot 0 of the first lap
 
 
 class _Taken(NamedTuple):
-    """The token of a chain: its buffer id, slots and entry in the in-flight record, as a number."""
+    """The token of a chain: its slots, entry in the in-flight record and buffer id, as a number."""
 
-    identity: int
     slots: int
     entry: int
+    identity: int
 
     @classmethod
     def unpack(cls, token: int) -> _Taken:
         return cls(token & 0xFFFF, token >> 16 & 0xFFFF, token >> 32)
 
     def pack(self) -> int:
-        return self.identity | self.slots << 16 | self.entry << 32
+        return self.slots | self.entry << 16 | self.identity << 32
 
 
 class _Area:
@@ -190,7 +190,7 @@ class PackedRing(Ring):
 
     def _judge(self, copies: list[bytes], entry: int) -> Chain:
         """Check the chain that these descriptors are."""
-        token = _Taken(_DESCRIPTOR.unpack(copies[-1])[2], len(copies), entry).pack()
+        token = _Taken(len(copies), entry, _DESCRIPTOR.unpack(copies[-1])[2]).pack()
         chain = Chain(token)
         self.walked += len(copies)
         self._crossings = 0
@@ -234,7 +234,7 @@ class PackedRing(Ring):
             self.memory.mark(address, length)
 
     def take_back(self, token: int) -> None:
-        _, slots, entry = _Taken.unpack(token)
+        slots, entry, _ = _Taken.unpack(token)
         if self.inflight is not None:
             self.inflight.take_back(entry)
         else:
