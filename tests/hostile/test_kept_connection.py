@@ -121,6 +121,8 @@ def test_front_ends_leave_no_descriptor(supervised: Supervised, eventfds: list[i
             manager.restart(signal.SIGTERM if round_ % 40 else signal.SIGKILL)
             fds_before = set()
         if not fds_before:
+            with connected(supervised):  # it is answered after all that came before were left
+                until(lambda: manager.names != ["rpmb-session"])
             supervised.becomes_empty()
             until(lambda: is_asleep(manager.pid))  # it withdraws first, and closes then
             fds_before = set(os.listdir(f"/proc/{manager.pid}/fd"))
