@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from bench import page, plots
+from bench.daemon import counter_of
 from tests.support.daemon import Daemon, environment
 from tests.support.documents import ROOT
 from tests.support.oracle import KEY
@@ -83,18 +84,22 @@ def measure_peer(daemon: Daemon, key: Path, rows: str) -> subprocess.CompletedPr
 
 
 def test_peer_is_measured_beside_ours(tmp_path: Path) -> None:
-    """The peer is the pure engine, whose requests take longer."""
     key = tmp_path / "key"
     key.write_bytes(KEY)
     with Daemon(tmp_path, engine="pure") as daemon:
         os.sched_setaffinity(daemon.pid, {0})
         done = measure_peer(daemon, key, "two")
+        written = counter_of(daemon.socket_path, KEY)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert written  # by the measurement
+    kinds = page.kinds(page.reduced(json.loads((ROOT / "build/peer.json").read_text())))
     rows = re.findall(r"^\| (.*) \| 1 \| two CPUs \| (.*) \| (.*) \| (.*) \|$", done.stdout, re.M)
     assert [work for work, *_ in rows] == ["counter", "read", "durable write"]
-    for _, ours, theirs, ratio in rows:
+    for work, ours, theirs, ratio in rows:
+        found = kinds[work, 1, "two CPUs"]
+        assert ours == page.number(found["ours"]["p50_us"])
+        assert theirs == page.number(found["peer"]["p50_us"])
         assert float(theirs) / float(ours) == pytest.approx(float(ratio), rel=0.02)
-    assert float(rows[0][3]) > 1
 
 
 def test_peer_elsewhere_and_a_wrong_key_are_refused(tmp_path: Path) -> None:
