@@ -32,7 +32,14 @@ static inline uint64_t load_packed_rest(const unsigned char *slot) {
     return le64toh(__atomic_load_n((const uint64_t *)(slot + 8), __ATOMIC_ACQUIRE));
 }
 
-/* Store the second half of a used descriptor: length, id and flags. */
+/* The second half of a used descriptor without the flags of a lap: length, id, which the token of
+   the chain has in the same place, and WRITE if there is a length, whose negative has all higher
+   bits. */
+static inline uint64_t make_packed_used(uint64_t token, uint32_t length) {
+    return (token & UINT64_C(0xffff) << 32) | length | (-(uint64_t)length & UINT64_C(2) << 48);
+}
+
+/* Store it. */
 static inline void store_packed_used(unsigned char *slot, uint64_t used) {
     used = htole64(used);
     memcpy(slot + 8, &used, sizeof used);

@@ -9,6 +9,7 @@ from vhost_rpmb._fast.ring cimport Answered, Buffers, Chain, Ring
 cdef extern from "packed.h" nogil:
     packed_descriptor make_packed(uint64_t address, uint64_t rest)
     uint64_t load_packed_rest(const unsigned char *slot)
+    uint64_t make_packed_used(uint64_t token, uint32_t length)
     void store_packed_used(unsigned char *slot, uint64_t used)
     void publish_packed_used(unsigned char *slot, uint64_t used)
     uint32_t load_area(const unsigned char *)
@@ -32,7 +33,6 @@ cdef class PackedRing(Ring):
     cdef uint32_t _outstanding  # slots of chains that were taken and not published
     cdef Answered *_waiting  # to be published; room for the largest ring
     cdef uint32_t _waiting_count
-    cdef uint32_t _waiting_slots
     cdef Position _first  # the used position before the batch published last
     cdef uint32_t _published  # slots of that batch
     cdef unsigned char *_descriptors

@@ -54,7 +54,7 @@ cdef class PackedRing(Ring):
         self._used = Position(used & 0x7FFF, used >> 15 & 1)
         self._available = self._used
         self._outstanding = 0
-        self._waiting_count = self._waiting_slots = 0
+        self._waiting_count = 0
         self._first = self._used
         self._published = 0
         self.mapped = False  # map() judges the position
@@ -106,9 +106,9 @@ cdef class PackedRing(Ring):
     cdef int look(self, uint32_t *available) noexcept nogil:
         cdef uint64_t rest
         self.walked = 0
-        self._waiting_count = self._waiting_slots = 0
+        self._waiting_count = 0
         available[0] = self.inflight.waiting if self.tracked else 0
-        if _is_available(self, &rest):
+        if _is_available(self, self.slot(self._available.slot), &rest):
             available[0] += self.left()
         return RING_OK
 
@@ -142,7 +142,7 @@ cdef class PackedRing(Ring):
         chain.fault = CHAIN_GOOD
         if self.inflight.waiting:
             return self._take_again(chain, buffers)
-        if not _is_available(self, &rest):
+        if not _is_available(self, self.slot(self._available.slot), &rest):
             return NO_CHAIN
         head = self.inflight.begin()
         while True:
@@ -255,43 +255,53 @@ cdef class PackedRing(Ring):
         cdef size_t index
         for index in range(count):
             waiting[index] = chains[index]
-            self._waiting_slots += _slots(chains[index].token)
         self._waiting_count += <uint32_t>count
 
     cdef uint32_t position(self) noexcept nogil:
-        return _pack(self._advanced(self._used, self._waiting_slots))
+        cdef Position position = self._used
+        cdef uint32_t index
+        for index in range(self._waiting_count):
+            position = self._advanced(position, _slots(self._waiting[index].token))
+        return _pack(position)
 
     cdef void publish(self) noexcept nogil:
         cdef const Answered *waiting = self._waiting
         cdef const Answered *end = waiting + self._waiting_count
+        cdef unsigned char *head = self.slot(self._used.slot)
         cdef uint32_t slot = self._used.slot
         cdef uint32_t last = slot
-        cdef uint64_t lap = AVAILABLE_OR_USED if self._used.wrap else 0
+        cdef uint64_t toggled = <uint64_t>AVAILABLE_OR_USED << 48
+        cdef uint64_t lap = toggled if self._used.wrap else 0
         cdef uint64_t first
         self._first = self._used
-        self._published = self._waiting_slots
-        if not self._waiting_count:
+        self._published = 0
+        if waiting == end:
             return
         if self.tracked:
             self._put_waiting()
         self.memory.touch(self._descriptors, self.size * <uint64_t>VIRTQ_DESC_SIZE)
-        first = _make_used(waiting, lap)
+        first = make_packed_used(waiting.token, waiting.length) | lap
         while True:
             slot += _slots(waiting.token)
             if slot >= self.size:
                 slot -= self.size
-                lap ^= AVAILABLE_OR_USED
+                lap ^= toggled
             waiting += 1
             if waiting == end:
                 break
             last = slot
-            store_packed_used(self.slot(slot), _make_used(waiting, lap))
-        publish_packed_used(self.slot(self._used.slot), first)
+            store_packed_used(
+                self.slot(slot), make_packed_used(waiting.token, waiting.length) | lap
+            )
+        publish_packed_used(head, first)
         if self.marked:
             self._mark_slots(self._first.slot, last)
         self._used = Position(slot, lap != 0)
-        self._outstanding -= self._waiting_slots
-        self._waiting_count = self._waiting_slots = 0
+        self._published = slot - self._first.slot
+        if self._used.wrap != self._first.wrap:
+            self._published += self.size
+        self._outstanding -= self._published
+        self._waiting_count = 0
         if self.tracked:
             self.inflight.published()
 
@@ -337,7 +347,7 @@ cdef class PackedRing(Ring):
         cdef uint64_t rest
         if self.tracked and self.inflight.waiting:
             return True
-        return _is_available(self, &rest)
+        return _is_available(self, self.slot(self._available.slot), &rest)
 
 
 # The token of a chain: from the lowest bits on its slots, its entry in the in-flight record and
@@ -356,23 +366,21 @@ cdef inline uint16_t _pack(Position position) noexcept nogil:
     return <uint16_t>(position.slot | position.wrap << 15)
 
 
-cdef inline uint64_t _make_used(const Answered *chain, uint64_t lap) noexcept nogil:
-    """Return the second half of a used descriptor; ``lap``: the flags of the wrap counter."""
-    if chain.length:
-        lap |= VIRTQ_DESC_F_WRITE
-    return chain.length | chain.token & <uint64_t>0xFFFF << 32 | lap << 48
-
-
 # Functions, because gcc inlines no method at -O2: the table of methods refers to it.
 
-cdef inline bint _is_available(PackedRing ring, uint64_t *rest) noexcept nogil:
-    """Tell whether the driver made the next slot available, and all slots are not taken."""
+cdef inline bint _is_available(
+    PackedRing ring, const unsigned char *place, uint64_t *rest
+) noexcept nogil:
+    """Tell whether the driver made the next slot available, and all slots are not taken.
+
+    ``place``: that of the slot.
+    """
     cdef uint32_t wanted = VIRTQ_DESC_F_USED
     if ring._available.wrap:
         wanted = VIRTQ_DESC_F_AVAIL
     if ring._outstanding >= ring.size:
         return False
-    rest[0] = load_packed_rest(ring.slot(ring._available.slot))
+    rest[0] = load_packed_rest(place)
     return flags_of(rest[0]) & AVAILABLE_OR_USED == wanted
 
 
@@ -380,14 +388,15 @@ cdef inline int _take(PackedRing ring, Chain *chain, Buffers *buffers) except -1
     """Take the chain at the available position."""
     cdef uint32_t left = ring.left()
     cdef uint32_t slot = ring._available.slot
+    cdef const unsigned char *place = ring.slot(slot)
     cdef uint32_t slots = 0
     cdef uint64_t rest
     cdef uint64_t address
     cdef int fault
-    if not _is_available(ring, &rest):
+    if not _is_available(ring, place, &rest):
         return NO_CHAIN
     while True:
-        address = load_word(ring.slot(slot))
+        address = load_word(place)
         slots += 1
         fault = _add(ring, chain, buffers, address, rest, slots == 1)
         if fault != CHAIN_GOOD:
@@ -398,7 +407,8 @@ cdef inline int _take(PackedRing ring, Chain *chain, Buffers *buffers) except -1
         if slots == left:
             return RING_ENDLESS_CHAIN
         slot = ring.following(slot)
-        rest = load_packed_rest(ring.slot(slot))
+        place = ring.slot(slot)
+        rest = load_packed_rest(place)
     ring.step_over(chain, slots, rest, 0)
     chain.fault = CHAIN_GOOD
     return RING_OK
