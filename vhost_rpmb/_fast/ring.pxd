@@ -40,7 +40,7 @@ cdef struct Buffers:
 cdef struct Chain:
     uint64_t token
     int fault  # CHAIN_GOOD, or the number of the rule that it breaks
-    uint32_t count  # descriptors
+    uint32_t count  # descriptors that add() has checked
     uint64_t readable  # bytes
     uint64_t writable  # bytes
 
