@@ -61,7 +61,7 @@ AVOIDED = {
 
 @pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS)
 def test_daemon_does_without_large_modules(tmp_path: Path, program: str) -> None:
-    device = RunningDevice(tmp_path, "--once", *SANDBOX)
+    device = RunningDevice(tmp_path, *SANDBOX)
     device.command_line[: device.command_line.index("vhost_rpmb") + 1] = [
         *(sys.executable, "-S", "-I", "-c", program)
     ]
