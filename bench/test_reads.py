@@ -120,8 +120,8 @@ def test_after_many(bench: Bench, goal: Goal) -> None:
 def test_beside_checkpoints(bench: Bench, goal: Goal) -> None:
     """One read in flight from the begin of each checkpoint on: the time within which 99.9 % end.
 
-    Without those that end the second of idleness. They take more than a millisecond after a pause
-    without a checkpoint, too, and about twice as long with one; both are reported, not judged.
+    Those that end the second of idleness are few, and wake both processors: they are judged by
+    their median, beside that after a pause without a checkpoint.
     """
 
     def measure() -> Measured:
@@ -157,7 +157,7 @@ def test_beside_checkpoints(bench: Bench, goal: Goal) -> None:
                         times.append(read())
             finally:
                 os.sched_setaffinity(0, usual)
-        slowest = sorted(times)[len(times) * 999 // 1000]
+        slowest = max(sorted(times)[len(times) * 999 // 1000], percentile(first, 50))
         how = (
             f"{len(times)} reads, median {percentile(times, 50):.0f} µs; after the pause"
             f" {percentile(first, 50):.0f} µs, without a checkpoint {percentile(woken, 50):.0f} µs"
