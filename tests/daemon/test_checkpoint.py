@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from contextlib import ExitStack
 from pathlib import Path
@@ -69,6 +70,8 @@ def test_idle_time_in_the_engine_counts_for_the_checkpoint(engine: Engine, tmp_p
         daemon.listen()
         notifier = Notifier({})
         stack.callback(notifier.close)
+        for number in (signal.SIGTERM, signal.SIGINT):  # it leaves them ignored
+            stack.callback(signal.signal, number, signal.getsignal(number))
         stop = StopSignals(loop)
         stack.callback(stop.close)
         guest = threading.Thread(target=write)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -12,10 +13,12 @@ from pathlib import Path
 import pytest
 
 from tests.support.daemon import GET_FEATURES, OFFERED, Launch, connect, greet, until
+from tests.support.documents import ROOT
 from tests.support.driver import KEY
 from vhost_rpmb.driver.errors import ClientError
 from vhost_rpmb.driver.rpmb import RpmbClient
 from vhost_rpmb.engine import Engine
+from vhost_rpmb.testing import RunningDevice
 from vhost_rpmb.vhost_user import wire
 
 
@@ -99,6 +102,36 @@ def test_once_ends_with_the_first_front_end(launch: Launch, path: Path) -> None:
         assert path.exists()
     assert process.ended() == 0
     assert not path.exists()
+
+
+SIGNALLED_AT_THE_END = """
+import os, sys
+
+class Late:
+    # The interpreter deletes it after it has restored the dispositions of signals.
+    def __del__(self, kill=os.kill, process=os.getpid(), number={number:d}):
+        kill(process, number)
+
+sys.path.insert(0, {folder!r})
+from vhost_rpmb.cli import main
+sys.late = Late()
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_at_the_very_end_makes_no_failure(tmp_path: Path, number: int) -> None:
+    """As one that comes when the only front-end has left already."""
+    device = RunningDevice(tmp_path, "--once", "--sandbox=off")  # in it no signal can be sent
+    program = SIGNALLED_AT_THE_END.format(number=number, folder=str(ROOT))
+    device.command_line[: device.command_line.index("vhost_rpmb") + 1] = [
+        *(sys.executable, "-S", "-I", "-c", program)
+    ]
+    device.start()
+    with device.client() as client:
+        client.program_key(KEY)
+    assert device._process is not None
+    assert device._process.wait() == 0
 
 
 def test_once_ends_with_a_front_end_that_breaks_the_protocol(launch: Launch, path: Path) -> None:

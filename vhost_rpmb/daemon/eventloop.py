@@ -84,7 +84,9 @@ class StopSignals:
         loop.add(self._reader, self._drain)
 
     def close(self) -> None:
-        """Close the descriptors; the handlers stay."""
+        """Close the descriptors. Later signals are ignored: the process ends, and well."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
         signal.set_wakeup_fd(-1)
         os.close(self._reader)
         os.close(self._writer)
