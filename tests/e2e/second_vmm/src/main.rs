@@ -175,6 +175,8 @@ impl Device {
         let mut answer = vec![0; length as usize];
         self.memory.read_slice(&mut answer, GuestAddress(ANSWER))?;
         if let Some(log) = &self.log {
+            // The index is marked after it has moved; the device replies once that batch has ended.
+            self.frontend.get_queue_num()?;
             check_log(log, u64::from(length))?;
         }
         Ok(answer)
