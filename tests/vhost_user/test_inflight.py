@@ -232,6 +232,18 @@ def test_invalid_record_stops_the_vring_with_the_reason(
     assert not signalled(ring.error_fd)
 
 
+def test_numbers_of_an_invalid_record_are_no_causes_of_their_own(
+    ready: Peer, ring: Ring, region: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A front-end can write another number again and again."""
+    for version in range(2, 20):
+        os.pwrite(region, packed(version=version), 0)
+        ready.start(ring)
+        assert signalled(ring.error_fd)
+    (record,) = caplog.records
+    assert record.getMessage().endswith("expected version 1, found 2")
+
+
 def test_record_that_has_too_few_descriptors_stops_the_vring(
     ready: Peer, memory: GuestMemory, caplog: pytest.LogCaptureFixture
 ) -> None:

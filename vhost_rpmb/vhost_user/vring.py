@@ -248,7 +248,7 @@ class Vring:
                 self._resume(self._record, used)
         except InvalidRecordError as error:
             self._fault = f"the in-flight region is invalid: {error}"
-            self._stopped(self._fault)
+            self._stopped(self._fault, "the in-flight region is invalid")
 
     def _resume(self, record: Record, used_index: int) -> None:
         """Continue a split ring where its record says; InvalidRecordError."""
@@ -294,10 +294,11 @@ class Vring:
         if result & flags.BROKEN:
             self._stopped(self.queue.error)
 
-    def _stopped(self, cause: str) -> None:
-        """Report that the vring is broken."""
+    def _stopped(self, cause: str, rule: str = "") -> None:
+        """Report that the vring is broken; the ``rule`` of a cause in which a number varies."""
         self._log.report(
-            f"vring stopped: {cause}", f"vring {self.index} stopped until its reset: {cause}"
+            f"vring stopped: {rule or cause}",
+            f"vring {self.index} stopped until its reset: {cause}",
         )
         self._update()
         signal(self._error_fd, self._log)
