@@ -13,20 +13,14 @@ _PR_SET_DUMPABLE = 4  # prctl(2)
 # process, with all descriptors of a message, exceed the usual soft limit of 1024.
 _DESCRIPTORS = 4096
 
-# Both have handlers or report an invalid access: ignored, neither would work.
-_NEEDED = (signal.SIGALRM, signal.SIGBUS)
-
 
 def reset_signals() -> None:
-    """Reset what the parent left: unblock all signals, and ignore none that the program needs.
+    """Unblock all signals, which the parent may have left blocked.
 
-    Others stay ignored: nohup ignores SIGHUP, and a shell's & ignores SIGINT, on purpose.
+    What it left ignored stays so until a handler is installed, as for SIGALRM and SIGBUS: nohup
+    ignores SIGHUP, and a shell's & ignores SIGINT, on purpose.
     """
-    # Before the loop, so that a pending signal that is ignored is dropped.
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    for number in _NEEDED:
-        if signal.getsignal(number) is signal.SIG_IGN:
-            signal.signal(number, signal.SIG_DFL)
 
 
 def hide_memory() -> None:

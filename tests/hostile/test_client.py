@@ -553,11 +553,15 @@ def test_full_kick_eventfd(bench: Bench) -> None:
 def test_kick_eventfd_that_is_filled_at_the_last_moment() -> None:
     """The client's timer ends a write that blocks although the poll before it found room."""
     script = """
-import os
+import os, signal
+from vhost_rpmb import process
 from vhost_rpmb.client import cli
 from vhost_rpmb.driver.errors import BackendError
 from vhost_rpmb.driver.memory import GuestMemory
 from vhost_rpmb.driver.ring import Ring
+signal.signal(signal.SIGALRM, signal.SIG_IGN)  # a parent may leave it so
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
+process.reset_signals()
 cli._bound_kicks()
 with GuestMemory() as memory, Ring(memory, 8) as ring:
     ring._room.unregister(ring.kick_fd)
