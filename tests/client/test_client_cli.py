@@ -608,6 +608,20 @@ class TestInfo:
         assert (done.returncode, done.stderr) == (0, b"")
         assert done.stdout == run("verify", f"--flash-path={flash}").stdout
 
+    @pytest.mark.parametrize("command", ["info", "verify"])
+    def test_symbolic_link_leads_to_the_state_of_the_image(
+        self, tmp_path: Path, command: str
+    ) -> None:
+        folder = tmp_path / "elsewhere"
+        folder.mkdir()
+        flash = make_image(folder / "flash.img")
+        open_store(Paths.resolve(str(flash))).close()
+        link = tmp_path / "link.img"
+        link.symlink_to(flash)
+        done = run(command, f"--flash-path={link}")
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert f"{flash}.state, closed".encode() in done.stdout
+
     def test_info_options_that_exclude_each_other(self, tmp_path: Path) -> None:
         fails(run("info"), 2, "--flash-path=PATH is required")
         fails(run("info", "--flash-path=f", "KEYFILE"), 2, "KEYFILE needs --socket-path")
