@@ -62,7 +62,9 @@ def _add_new_files(parser: argparse.ArgumentParser) -> None:
         "--state-path",
         metavar="PATH",
         type=path_argument,
-        help="the state, a new file; default: the flash path with .state behind it",
+        help=(
+            "the state, a new file; default: the flash path, links resolved, with .state behind it"
+        ),
     )
 
 
