@@ -83,6 +83,7 @@ def measure_peer(daemon: Daemon, key: Path, rows: str) -> subprocess.CompletedPr
     )
 
 
+@pytest.mark.timeout(1200)  # 82,000 requests, one after another
 def test_peer_is_measured_beside_ours(tmp_path: Path) -> None:
     key = tmp_path / "key"
     key.write_bytes(KEY)
