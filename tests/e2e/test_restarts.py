@@ -22,7 +22,7 @@ from tests.e2e.kit import AMD64, Kit
 from tests.e2e.monitor import Monitor
 from tests.e2e.story import KEY
 from tests.e2e.vm import Guest, VirtualMachine, qemu_command_line, succeed
-from tests.support.daemon import environment, installed_program, until
+from tests.support.daemon import PATIENCE, environment, installed_program, until
 from tests.support.faulty import POINTS, Faults
 from tests.support.rig import UNIT_BLOCKS, make_image
 from tests.support.supervisor import Supervisor
@@ -135,6 +135,7 @@ class Deaths:
     def working(self, point: str) -> Iterator[None]:
         """Do so until the end of the context, as soon as there is a connection; at least once."""
         before = self.kills
+        armed = threading.Event()
 
         def ready() -> bool:
             return self._supervisor.ready and "rpmb-conn" in self._supervisor.names
@@ -144,6 +145,7 @@ class Deaths:
                 self._supervisor.wait(lambda: ready() or stop.is_set())
                 starts = self._supervisor.starts
                 self._faults.arm(point)
+                armed.set()
                 while not stop.is_set() and self._supervisor.starts == starts:
                     time.sleep(0.005)
                 if stop.is_set():
@@ -152,6 +154,8 @@ class Deaths:
                 self.kills += self._supervisor.starts - starts
 
         with meanwhile(work):
+            if "rpmb-conn" in self._supervisor.names:  # it may send messages only once
+                assert armed.wait(PATIENCE)
             yield
         assert self.kills > before, point
 
