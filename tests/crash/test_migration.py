@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A migration whose processes are killed at each step: exactly one host answers, with everything.
 
-Each step is a call into the operating system or SQLite, on each side. A process that follows opens
-the files again; on the source it has the note of the connection, as under a service manager, or
-none, as without one. Then both hosts want to run the device, in either order.
+Each step is a call into the operating system or SQLite, or a note, on each side. A process that
+follows opens the files again; on the source it has the note of the connection, as under a service
+manager, or none, as without one. Then both hosts want to run the device, in either order.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from vhost_rpmb.migration.copying import Copying
 from vhost_rpmb.migration.fence import Fence
 from vhost_rpmb.migration.handing import Handing
 from vhost_rpmb.migration.note import NOTE_SIZE, Note
+from vhost_rpmb.storage.interface import Possession
 from vhost_rpmb.storage.local.opening import open_store
 from vhost_rpmb.storage.local.shared import SharedFiles
 from vhost_rpmb.storage.local.store import Store
@@ -141,6 +142,16 @@ def open_store_of(flash: Path, **options: bool) -> Iterator[Store]:
         store.close()
 
 
+def noted(method: Callable[[Note, Possession], None]) -> Callable[[Note, Possession], None]:
+    """A method of a note, and a step behind it: no call need follow before SQLite's commit."""
+
+    def note(self: Note, possession: Possession) -> None:
+        method(self, possession)
+        sys.audit("os.note")
+
+    return note
+
+
 def kill_at(step: int, part: Callable[[], None]) -> None:
     """Run a part in a process that is killed at a step."""
 
@@ -155,6 +166,8 @@ def kill_at(step: int, part: Callable[[], None]) -> None:
                     os.kill(os.getpid(), 9)
 
         sys.addaudithook(count)
+        for name in ("give", "arrive"):
+            setattr(Note, name, noted(getattr(Note, name)))
         part()
 
     in_killed_process(work)

@@ -86,6 +86,9 @@ def test_note_is_of_one_hand_over() -> None:
     assert again.matches(left)
     assert not again.matches(left._replace(generation=6))
     assert not again.matches(left._replace(token=bytes(16)))
+    assert again.stayed(Possession(ACTIVE, 4, TOKEN))
+    assert not again.stayed(Possession(ACTIVE, 3))
+    assert not again.stayed(Possession(ACTIVE, 5))
     assert again.took_back(Possession(ACTIVE, 5))
     assert not again.took_back(left)
     assert not again.took_back(Possession(ACTIVE, 6))
@@ -102,3 +105,4 @@ def test_note_tells_leaving_from_arriving() -> None:
     assert not note.given
     assert note.matches(left)
     assert not note.took_back(Possession(ACTIVE, 5))
+    assert not note.stayed(Possession(ACTIVE, 4))

@@ -93,7 +93,8 @@ class Handing(Mode):
         if self._note.given:
             if found.state == EXPORTED and self._note.matches(found):
                 return found._replace(state=ACTIVE, token=b""), ""
-            if found.state == ACTIVE and self._note.took_back(found):
+            # A hand-over that has become durable leaves no earlier generation behind.
+            if found.state == ACTIVE and (self._note.stayed(found) or self._note.took_back(found)):
                 return found, ""
             return None, superseded(name, found)
         if self._note.arrived:

@@ -66,6 +66,11 @@ class Note:
         found = _INTENT.unpack_from(self._buffer, _INTENT_AT)
         return self._kind != _NONE and found == (possession.generation, possession.token)
 
+    def stayed(self, possession: Possession) -> bool:
+        """Whether the device has not left after all: its process ended before that was durable."""
+        generation, *_ = _LAYOUT.unpack_from(self._buffer)
+        return self.given and generation == possession.generation + 1
+
     def took_back(self, possession: Possession) -> bool:
         """Whether this is the state after the device that left was taken back."""
         generation, _, kind = _LAYOUT.unpack_from(self._buffer)
