@@ -17,8 +17,8 @@ _DESCRIPTORS = 4096
 def reset_signals() -> None:
     """Unblock all signals, which the parent may have left blocked.
 
-    What it left ignored stays so until a handler is installed, as for SIGALRM and SIGBUS: nohup
-    ignores SIGHUP, and a shell's & ignores SIGINT, on purpose.
+    A signal that it left ignored stays so until a handler is installed, as for SIGALRM and SIGBUS:
+    nohup ignores SIGHUP, and a shell's & ignores SIGINT, on purpose.
     """
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
