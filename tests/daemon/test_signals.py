@@ -14,14 +14,13 @@ from pathlib import Path
 import pytest
 
 from tests.support.daemon import PATIENCE, SANDBOX, is_asleep, spawned, until
-from tests.support.raw import hammer
+from tests.support.oracle import read_counter
+from tests.support.raw import enable_again_and_again, hammer
 from vhost_rpmb.driver.frontend import Frontend
 from vhost_rpmb.driver.memory import GuestMemory
-from vhost_rpmb.driver.ring import Ring
+from vhost_rpmb.driver.ring import Ring, Segment
 from vhost_rpmb.engine import Engine
 from vhost_rpmb.testing import RunningDevice
-from vhost_rpmb.vhost_user import wire
-from vhost_rpmb.vhost_user.wire import Request, VringState
 
 KEY = bytes(range(32))
 # Starts a command as the worst of parents would.
@@ -67,6 +66,15 @@ def memory() -> Iterator[GuestMemory]:
         yield memory
 
 
+def ask(ring: Ring) -> None:
+    """Add a request and kick."""
+    request = ring.memory.allocate(1024)
+    ring.memory.write(request, read_counter())
+    ring.add([Segment(request, 512)], [Segment(request + 512, 512)])
+    ring.publish()
+    ring.kick()
+
+
 def test_no_signal_stays_blocked(device: RunningDevice, frontend: Frontend) -> None:
     """Those that interrupt a blocked write and report lost memory have handlers."""
     with GuestMemory() as memory:
@@ -89,18 +97,32 @@ def test_signals_end_the_daemon(device: RunningDevice, number: int) -> None:
 def test_full_call_eventfd_does_not_hold_the_daemon(
     device: RunningDevice, frontend: Frontend, memory: GuestMemory
 ) -> None:
+    """A write to it would block, and is left out; the stop is served."""
+    with Ring(memory) as ring:
+        frontend.share_memory(memory)
+        frontend.start_ring(ring)
+        os.set_blocking(ring.call_fd, True)
+        os.eventfd_read(ring.call_fd)  # the signal that comes when a vring starts
+        os.eventfd_write(ring.call_fd, 2**64 - 2)
+        ask(ring)
+        until(lambda: ring.used_index == 1)
+        wait_for_sleep(device.pid)
+        process = device._process
+        assert process is not None
+        process.terminate()
+        assert process.wait(PATIENCE) == 0, device.log
+
+
+def test_call_eventfd_that_is_filled_at_the_last_moment(
+    device: RunningDevice, frontend: Frontend, memory: GuestMemory
+) -> None:
     """Another process fills it between a look and a write, which then blocks: a timer ends that."""
-    messages = b"".join(
-        wire.pack_message(Request.SET_VRING_ENABLE, 0, VringState(0, enable).pack())
-        for enable in (0, 1)
-    )
     with Ring(memory) as ring:
         frontend.share_memory(memory)
         frontend.start_ring(ring)
         os.set_blocking(ring.call_fd, True)
         with hammer("refill", ring.call_fd):
-            frontend._sock.setblocking(True)
-            frontend._sock.sendall(messages * 2000)  # a signal for each
+            enable_again_and_again(frontend)
             process = device._process
             assert process is not None
             process.terminate()

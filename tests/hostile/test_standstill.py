@@ -19,14 +19,14 @@ import pytest
 
 from tests.support.daemon import Daemon, DaemonFactory, spawned
 from tests.support.oracle import KEY
-from tests.support.raw import hammer
+from tests.support.raw import enable_again_and_again, hammer
 from vhost_rpmb.driver.errors import BackendError
 from vhost_rpmb.driver.frontend import PROTOCOL_FEATURES, Frontend
 from vhost_rpmb.driver.memory import GuestMemory
 from vhost_rpmb.driver.ring import Ring
 from vhost_rpmb.driver.rpmb import RpmbClient
 from vhost_rpmb.vhost_user import wire
-from vhost_rpmb.vhost_user.wire import MemoryRegion, Request, VringState
+from vhost_rpmb.vhost_user.wire import MemoryRegion, Request
 
 # The promise is 2 s and 3 s; a busy machine may take longer. It took a minute or more.
 STOP = 6.0
@@ -173,14 +173,6 @@ def started(running: Daemon) -> Iterator[tuple[Frontend, Ring]]:
             os.set_blocking(fd, True)
         os.eventfd_read(ring.call_fd)  # the signal that comes when a vring starts
         yield frontend, ring
-
-
-def enable_again_and_again(frontend: Frontend) -> None:
-    pair = b"".join(
-        message(Request.SET_VRING_ENABLE, VringState(0, enable).pack()) for enable in (0, 1)
-    )
-    frontend._sock.setblocking(True)
-    frontend._sock.sendall(pair * 2000)
 
 
 @contextmanager

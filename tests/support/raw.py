@@ -12,9 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.support.daemon import spawned
+from vhost_rpmb.driver.frontend import Frontend
 from vhost_rpmb.engine import Engine
 from vhost_rpmb.rpmb import spec
-from vhost_rpmb.vhost_user.wire import MemoryRegion
+from vhost_rpmb.vhost_user import wire
+from vhost_rpmb.vhost_user.wire import MemoryRegion, Request, VringState
 from vhost_rpmb.virtio import spec as virtio
 
 GUEST, USER = 0x4000_0000, 0x7F00_0000_0000
@@ -106,3 +108,13 @@ def hammer(
         finally:
             process.communicate()
         assert process.returncode == 0
+
+
+def enable_again_and_again(frontend: Frontend) -> None:
+    """Send messages each of which has the daemon signal the call eventfd of vring 0."""
+    pair = b"".join(
+        wire.pack_message(Request.SET_VRING_ENABLE, 0, VringState(0, enable).pack())
+        for enable in (0, 1)
+    )
+    frontend._sock.setblocking(True)
+    frontend._sock.sendall(pair * 2000)
