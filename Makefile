@@ -31,7 +31,8 @@ SANITIZER_ENV := PYTHONMALLOC=malloc UBSAN_OPTIONS=halt_on_error=1:print_stacktr
 	ASAN_OPTIONS=detect_leaks=0:abort_on_error=1:handle_sigbus=0:disable_coredump=0:quarantine_size_mb=8
 # Excluded: tests that build with other compiler flags or bound time or memory, which the sanitizers
 # multiply. pyproject.toml defines the markers. The tests of stores and of the package, which are not
-# listed, execute next to no compiled code.
+# listed, execute next to no compiled code. The thread of faulthandler, which begins and ends with each
+# test, would disturb tests that fork (see tests/conftest.py).
 NOT_SANITIZED := etcd or kept or long or qemu or needs_network or needs_ptrace or needs_sigsegv or timing or \
 	memory
 SANITIZED := $(addprefix tests/,client crash daemon driver fuzz hostile rpmb vhost_user virtio)
@@ -113,7 +114,8 @@ test-sanitized: ## Run the tests that execute compiled code, without guests, und
 	$(call copy_tree,build/sanitized)
 	VHOST_RPMB_BUILD_CHECKED=1 $(MAKE) -C build/sanitized setup
 	cd build/sanitized && $(SANITIZER_ENV) LD_PRELOAD="$$(gcc -print-file-name=libasan.so)" \
-		.venv/bin/python -m pytest -m 'not ($(NOT_SANITIZED))' $(SANITIZED) $(PYTEST_ARGS)
+		.venv/bin/python -m pytest -o faulthandler_timeout=0 \
+		-m 'not ($(NOT_SANITIZED))' $(SANITIZED) $(PYTEST_ARGS)
 
 # Excluded: tests of features that an emulated chroot with only the installed package lacks (the
 # emulator has no ptrace, Landlock or seccomp: docs/decisions/0016-aarch64.md). Packages are not installed

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import _thread
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +22,17 @@ from vhost_rpmb import engine as engines
 def pytest_configure() -> None:
     # What a script starts with & ignores SIGINT, and so would everything that the tests start.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if "libasan" in os.environ.get("LD_PRELOAD", ""):
+        os.register_at_fork(before=_wait_for_threads)
+
+
+def _wait_for_threads() -> None:
+    """Wait until no thread begins or ends, outside Python: the process forks.
+
+    The sanitizers' allocator is locked then, now and then. It stays locked in the child.
+    """
+    while len(os.listdir("/proc/self/task")) > 1 + _thread._count():
+        time.sleep(0.0001)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
