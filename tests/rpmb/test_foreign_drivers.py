@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests in the forms that drivers of others send them: NuttX, ACRN, Linux before the standard.
+"""Requests as software of others sends them: NuttX, ACRN, OP-TEE, Linux before the standard.
 
 What they do with features and the legacy transport is in tests/vhost_user/test_foreign_drivers.py.
 """
@@ -7,19 +7,26 @@ What they do with features and the legacy transport is in tests/vhost_user/test_
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import pytest
 
+from tests.support.documents import GUIDES
+from tests.support.optee import PUT, Exchange, Model, played, recorded, workload
 from tests.support.oracle import (
+    DATA_WRITE,
     FRAME_SIZE,
     GENERAL,
     KEY,
     NONCE,
     OK,
+    PROGRAM_KEY,
     A,
     B,
     Frame,
+    mac_of,
     program_key,
     read_counter,
     read_data,
@@ -28,7 +35,7 @@ from tests.support.oracle import (
     split,
     write_data,
 )
-from tests.support.rig import Rig, RigFactory
+from tests.support.rig import Rig, RigFactory, make_image
 from vhost_rpmb.driver.ring import Segment
 from vhost_rpmb.virtio import rules
 from vhost_rpmb.virtio.flags import FAULTS
@@ -195,3 +202,54 @@ def test_batch_that_cannot_be_made_durable_reports_once(
     assert len(plain.process()) == 2
     assert caplog.text.count("found 100 bytes") == 1
     assert "more before" not in caplog.text
+
+
+def in_guide(name: str, pattern: str) -> list[int]:
+    """The numbers in the sentence of a guide that is written so."""
+    text = " ".join((GUIDES / f"{name}.md").read_text().split())
+    found = re.search(pattern, text)
+    assert found is not None, "the guide says something else"
+    return [int(number) for number in found.groups()]
+
+
+def served(rig: Rig, exchanges: Iterable[Exchange]) -> bool:
+    """Whether the device answers all as OP-TEE expects; the kernel adds RESULT_READ."""
+    for request, answer in exchanges:
+        adds = split(request)[0].req_resp in (PROGRAM_KEY, DATA_WRITE)
+        room = len(answer) // FRAME_SIZE
+        if rig.chain(request + read_result() if adds else request, room) != split(answer):
+            return False
+    return True
+
+
+def test_limit_of_reads_for_the_table_of_optee(make_rig: RigFactory, tmp_path: Path) -> None:
+    """The guide names the lowest limit with which it can store an object at all."""
+    (limit,) = in_guide("optee", r"A limit below (\d+) makes the device unusable")
+    for read_blocks in (limit, limit - 1):
+        image = make_image(tmp_path / f"reads{read_blocks}")
+        rig, model = make_rig(image, max_read_blocks=read_blocks), Model()
+        assert served(rig, [model.program_key()])
+        assert served(rig, played(model, recorded()[PUT])) == (read_blocks == limit)
+
+
+def test_limit_of_reads_for_all_that_optee_does(make_rig: RigFactory) -> None:
+    (limit,) = in_guide("optee", r"Start the daemon with `--max-read-blocks=(\d+)`")
+    assert served(make_rig(max_read_blocks=limit), workload(Model()))
+
+
+def test_limits_for_the_linux_driver_of_2022(make_rig: RigFactory, tmp_path: Path) -> None:
+    """It checks a MAC in every frame, and takes block addresses below the capacity in units."""
+    write_blocks, read_blocks = in_guide(
+        "guest", r"work with `--max-write-blocks=(\d+) --max-read-blocks=(\d+)` and an image above"
+    )
+    image = make_image(tmp_path / "above", 2)
+    rig = make_rig(image, max_write_blocks=write_blocks, max_read_blocks=read_blocks)
+    rig.program()
+    capacity, most_written, most_read = rig.device.config
+    assert capacity > 1  # otherwise it takes block 0 only
+    for address in range(capacity):
+        block = bytes([address]) * 256
+        assert rig.write(address, address, *[block] * most_written).result == OK
+        answers = rig.chain(read_data(address, most_read), most_read)
+        assert [answer.data for answer in answers] == [block]
+        assert all(answer.key_mac == mac_of(answer) for answer in answers)
