@@ -86,12 +86,17 @@ def test_no_signal_stays_blocked(device: RunningDevice, frontend: Frontend) -> N
         assert int(masks["SigCgt"], 16) >> number - 1 & 1, number
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals_end_the_daemon(device: RunningDevice, number: int) -> None:
+def ends(device: RunningDevice, number: int = signal.SIGTERM) -> None:
+    """Check that the signal ends it, cleanly."""
     process = device._process
     assert process is not None
     process.send_signal(number)
     assert process.wait(PATIENCE) == 0, device.log
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_end_the_daemon(device: RunningDevice, number: int) -> None:
+    ends(device, number)
 
 
 def test_full_call_eventfd_does_not_hold_the_daemon(
@@ -107,10 +112,7 @@ def test_full_call_eventfd_does_not_hold_the_daemon(
         ask(ring)
         until(lambda: ring.used_index == 1)
         wait_for_sleep(device.pid)
-        process = device._process
-        assert process is not None
-        process.terminate()
-        assert process.wait(PATIENCE) == 0, device.log
+        ends(device)
 
 
 def test_call_eventfd_that_is_filled_at_the_last_moment(
@@ -123,10 +125,7 @@ def test_call_eventfd_that_is_filled_at_the_last_moment(
         os.set_blocking(ring.call_fd, True)
         with hammer("refill", ring.call_fd):
             enable_again_and_again(frontend)
-            process = device._process
-            assert process is not None
-            process.terminate()
-            assert process.wait(PATIENCE) == 0, device.log
+            ends(device)
 
 
 def test_guest_memory_that_is_truncated_does_not_end_the_daemon(
