@@ -12,7 +12,6 @@ from tests.support import oracle
 from tests.support.optee import COUNTS, PUT, Exchange, Model, Row, played, recorded, workload
 
 FIRST_USE = 8  # requests of a new device, after the key
-_DURABLE = (oracle.PROGRAM_KEY, oracle.DATA_WRITE)
 
 
 def first_use() -> tuple[list[bytes], int]:
@@ -42,13 +41,10 @@ def floor(bench: Bench, rows: Sequence[Row]) -> float:
 
 
 def _records(exchanges: Iterable[Exchange]) -> tuple[list[bytes], int]:
-    """What has to be durable is followed by the request for its result."""
     records, durable = [], 0
-    for request, answer in exchanges:
-        (first, *_) = oracle.split(request)
-        lasting = first.req_resp in _DURABLE
-        durable += lasting
-        whole = request + (oracle.read_result() if lasting else b"")
-        sizes = (len(whole) // oracle.FRAME_SIZE, len(answer) // oracle.FRAME_SIZE)
-        records.append(COUNTS.pack(*sizes) + whole)
+    for exchange in exchanges:
+        durable += exchange.durable
+        chain = exchange.chain
+        sizes = (len(chain) // oracle.FRAME_SIZE, len(exchange.answer) // oracle.FRAME_SIZE)
+        records.append(COUNTS.pack(*sizes) + chain)
     return records, durable

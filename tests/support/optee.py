@@ -30,6 +30,16 @@ class Exchange(NamedTuple):
     request: bytes
     answer: bytes
 
+    @property
+    def durable(self) -> bool:
+        """Whether the answer promises that something is durable."""
+        return oracle.split(self.request)[0].req_resp in (oracle.PROGRAM_KEY, oracle.DATA_WRITE)
+
+    @property
+    def chain(self) -> bytes:
+        """The request as the kernel sends it: what has to be durable with RESULT_READ."""
+        return self.request + (oracle.read_result() if self.durable else b"")
+
     def pack(self) -> bytes:
         sizes = (len(self.request) // oracle.FRAME_SIZE, len(self.answer) // oracle.FRAME_SIZE)
         return COUNTS.pack(*sizes) + self.request + self.answer
